@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The seam to the hypervisor: what the agent may ask of it, in the agent's words.
+//!
+//! [`crate::libvirt`] implements it with real libvirt, `fake` in memory for tests. Every call has a
+//! deadline of its own behind this trait; a call that does not come back ends in
+//! [`HypervisorError::Deadline`] and is counted in [`Hypervisor::stuck_calls`].
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::sync::{broadcast, watch};
+use uuid::Uuid;
+
+use crate::core::state::PowerState;
+
+/// What can go wrong when the hypervisor is asked.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum HypervisorError {
+    /// There is no connection to libvirt. Nothing is known of any domain until it is back.
+    #[error("libvirt cannot be reached: {reason}")]
+    LinkDown {
+        /// What the connection said when it ended or could not be opened.
+        reason: String,
+    },
+    /// The call did not come back in time. It may still take effect.
+    #[error("libvirt call {call} did not answer within {after:?}")]
+    Deadline {
+        /// The libvirt function.
+        call: &'static str,
+        /// How long it was waited for.
+        after: Duration,
+    },
+    /// The domain does not exist.
+    #[error("there is no domain {domain}")]
+    NoDomain {
+        /// Its uuid or name.
+        domain: String,
+    },
+    /// The guest agent did not answer, is not connected, or there is no channel for one.
+    #[error("the guest agent does not answer: {reason}")]
+    NoGuestAgent {
+        /// libvirt's message.
+        reason: String,
+    },
+    /// libvirt refused.
+    #[error("libvirt refused {call}: {message}")]
+    Refused {
+        /// The libvirt function.
+        call: &'static str,
+        /// libvirt's message.
+        message: String,
+    },
+}
+
+/// The answer of a call to the hypervisor.
+pub type HypervisorResult<T> = Result<T, HypervisorError>;
+
+/// What libvirt says of one domain at one moment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DomainStatus {
+    /// The domain's uuid, which is the server's.
+    pub id: Uuid,
+    /// The domain's name.
+    pub name: String,
+    /// Its power state in Nova's words.
+    pub power: PowerState,
+    /// libvirt's reason for the state, in its word (`booted`, `user`, `crashed`, `ioerror`, …).
+    pub reason: String,
+    /// Has it a persistent definition?
+    pub persistent: bool,
+    /// Is there a managed save image that the next start would restore?
+    pub managed_save: bool,
+}
+
+/// Which of a domain's two definitions is meant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Definition {
+    /// The running guest's.
+    Live,
+    /// The persistent one: what the next start will use.
+    Inactive,
+}
+
+/// What becomes of a domain's NVRAM file when its definition is removed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Nvram {
+    /// It stays.
+    Keep,
+    /// It goes.
+    Remove,
+}
+
+/// The host as libvirt describes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostFacts {
+    /// libvirt's host name.
+    pub hostname: String,
+    /// The host's uuid from libvirt's capabilities, empty if it names none.
+    pub uuid: String,
+    /// CPU architecture (`x86_64`, …).
+    pub arch: String,
+    /// CPUs of the host.
+    pub cpus: u32,
+    /// Memory of the host in KiB.
+    pub memory_kib: u64,
+    /// The version of the libvirt daemon, `major.minor.release`.
+    pub libvirt_version: String,
+    /// The version of the hypervisor, `major.minor.release`.
+    pub hypervisor_version: String,
+    /// The domain types that the host offers (`kvm`, `qemu`), as libvirt lists them.
+    pub domain_types: Vec<String>,
+}
+
+/// Something that happened at the hypervisor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum HypervisorEvent {
+    /// A domain changed its state, or was defined or undefined. The receiver asks for the state:
+    /// an event is a hint that something is to be seen, never the truth itself.
+    Domain {
+        /// Which domain.
+        id: Uuid,
+        /// libvirt's word for the event (`started`, `stopped`, `defined`, …).
+        what: &'static str,
+    },
+    /// The guest agent of a domain connected to its channel (`true`) or left it.
+    GuestAgent {
+        /// Which domain.
+        id: Uuid,
+        /// Is it there now?
+        connected: bool,
+    },
+    /// The connection was lost or is back; after it is back everything has to be looked at anew.
+    Link(LinkState),
+    /// The receiver was too slow and events were dropped: look at everything anew.
+    Resync,
+}
+
+/// The connection to libvirt.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LinkState {
+    /// All connections are open.
+    Up,
+    /// At least one of them is not.
+    Down {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// A call that was given up on but has not come back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StuckCall {
+    /// The libvirt function.
+    pub call: &'static str,
+    /// The domain it is about, if it is about one.
+    pub domain: Option<Uuid>,
+    /// How long ago it began.
+    pub age: Duration,
+}
+
+/// A crypt(3) hash of a password: the only form in which a password goes further than the request
+/// that brought it and the one answer to it.
+#[derive(Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(transparent)]
+pub struct CryptHash(pub String);
+
+impl std::fmt::Debug for CryptHash {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("CryptHash(…)")
+    }
+}
+
+/// What the agent may ask of a hypervisor.
+#[async_trait]
+pub trait Hypervisor: Send + Sync + 'static {
+    /// The host's identity, versions and size.
+    async fn host(&self) -> HypervisorResult<HostFacts>;
+
+    /// Every domain of the host, active or not.
+    async fn domains(&self) -> HypervisorResult<Vec<DomainStatus>>;
+
+    /// One domain by uuid; `None` if there is none.
+    async fn domain(&self, id: Uuid) -> HypervisorResult<Option<DomainStatus>>;
+
+    /// One domain by name; `None` if there is none.
+    async fn domain_by_name(&self, name: &str) -> HypervisorResult<Option<DomainStatus>>;
+
+    /// A domain's XML. The inactive one comes with security info, so that defining it again gives
+    /// back exactly the same domain. [`HypervisorError::NoDomain`] if there is no such domain or it
+    /// has no such definition.
+    async fn domain_xml(&self, id: Uuid, which: Definition) -> HypervisorResult<String>;
+
+    /// Would libvirt and this QEMU take this XML? Nothing is changed on the host.
+    async fn validate(&self, xml: &str) -> HypervisorResult<()>;
+
+    /// Defines (or redefines) the persistent domain; validated against libvirt's schema.
+    async fn define(&self, xml: &str) -> HypervisorResult<()>;
+
+    /// Removes the persistent definition, a managed save image included. No such domain is success.
+    async fn undefine(&self, id: Uuid, nvram: Nvram) -> HypervisorResult<()>;
+
+    /// Starts the persistent definition.
+    async fn start(&self, id: Uuid) -> HypervisorResult<()>;
+
+    /// Asks the guest to shut down (ACPI). Returns once asked, not once off.
+    async fn shutdown(&self, id: Uuid) -> HypervisorResult<()>;
+
+    /// Ends the guest at once. A domain that is off is success. Goes over a connection of its own,
+    /// so that it works while other calls hang.
+    async fn destroy(&self, id: Uuid) -> HypervisorResult<()>;
+
+    /// Sets a user's password in the guest through the guest agent.
+    async fn set_user_password(
+        &self,
+        id: Uuid,
+        user: &str,
+        hash: &CryptHash,
+    ) -> HypervisorResult<()>;
+
+    /// Does the guest agent answer?
+    async fn ping_guest_agent(&self, id: Uuid) -> HypervisorResult<()>;
+
+    /// Events from now on.
+    fn events(&self) -> broadcast::Receiver<HypervisorEvent>;
+
+    /// The state of the connection.
+    fn link(&self) -> watch::Receiver<LinkState>;
+
+    /// Calls that were given up on but have not come back.
+    fn stuck_calls(&self) -> Vec<StuckCall>;
+}

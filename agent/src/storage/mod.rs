@@ -1,0 +1,2 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Disks and images on the host's filesystem.
