@@ -2,6 +2,23 @@
 //! Pure decisions: records, states, actions, admission, plans.
 //!
 //! Nothing here waits, reads a file or a clock, or knows that libvirt, SQLite or gRPC exist. What a
-//! decision needs of the outside comes in as a value.
+//! decision needs of the outside comes in as a value ([`facts`]), and what it decides goes out as one
+//! ([`plan::Plan`]).
+//!
+//! ```text
+//!  Action ──> admission::admit ──> planners::plan(record, action, facts) ──> Plan
+//!             (verb × states)                                                 (steps, outcome)
+//! ```
 
+pub mod action;
+pub mod admission;
+pub mod facts;
+pub mod image;
+pub mod layout;
+pub mod password;
+pub mod plan;
+pub mod planners;
+pub mod reason;
+pub mod reconcile;
+pub mod record;
 pub mod state;

@@ -11,6 +11,7 @@ use async_trait::async_trait;
 use tokio::sync::{broadcast, watch};
 use uuid::Uuid;
 
+pub use crate::core::password::CryptHash;
 use crate::core::state::PowerState;
 
 /// What can go wrong when the hypervisor is asked.
@@ -156,18 +157,6 @@ pub struct StuckCall {
     pub domain: Option<Uuid>,
     /// How long ago it began.
     pub age: Duration,
-}
-
-/// A crypt(3) hash of a password: the only form in which a password goes further than the request
-/// that brought it and the one answer to it.
-#[derive(Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(transparent)]
-pub struct CryptHash(pub String);
-
-impl std::fmt::Debug for CryptHash {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("CryptHash(…)")
-    }
 }
 
 /// What the agent may ask of a hypervisor.

@@ -1,0 +1,341 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Plans: what an accepted action will do, as data.
+//!
+//! A plan is a list of [`Step`]s in four phases and the change of the record that they lead to. It is
+//! written to the journal before anything is touched, so it holds values only: no clock, no closure,
+//! and no secret but crypt hashes (a domain's XML carries what libvirt itself keeps in its XML).
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::{
+    action::{Shutdown, Verb},
+    password::CryptHash,
+    reason::Warning,
+    record::{DiskSummary, NicSummary, PasswordDelivery, RescueRecord, ServerRecord},
+    state::{VmState, named_states},
+};
+
+named_states! {
+    /// The phases of a plan, in order.
+    pub enum Phase {
+        /// Everything that can fail without the guest noticing.
+        Prepare = "prepare",
+        /// The guest is stopped, changed, started.
+        Switch = "switch",
+        /// After the outcome stands: what is no longer needed goes. Never taken back.
+        CleanUp = "clean-up",
+    }
+}
+
+/// What a config drive tells the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConfigDriveSpec {
+    /// The instance id that cloud-init sees. A new one makes it configure anew.
+    pub instance_id: String,
+    /// Host name.
+    pub hostname: String,
+    /// Name of the server.
+    pub name: String,
+    /// SSH public keys by name.
+    pub public_keys: BTreeMap<String, String>,
+    /// Hash of the administrator's password.
+    pub password: Option<CryptHash>,
+    /// The administrator.
+    pub password_user: String,
+    /// User data.
+    pub user_data: Option<Vec<u8>>,
+    /// Metadata.
+    pub metadata: BTreeMap<String, String>,
+    /// The plan that makes the drive.
+    pub plan: Uuid,
+}
+
+/// What is to be found in a domain's metadata.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Mark {
+    /// The mark of this plan.
+    Plan(Uuid),
+    /// Anything but a rescue: the server's own domain.
+    Own,
+}
+
+/// One step. Every kind can be applied, taken back and observed, each as often as one likes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Step {
+    /// The image is there as recorded, and cannot be deleted while `holder` stands on it.
+    HoldImage {
+        /// The image.
+        image: Uuid,
+        /// Its file.
+        path: String,
+        /// Its size in bytes.
+        size: u64,
+        /// Who stands on it.
+        holder: String,
+    },
+    /// A folder.
+    MakeFolder {
+        /// Its path.
+        path: String,
+    },
+    /// A qcow2 overlay.
+    CreateOverlay {
+        /// Its path.
+        path: String,
+        /// What it stands on.
+        backing: String,
+        /// Format of that: recorded, never probed.
+        backing_format: String,
+        /// Virtual size in bytes.
+        size: u64,
+    },
+    /// A private copy of a file.
+    CopyFile {
+        /// The original.
+        from: String,
+        /// The copy.
+        to: String,
+    },
+    /// A config drive.
+    BuildConfigDrive {
+        /// Its path.
+        path: String,
+        /// What it tells.
+        drive: Box<ConfigDriveSpec>,
+    },
+    /// The definition of the server's own domain, stored once: the way back.
+    SaveDefinition {
+        /// As libvirt printed it, with security info.
+        xml: String,
+    },
+    /// The guest is off.
+    PowerOff {
+        /// How long it may take by itself.
+        shutdown: Shutdown,
+        /// It was on before: taking the step back starts it again.
+        was_on: bool,
+    },
+    /// Overlays are about to be written to the originals: from now on discarding them is impossible.
+    MarkCommitStarted,
+    /// An overlay is written to the disk under it.
+    CommitOverlay {
+        /// The overlay.
+        path: String,
+        /// The disk under it.
+        base: String,
+    },
+    /// The persistent domain.
+    DefineDomain {
+        /// The XML.
+        xml: String,
+        /// What the XML carries in its metadata.
+        mark: Mark,
+        /// The definition before, which taking back restores; without one it undefines.
+        before: Option<String>,
+    },
+    /// The persistent domain is gone.
+    UndefineDomain {
+        /// The NVRAM file goes as well.
+        remove_nvram: bool,
+        /// The definition before.
+        before: String,
+    },
+    /// The guest is started.
+    StartDomain {
+        /// What the running domain carries in its metadata.
+        mark: Mark,
+    },
+    /// The guest agent sets a password.
+    SetUserPassword {
+        /// The user.
+        user: String,
+        /// The hash.
+        hash: CryptHash,
+    },
+    /// A folder of the server goes with everything in it.
+    RemoveFolder {
+        /// Its path.
+        path: String,
+    },
+    /// Nobody stands on the image any more.
+    ReleaseImage {
+        /// The image.
+        image: Uuid,
+        /// Who stood on it.
+        holder: String,
+    },
+    /// The saved definition is no longer needed.
+    DropSavedDefinition,
+}
+
+impl Step {
+    /// The kind's stable name.
+    #[must_use]
+    pub const fn kind(&self) -> &'static str {
+        match self {
+            Self::HoldImage { .. } => "HoldImage",
+            Self::MakeFolder { .. } => "MakeFolder",
+            Self::CreateOverlay { .. } => "CreateOverlay",
+            Self::CopyFile { .. } => "CopyFile",
+            Self::BuildConfigDrive { .. } => "BuildConfigDrive",
+            Self::SaveDefinition { .. } => "SaveDefinition",
+            Self::PowerOff { .. } => "PowerOff",
+            Self::MarkCommitStarted => "MarkCommitStarted",
+            Self::CommitOverlay { .. } => "CommitOverlay",
+            Self::DefineDomain { .. } => "DefineDomain",
+            Self::UndefineDomain { .. } => "UndefineDomain",
+            Self::StartDomain { .. } => "StartDomain",
+            Self::SetUserPassword { .. } => "SetUserPassword",
+            Self::RemoveFolder { .. } => "RemoveFolder",
+            Self::ReleaseImage { .. } => "ReleaseImage",
+            Self::DropSavedDefinition => "DropSavedDefinition",
+        }
+    }
+
+    /// What it does, for people.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        match self {
+            Self::HoldImage { image, .. } => format!("check image {image} and keep it from being deleted"),
+            Self::MakeFolder { path } => format!("make the folder {path}"),
+            Self::CreateOverlay { path, backing, .. } => format!("create the overlay {path} on {backing}"),
+            Self::CopyFile { from, to } => format!("copy {from} to {to}"),
+            Self::BuildConfigDrive { path, .. } => format!("build the config drive {path}"),
+            Self::SaveDefinition { .. } => "save the server's definition".to_owned(),
+            Self::PowerOff { shutdown: Shutdown { timeout_ms: 0, .. }, .. } => "power the guest off at once".to_owned(),
+            Self::PowerOff { shutdown, .. } => {
+                format!("shut the guest down, and end it after {} s", shutdown.timeout_ms.div_ceil(1000))
+            }
+            Self::MarkCommitStarted => "note that the overlays are being committed".to_owned(),
+            Self::CommitOverlay { path, base } => format!("write the overlay {path} to {base}"),
+            Self::DefineDomain { mark: Mark::Plan(_), .. } => "define the domain".to_owned(),
+            Self::DefineDomain { mark: Mark::Own, .. } => "restore the server's definition".to_owned(),
+            Self::UndefineDomain { .. } => "remove the domain's definition".to_owned(),
+            Self::StartDomain { .. } => "start the guest".to_owned(),
+            Self::SetUserPassword { user, .. } => format!("have the guest agent set the password of {user}"),
+            Self::RemoveFolder { path } => format!("remove {path}"),
+            Self::ReleaseImage { image, .. } => format!("let go of image {image}"),
+            Self::DropSavedDefinition => "forget the saved definition".to_owned(),
+        }
+    }
+
+    /// The longest time it may take, in milliseconds; waiting for libvirt to come back included.
+    ///
+    /// Measured on a loaded host a define takes milliseconds, a start 0.3 s and a destroy 0.2 s; what
+    /// is allowed here is what a sick host may take before the agent gives up.
+    #[must_use]
+    pub const fn deadline_ms(&self) -> u64 {
+        match self {
+            Self::HoldImage { .. }
+            | Self::MakeFolder { .. }
+            | Self::SaveDefinition { .. }
+            | Self::MarkCommitStarted
+            | Self::ReleaseImage { .. }
+            | Self::DropSavedDefinition => 30_000,
+            Self::CreateOverlay { .. } | Self::BuildConfigDrive { .. } | Self::RemoveFolder { .. } => 60_000,
+            Self::CopyFile { .. } => 600_000,
+            // libvirt itself waits up to 15 s for a QEMU that ignores SIGTERM, then kills it.
+            Self::PowerOff { shutdown, .. } => shutdown.timeout_ms.saturating_add(120_000),
+            // A big overlay on a slow disk.
+            Self::CommitOverlay { .. } => 6 * 3_600_000,
+            Self::DefineDomain { .. } | Self::UndefineDomain { .. } => 60_000,
+            Self::StartDomain { .. } => 180_000,
+            Self::SetUserPassword { .. } => 30_000,
+        }
+    }
+
+    /// The files it makes, writes or removes, with `create`, `write` or `remove`.
+    #[must_use]
+    pub fn files(&self) -> Vec<(String, &'static str)> {
+        match self {
+            Self::MakeFolder { path } | Self::CreateOverlay { path, .. } | Self::BuildConfigDrive { path, .. } => {
+                vec![(path.clone(), "create")]
+            }
+            Self::CopyFile { to, .. } => vec![(to.clone(), "create")],
+            Self::CommitOverlay { base, .. } => vec![(base.clone(), "write")],
+            Self::RemoveFolder { path } => vec![(path.clone(), "remove")],
+            Self::HoldImage { .. }
+            | Self::SaveDefinition { .. }
+            | Self::PowerOff { .. }
+            | Self::MarkCommitStarted
+            | Self::DefineDomain { .. }
+            | Self::UndefineDomain { .. }
+            | Self::StartDomain { .. }
+            | Self::SetUserPassword { .. }
+            | Self::ReleaseImage { .. }
+            | Self::DropSavedDefinition => Vec::new(),
+        }
+    }
+}
+
+/// A step in its place.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlannedStep {
+    /// Phase.
+    pub phase: Phase,
+    /// Step.
+    pub step: Step,
+}
+
+/// What becomes of the rescue in the record.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum RescueChange {
+    /// It stays as it is.
+    Keep,
+    /// It begins.
+    Begin(Box<RescueRecord>),
+    /// It ends.
+    End,
+    /// Its password was delivered.
+    Delivered(PasswordDelivery),
+}
+
+/// The change of the record, made in one transaction with the event and the end of the operation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Outcome {
+    /// A new record.
+    Insert(Box<ServerRecord>),
+    /// The record goes on.
+    Change {
+        /// The vm state.
+        vm_state: VmState,
+        /// The rescue.
+        rescue: RescueChange,
+        /// Disks and interfaces, if the definition changed.
+        devices: Option<(Vec<DiskSummary>, Vec<NicSummary>)>,
+    },
+    /// The record goes.
+    Remove,
+}
+
+/// A plan.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plan {
+    /// Its id, which is the operation's.
+    pub id: Uuid,
+    /// Server.
+    pub server: Uuid,
+    /// Verb.
+    pub verb: Verb,
+    /// The record to begin with, if the verb makes one. It goes if the plan is taken back.
+    pub initial: Option<Box<ServerRecord>>,
+    /// Steps in order.
+    pub steps: Vec<PlannedStep>,
+    /// The change of the record, after the last step that is not of [`Phase::CleanUp`].
+    pub outcome: Outcome,
+    /// Warnings.
+    pub warnings: Vec<Warning>,
+    /// The ways by which a password will be delivered.
+    pub password_delivery: Vec<PasswordDelivery>,
+}
+
+impl Plan {
+    /// How many steps come before the outcome.
+    #[must_use]
+    pub fn steps_before_commit(&self) -> usize {
+        self.steps.iter().filter(|step| step.phase != Phase::CleanUp).count()
+    }
+}

@@ -1,0 +1,268 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Why something is refused or failed: the one list of reasons that every error of the API carries.
+//!
+//! A reason is stable: clients may decide by it. `docs/REASONS.md` is made from this table, and a
+//! test holds the two together.
+
+use super::state::named_states;
+
+named_states! {
+    /// A reason (`ErrorInfo.reason` of an error, `Fault.reason` of a server).
+    pub enum Reason {
+        /// See [`Reason::explanation`].
+        InvalidField = "INVALID_FIELD",
+        /// See [`Reason::explanation`].
+        RequestIdReused = "REQUEST_ID_REUSED",
+        /// See [`Reason::explanation`].
+        ServerNotFound = "SERVER_NOT_FOUND",
+        /// See [`Reason::explanation`].
+        AmbiguousName = "AMBIGUOUS_NAME",
+        /// See [`Reason::explanation`].
+        DomainNotFound = "DOMAIN_NOT_FOUND",
+        /// See [`Reason::explanation`].
+        ImageNotFound = "IMAGE_NOT_FOUND",
+        /// See [`Reason::explanation`].
+        ImageUnsafe = "IMAGE_UNSAFE",
+        /// See [`Reason::explanation`].
+        ImageInUse = "IMAGE_IN_USE",
+        /// See [`Reason::explanation`].
+        ImageExists = "IMAGE_EXISTS",
+        /// See [`Reason::explanation`].
+        ImageChecksum = "IMAGE_CHECKSUM",
+        /// See [`Reason::explanation`].
+        ImageTooLarge = "IMAGE_TOO_LARGE",
+        /// See [`Reason::explanation`].
+        OperationNotFound = "OPERATION_NOT_FOUND",
+        /// See [`Reason::explanation`].
+        InvalidState = "INVALID_STATE",
+        /// See [`Reason::explanation`].
+        ServerBusy = "SERVER_BUSY",
+        /// See [`Reason::explanation`].
+        ServerExists = "SERVER_EXISTS",
+        /// See [`Reason::explanation`].
+        AlreadyRescued = "ALREADY_RESCUED",
+        /// See [`Reason::explanation`].
+        NotRescued = "NOT_RESCUED",
+        /// See [`Reason::explanation`].
+        NoRescueImage = "NO_RESCUE_IMAGE",
+        /// See [`Reason::explanation`].
+        SavedMemory = "SAVED_MEMORY",
+        /// See [`Reason::explanation`].
+        DomainTransient = "DOMAIN_TRANSIENT",
+        /// See [`Reason::explanation`].
+        NotAdopted = "NOT_ADOPTED",
+        /// See [`Reason::explanation`].
+        DomainUnsupported = "DOMAIN_UNSUPPORTED",
+        /// See [`Reason::explanation`].
+        DomainInvalid = "DOMAIN_INVALID",
+        /// See [`Reason::explanation`].
+        OverlayDecisionNeeded = "OVERLAY_DECISION_NEEDED",
+        /// See [`Reason::explanation`].
+        NoOverlays = "NO_OVERLAYS",
+        /// See [`Reason::explanation`].
+        CommitStarted = "COMMIT_STARTED",
+        /// See [`Reason::explanation`].
+        NoSpace = "NO_SPACE",
+        /// See [`Reason::explanation`].
+        LibvirtUnavailable = "LIBVIRT_UNAVAILABLE",
+        /// See [`Reason::explanation`].
+        LibvirtRefused = "LIBVIRT_REFUSED",
+        /// See [`Reason::explanation`].
+        DeadlineExceeded = "DEADLINE_EXCEEDED",
+        /// See [`Reason::explanation`].
+        GuestAgentUnavailable = "GUEST_AGENT_UNAVAILABLE",
+        /// See [`Reason::explanation`].
+        StorageFailed = "STORAGE_FAILED",
+        /// See [`Reason::explanation`].
+        Cancelled = "CANCELLED",
+        /// See [`Reason::explanation`].
+        NotCancellable = "NOT_CANCELLABLE",
+        /// See [`Reason::explanation`].
+        RollbackFailed = "ROLLBACK_FAILED",
+        /// See [`Reason::explanation`].
+        Draining = "DRAINING",
+        /// See [`Reason::explanation`].
+        Internal = "INTERNAL",
+    }
+}
+
+/// The gRPC status codes that the agent uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Code {
+    /// The request itself is wrong.
+    InvalidArgument,
+    /// What it names does not exist.
+    NotFound,
+    /// What it would make exists.
+    AlreadyExists,
+    /// The state does not allow it; retrying is useless until the state was changed.
+    FailedPrecondition,
+    /// It lost a race; it may be retried.
+    Aborted,
+    /// There is not enough of something.
+    ResourceExhausted,
+    /// It cannot be served now; it may be retried.
+    Unavailable,
+    /// It took too long.
+    DeadlineExceeded,
+    /// It was cancelled.
+    Cancelled,
+    /// A fault of the agent or of the host.
+    Internal,
+}
+
+impl Code {
+    /// The code's name in the gRPC documentation.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::InvalidArgument => "INVALID_ARGUMENT",
+            Self::NotFound => "NOT_FOUND",
+            Self::AlreadyExists => "ALREADY_EXISTS",
+            Self::FailedPrecondition => "FAILED_PRECONDITION",
+            Self::Aborted => "ABORTED",
+            Self::ResourceExhausted => "RESOURCE_EXHAUSTED",
+            Self::Unavailable => "UNAVAILABLE",
+            Self::DeadlineExceeded => "DEADLINE_EXCEEDED",
+            Self::Cancelled => "CANCELLED",
+            Self::Internal => "INTERNAL",
+        }
+    }
+}
+
+impl Reason {
+    /// The gRPC code, the HTTP code that a Nova-compatible front answers, and what the reason means
+    /// and what to do about it.
+    #[must_use]
+    pub const fn table(self) -> (Code, u16, &'static str) {
+        use Code::{
+            Aborted, AlreadyExists, Cancelled, DeadlineExceeded, FailedPrecondition, Internal, InvalidArgument, NotFound,
+            ResourceExhausted, Unavailable,
+        };
+        match self {
+            Self::InvalidField => (InvalidArgument, 400, "A field of the request breaks a rule. BadRequest names the field and the rule."),
+            Self::RequestIdReused => (InvalidArgument, 400, "The request id was used before with other content. Use a new one."),
+            Self::ServerNotFound => (NotFound, 404, "No server of this host has this id or name. `salvor server list` shows them."),
+            Self::AmbiguousName => (InvalidArgument, 400, "Several have this name or begin with this id. Use the whole id."),
+            Self::DomainNotFound => (NotFound, 404, "libvirt has no such domain. `salvor host unmanaged` shows what can be adopted."),
+            Self::ImageNotFound => (InvalidArgument, 400, "The image store has no such image. `salvor image list` shows them."),
+            Self::ImageUnsafe => (InvalidArgument, 400, "The image was not accepted: its format is not allowed, or it refers to files outside itself, or it is damaged. The message says which."),
+            Self::ImageInUse => (FailedPrecondition, 409, "Disks of servers stand on the image. Delete or unrescue them first."),
+            Self::ImageExists => (AlreadyExists, 409, "Another image has this id."),
+            Self::ImageChecksum => (InvalidArgument, 400, "The content does not have the SHA-256 that was named. Fetch it again."),
+            Self::ImageTooLarge => (InvalidArgument, 400, "The image is larger than `storage.max_image_size`, or than the disk it is to become."),
+            Self::OperationNotFound => (NotFound, 404, "There is no such operation, or it is no longer kept."),
+            Self::InvalidState => (FailedPrecondition, 409, "The server's state does not allow the action. PreconditionFailure says which state and what would help."),
+            Self::ServerBusy => (Aborted, 409, "Another operation runs on the server. The message names it; wait for it or cancel it."),
+            Self::ServerExists => (AlreadyExists, 409, "A server or a domain with this id or name exists already."),
+            Self::AlreadyRescued => (FailedPrecondition, 409, "A rescue is in force, with the way back saved. Unrescue first."),
+            Self::NotRescued => (FailedPrecondition, 409, "No rescue is in force."),
+            Self::NoRescueImage => (FailedPrecondition, 409, "No rescue image was named, the server was made from none that is still here, and the host has no default. Name one."),
+            Self::SavedMemory => (FailedPrecondition, 409, "The domain has saved memory that the action would lose. Start it first, or remove it with `virsh managedsave-remove`."),
+            Self::DomainTransient => (FailedPrecondition, 409, "The domain has no persistent definition, so there would be no way back. Define it first."),
+            Self::NotAdopted => (FailedPrecondition, 409, "Only an adopted server can be released: the disks of a created one are the agent's. Delete it instead."),
+            Self::DomainUnsupported => (FailedPrecondition, 409, "The domain has something that the action cannot be done with. The message says what, and what can be done instead."),
+            Self::DomainInvalid => (FailedPrecondition, 409, "libvirt or its QEMU does not take the domain that would be defined. The message is libvirt's."),
+            Self::OverlayDecisionNeeded => (InvalidArgument, 400, "The rescue wrote to overlays: say whether to commit or to discard them."),
+            Self::NoOverlays => (InvalidArgument, 400, "The rescue has no overlays to commit or to discard."),
+            Self::CommitStarted => (FailedPrecondition, 409, "A commit of the overlays has begun and did not end: discarding would leave half of it. Commit again."),
+            Self::NoSpace => (ResourceExhausted, 507, "The filesystem has not enough free space. The message says how much is needed and where."),
+            Self::LibvirtUnavailable => (Unavailable, 503, "libvirt cannot be reached. What was last known can still be read. Retry."),
+            Self::LibvirtRefused => (Internal, 500, "libvirt refused a step. The message is libvirt's."),
+            Self::DeadlineExceeded => (DeadlineExceeded, 504, "A step did not end within its deadline."),
+            Self::GuestAgentUnavailable => (FailedPrecondition, 409, "The guest agent does not answer."),
+            Self::StorageFailed => (Internal, 500, "A file or disk operation failed. The message says which."),
+            Self::Cancelled => (Cancelled, 409, "The operation was cancelled, and the server is as before."),
+            Self::NotCancellable => (FailedPrecondition, 409, "The operation's outcome stands already; it only cleans up."),
+            Self::RollbackFailed => (Internal, 500, "A step failed and so did taking back what was done before. The fault says what is left on the host."),
+            Self::Draining => (Unavailable, 503, "The agent is stopping and takes no new work. Retry when it is back."),
+            Self::Internal => (Internal, 500, "A fault of the agent. Its log has the details."),
+        }
+    }
+
+    /// The gRPC code.
+    #[must_use]
+    pub const fn code(self) -> Code {
+        self.table().0
+    }
+
+    /// The HTTP code that a Nova-compatible front answers.
+    #[must_use]
+    pub const fn http(self) -> u16 {
+        self.table().1
+    }
+
+    /// What it means and what to do about it.
+    #[must_use]
+    pub const fn explanation(self) -> &'static str {
+        self.table().2
+    }
+
+    /// May the same call simply be made again?
+    #[must_use]
+    pub const fn retry_safe(self) -> bool {
+        matches!(self.code(), Code::Unavailable | Code::Aborted)
+    }
+}
+
+/// A refusal: a reason, and a sentence about this very case.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, serde::Serialize, serde::Deserialize)]
+#[error("{message}")]
+pub struct Refusal {
+    /// The reason.
+    pub reason: Reason,
+    /// What is the matter and what would help, for people.
+    pub message: String,
+    /// What it is about: the field of the request (INVALID_FIELD), or the attribute and its value
+    /// (INVALID_STATE: `vm_state`, `rescued`).
+    pub subject: Option<(String, String)>,
+}
+
+impl Refusal {
+    /// A refusal without a subject.
+    pub fn new(reason: Reason, message: impl Into<String>) -> Self {
+        Self { reason, message: message.into(), subject: None }
+    }
+
+    /// A refusal for a field of the request.
+    pub fn field(field: impl Into<String>, rule: impl Into<String>) -> Self {
+        let (field, rule) = (field.into(), rule.into());
+        Self { reason: Reason::InvalidField, message: format!("{field}: {rule}"), subject: Some((field, rule)) }
+    }
+
+    /// A refusal for a state.
+    pub fn state(attribute: &str, value: &str, message: impl Into<String>) -> Self {
+        Self {
+            reason: Reason::InvalidState,
+            message: message.into(),
+            subject: Some((attribute.to_owned(), value.to_owned())),
+        }
+    }
+}
+
+named_states! {
+    /// What is worth knowing but no reason to refuse (`Warning.name`).
+    pub enum WarningName {
+        /// The rescue image is the image the server was made from: filesystems with the same UUIDs.
+        RescueImageIsServerImage = "RESCUE_IMAGE_IS_SERVER_IMAGE",
+        /// The rescue disk may grow beyond the free space.
+        SpaceMayRunOut = "SPACE_MAY_RUN_OUT",
+        /// The configured rescue timeout does not apply, for nobody said what becomes of the overlays.
+        TimeoutNotApplied = "TIMEOUT_NOT_APPLIED",
+        /// The disks of an adopted server stay where they are when it is deleted.
+        DisksKept = "DISKS_KEPT",
+        /// A file or folder could not be removed and is left behind.
+        LeftBehind = "LEFT_BEHIND",
+        /// A cdrom rescue has no config drive, or the original's one stays in place.
+        NoConfigDrive = "NO_CONFIG_DRIVE",
+    }
+}
+
+/// A warning.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Warning {
+    /// Its stable name.
+    pub name: WarningName,
+    /// About this very case, for people.
+    pub message: String,
+}

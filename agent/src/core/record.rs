@@ -1,0 +1,268 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Records of servers: what the agent remembers, and what it shows.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::{
+    reason::Reason,
+    state::{PowerObservation, PowerState, Status, TaskState, VmState, named_states, status},
+};
+
+named_states! {
+    /// How a server came to be managed.
+    pub enum Origin {
+        /// Made from an image.
+        Created = "created",
+        /// A domain that existed in libvirt and was taken over.
+        Adopted = "adopted",
+    }
+}
+
+/// The size of a server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Flavor {
+    /// Virtual CPUs.
+    pub vcpus: u32,
+    /// Memory in MiB.
+    pub memory_mib: u64,
+    /// Root disk in GiB; 0 means the image's own size.
+    pub disk_gib: u64,
+}
+
+/// A disk as the server's own definition names it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskSummary {
+    /// Target name (`vda`).
+    pub target: String,
+    /// Bus.
+    pub bus: String,
+    /// Device type (`disk`, `cdrom`, …).
+    pub device: String,
+    /// File, device or volume behind it; empty without a medium.
+    pub source: String,
+    /// Format that the definition states.
+    pub format: String,
+    /// Cannot be written.
+    pub read_only: bool,
+    /// The server boots from it.
+    pub root: bool,
+}
+
+/// A network interface as the server's own definition names it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NicSummary {
+    /// MAC address.
+    pub mac: String,
+    /// Kind of connection.
+    pub kind: String,
+    /// What it is connected to.
+    pub source: String,
+    /// Device model.
+    pub model: String,
+}
+
+named_states! {
+    /// See `RescueMode` of the API.
+    pub enum RescueMode {
+        /// The rescue disk first, the original root second.
+        Classic = "classic",
+        /// Every original disk in its place, the rescue disk last.
+        Stable = "stable",
+    }
+}
+
+named_states! {
+    /// Bus of the rescue disk.
+    pub enum RescueBus {
+        /// virtio-blk.
+        Virtio = "virtio",
+        /// SCSI.
+        Scsi = "scsi",
+        /// USB on xHCI.
+        Usb = "usb",
+        /// SATA.
+        Sata = "sata",
+        /// IDE.
+        Ide = "ide",
+    }
+}
+
+named_states! {
+    /// Device type of the rescue disk.
+    pub enum RescueDevice {
+        /// A hard disk.
+        Disk = "disk",
+        /// A CD-ROM.
+        Cdrom = "cdrom",
+    }
+}
+
+named_states! {
+    /// What the rescue guest may do to the original disks.
+    pub enum Protection {
+        /// Write to them.
+        ReadWrite = "read-write",
+        /// Write to overlays.
+        Overlay = "overlay",
+        /// Only read them.
+        ReadOnly = "read-only",
+    }
+}
+
+named_states! {
+    /// What becomes of overlays.
+    pub enum OverlayDisposition {
+        /// Written to the original disks.
+        Commit = "commit",
+        /// Thrown away.
+        Discard = "discard",
+    }
+}
+
+named_states! {
+    /// A way by which an admin password reaches the guest.
+    pub enum PasswordDelivery {
+        /// A config drive for cloud-init.
+        ConfigDrive = "config-drive",
+        /// The QEMU guest agent.
+        GuestAgent = "guest-agent",
+    }
+}
+
+/// A disk of the rescue domain.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RescueDisk {
+    /// Target name in the rescue domain.
+    pub target: String,
+    /// Bus in the rescue domain.
+    pub bus: String,
+    /// Target name in the server's own definition; empty for disks of the rescue itself.
+    pub original_target: String,
+    /// `rescue`, `original` or `config-drive`.
+    pub role: String,
+    /// What is behind it.
+    pub source: String,
+}
+
+/// An overlay over an original disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Overlay {
+    /// The overlay's file.
+    pub path: String,
+    /// The original disk.
+    pub base: String,
+    /// The original disk's format.
+    pub base_format: String,
+}
+
+/// A rescue in force: everything that unrescue needs besides the saved definition.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RescueRecord {
+    /// The operation that began it; its files are in a folder of this name.
+    pub plan: Uuid,
+    /// Image.
+    pub image_id: Uuid,
+    /// Mode in force.
+    pub mode: RescueMode,
+    /// Bus in force.
+    pub bus: RescueBus,
+    /// Device type in force.
+    pub device: RescueDevice,
+    /// Protection in force.
+    pub protection: Protection,
+    /// Power state before.
+    pub power_before: PowerState,
+    /// The vm state before.
+    pub vm_state_before: VmState,
+    /// When it began, in milliseconds since the Unix epoch.
+    pub started_at_ms: i64,
+    /// When the agent ends it by itself, in milliseconds since the Unix epoch.
+    pub expires_at_ms: Option<i64>,
+    /// What then becomes of the overlays.
+    pub expiry_overlay: Option<OverlayDisposition>,
+    /// Folder with the rescue's files.
+    pub folder: String,
+    /// Disks of the rescue domain.
+    pub disks: Vec<RescueDisk>,
+    /// Overlays to commit or to discard.
+    pub overlays: Vec<Overlay>,
+    /// A commit of the overlays began.
+    pub commit_started: bool,
+    /// The ways by which the password was delivered so far.
+    pub password_delivered: Vec<PasswordDelivery>,
+    /// The password's hash, until the guest agent has been given it; only if the domain has a channel.
+    pub password_for_agent: Option<super::password::CryptHash>,
+    /// The user whose password it is.
+    pub password_user: String,
+}
+
+/// Why a server is in ERROR.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fault {
+    /// Reason.
+    pub reason: Reason,
+    /// What happened, for people.
+    pub message: String,
+    /// The step that failed.
+    pub step: String,
+    /// What is left on the host.
+    pub left_behind: Vec<String>,
+    /// When, in milliseconds since the Unix epoch.
+    pub at_ms: i64,
+}
+
+/// A server.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServerRecord {
+    /// uuid, which is the domain's.
+    pub id: Uuid,
+    /// Name.
+    pub name: String,
+    /// How it came to be managed.
+    pub origin: Origin,
+    /// Name of the domain.
+    pub domain_name: String,
+    /// Last stable intent.
+    pub vm_state: VmState,
+    /// What is under way.
+    pub task_state: Option<TaskState>,
+    /// Last observation.
+    pub power: PowerObservation,
+    /// While the power state is unknown: what was seen last.
+    pub last_known_power: Option<PowerObservation>,
+    /// Image it was made from.
+    pub image_id: Option<Uuid>,
+    /// Size.
+    pub flavor: Flavor,
+    /// Disks of its own definition.
+    pub disks: Vec<DiskSummary>,
+    /// Interfaces of its own definition.
+    pub nics: Vec<NicSummary>,
+    /// The rescue in force.
+    pub rescue: Option<RescueRecord>,
+    /// Why it is in ERROR.
+    pub fault: Option<Fault>,
+    /// The operation under way.
+    pub operation: Option<Uuid>,
+    /// Number of the last change on this host.
+    pub revision: i64,
+    /// When the record was made, in milliseconds since the Unix epoch.
+    pub created_at_ms: i64,
+    /// When it last changed, in milliseconds since the Unix epoch.
+    pub updated_at_ms: i64,
+    /// Metadata of the creator.
+    pub metadata: BTreeMap<String, String>,
+    /// Host name.
+    pub hostname: String,
+}
+
+impl ServerRecord {
+    /// The word that users read.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        status(self.vm_state, self.task_state)
+    }
+}
