@@ -9,11 +9,11 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::password::CryptHash;
 use super::{
     record::{Flavor, OverlayDisposition, Protection, RescueBus, RescueDevice, RescueMode},
     state::{TaskState, named_states},
 };
-use super::password::CryptHash;
 
 named_states! {
     /// A verb. Where Nova records the same action, the name is Nova's.

@@ -49,13 +49,9 @@ pub const fn allowed(verb: Verb, vm_state: VmState) -> Allowed {
         Verb::Release => match vm_state {
             S::Active | S::Paused | S::Suspended | S::Stopped => Yes,
             S::Error => UnlessRescued,
-            S::Building
-            | S::Rescued
-            | S::Resized
-            | S::SoftDeleted
-            | S::Deleted
-            | S::Shelved
-            | S::ShelvedOffloaded => No,
+            S::Building | S::Rescued | S::Resized | S::SoftDeleted | S::Deleted | S::Shelved | S::ShelvedOffloaded => {
+                No
+            }
         },
         Verb::Start => match vm_state {
             S::Stopped => Yes,
@@ -140,7 +136,9 @@ const fn advice(verb: Verb, vm_state: VmState) -> &'static str {
         (Verb::Stop, VmState::Stopped) => "it is stopped already",
         (Verb::Start, VmState::Error) => "stop it first, or unrescue it if a rescue is in force",
         (_, VmState::Building) => "wait until it is built, or delete it",
-        (_, VmState::Error) => "its fault says what is left on the host; unrescue it if a rescue is in force, else delete it",
+        (_, VmState::Error) => {
+            "its fault says what is left on the host; unrescue it if a rescue is in force, else delete it"
+        }
         _ => "its state has to change first",
     }
 }
@@ -166,7 +164,10 @@ pub fn admit(verb: Verb, server: &ServerRecord) -> Result<(), Refusal> {
     if verb == Verb::Release && server.origin != Origin::Adopted {
         return Err(Refusal::new(
             Reason::NotAdopted,
-            format!("server {} was created here, so its disks are the agent's; delete it instead of releasing it", server.id),
+            format!(
+                "server {} was created here, so its disks are the agent's; delete it instead of releasing it",
+                server.id
+            ),
         ));
     }
     let state = server.vm_state;
@@ -182,12 +183,19 @@ pub fn admit(verb: Verb, server: &ServerRecord) -> Result<(), Refusal> {
         )),
         (Allowed::IfRescued, false) | (Allowed::No, false) if verb == Verb::Unrescue => Err(Refusal::new(
             Reason::NotRescued,
-            format!("cannot unrescue server {}: it is {state}, and no rescue is in force", server.id),
+            format!(
+                "cannot unrescue server {}: it is {state}, and no rescue is in force",
+                server.id
+            ),
         )),
         (Allowed::IfRescued | Allowed::UnlessRescued | Allowed::No, _) => Err(Refusal::state(
             "vm_state",
             state.name(),
-            format!("cannot {verb} server {} while it is in vm_state {state}: {}", server.id, advice(verb, state)),
+            format!(
+                "cannot {verb} server {} while it is in vm_state {state}: {}",
+                server.id,
+                advice(verb, state)
+            ),
         )),
     }
 }

@@ -15,6 +15,7 @@ pub mod admission;
 pub mod facts;
 pub mod image;
 pub mod layout;
+pub mod operation;
 pub mod password;
 pub mod plan;
 pub mod planners;

@@ -205,13 +205,21 @@ impl Step {
             Self::CopyFile { from, to } => format!("copy {from} to {to}"),
             Self::BuildConfigDrive { path, .. } => format!("build the config drive {path}"),
             Self::SaveDefinition { .. } => "save the server's definition".to_owned(),
-            Self::PowerOff { shutdown: Shutdown { timeout_ms: 0, .. }, .. } => "power the guest off at once".to_owned(),
+            Self::PowerOff {
+                shutdown: Shutdown { timeout_ms: 0, .. },
+                ..
+            } => "power the guest off at once".to_owned(),
             Self::PowerOff { shutdown, .. } => {
-                format!("shut the guest down, and end it after {} s", shutdown.timeout_ms.div_ceil(1000))
+                format!(
+                    "shut the guest down, and end it after {} s",
+                    shutdown.timeout_ms.div_ceil(1000)
+                )
             }
             Self::MarkCommitStarted => "note that the overlays are being committed".to_owned(),
             Self::CommitOverlay { path, base } => format!("write the overlay {path} to {base}"),
-            Self::DefineDomain { mark: Mark::Plan(_), .. } => "define the domain".to_owned(),
+            Self::DefineDomain {
+                mark: Mark::Plan(_), ..
+            } => "define the domain".to_owned(),
             Self::DefineDomain { mark: Mark::Own, .. } => "restore the server's definition".to_owned(),
             Self::UndefineDomain { .. } => "remove the domain's definition".to_owned(),
             Self::StartDomain { .. } => "start the guest".to_owned(),

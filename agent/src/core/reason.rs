@@ -136,46 +136,166 @@ impl Reason {
     #[must_use]
     pub const fn table(self) -> (Code, u16, &'static str) {
         use Code::{
-            Aborted, AlreadyExists, Cancelled, DeadlineExceeded, FailedPrecondition, Internal, InvalidArgument, NotFound,
-            ResourceExhausted, Unavailable,
+            Aborted, AlreadyExists, Cancelled, DeadlineExceeded, FailedPrecondition, Internal, InvalidArgument,
+            NotFound, ResourceExhausted, Unavailable,
         };
         match self {
-            Self::InvalidField => (InvalidArgument, 400, "A field of the request breaks a rule. BadRequest names the field and the rule."),
-            Self::RequestIdReused => (InvalidArgument, 400, "The request id was used before with other content. Use a new one."),
-            Self::ServerNotFound => (NotFound, 404, "No server of this host has this id or name. `salvor server list` shows them."),
-            Self::AmbiguousName => (InvalidArgument, 400, "Several have this name or begin with this id. Use the whole id."),
-            Self::DomainNotFound => (NotFound, 404, "libvirt has no such domain. `salvor host unmanaged` shows what can be adopted."),
-            Self::ImageNotFound => (InvalidArgument, 400, "The image store has no such image. `salvor image list` shows them."),
-            Self::ImageUnsafe => (InvalidArgument, 400, "The image was not accepted: its format is not allowed, or it refers to files outside itself, or it is damaged. The message says which."),
-            Self::ImageInUse => (FailedPrecondition, 409, "Disks of servers stand on the image. Delete or unrescue them first."),
+            Self::InvalidField => (
+                InvalidArgument,
+                400,
+                "A field of the request breaks a rule. BadRequest names the field and the rule.",
+            ),
+            Self::RequestIdReused => (
+                InvalidArgument,
+                400,
+                "The request id was used before with other content. Use a new one.",
+            ),
+            Self::ServerNotFound => (
+                NotFound,
+                404,
+                "No server of this host has this id or name. `salvor server list` shows them.",
+            ),
+            Self::AmbiguousName => (
+                InvalidArgument,
+                400,
+                "Several have this name or begin with this id. Use the whole id.",
+            ),
+            Self::DomainNotFound => (
+                NotFound,
+                404,
+                "libvirt has no such domain. `salvor host unmanaged` shows what can be adopted.",
+            ),
+            Self::ImageNotFound => (
+                InvalidArgument,
+                400,
+                "The image store has no such image. `salvor image list` shows them.",
+            ),
+            Self::ImageUnsafe => (
+                InvalidArgument,
+                400,
+                "The image was not accepted: its format is not allowed, or it refers to files outside itself, or it is damaged. The message says which.",
+            ),
+            Self::ImageInUse => (
+                FailedPrecondition,
+                409,
+                "Disks of servers stand on the image. Delete or unrescue them first.",
+            ),
             Self::ImageExists => (AlreadyExists, 409, "Another image has this id."),
-            Self::ImageChecksum => (InvalidArgument, 400, "The content does not have the SHA-256 that was named. Fetch it again."),
-            Self::ImageTooLarge => (InvalidArgument, 400, "The image is larger than `storage.max_image_size`, or than the disk it is to become."),
+            Self::ImageChecksum => (
+                InvalidArgument,
+                400,
+                "The content does not have the SHA-256 that was named. Fetch it again.",
+            ),
+            Self::ImageTooLarge => (
+                InvalidArgument,
+                400,
+                "The image is larger than `storage.max_image_size`, or than the disk it is to become.",
+            ),
             Self::OperationNotFound => (NotFound, 404, "There is no such operation, or it is no longer kept."),
-            Self::InvalidState => (FailedPrecondition, 409, "The server's state does not allow the action. PreconditionFailure says which state and what would help."),
-            Self::ServerBusy => (Aborted, 409, "Another operation runs on the server. The message names it; wait for it or cancel it."),
-            Self::ServerExists => (AlreadyExists, 409, "A server or a domain with this id or name exists already."),
-            Self::AlreadyRescued => (FailedPrecondition, 409, "A rescue is in force, with the way back saved. Unrescue first."),
+            Self::InvalidState => (
+                FailedPrecondition,
+                409,
+                "The server's state does not allow the action. PreconditionFailure says which state and what would help.",
+            ),
+            Self::ServerBusy => (
+                Aborted,
+                409,
+                "Another operation runs on the server. The message names it; wait for it or cancel it.",
+            ),
+            Self::ServerExists => (
+                AlreadyExists,
+                409,
+                "A server or a domain with this id or name exists already.",
+            ),
+            Self::AlreadyRescued => (
+                FailedPrecondition,
+                409,
+                "A rescue is in force, with the way back saved. Unrescue first.",
+            ),
             Self::NotRescued => (FailedPrecondition, 409, "No rescue is in force."),
-            Self::NoRescueImage => (FailedPrecondition, 409, "No rescue image was named, the server was made from none that is still here, and the host has no default. Name one."),
-            Self::SavedMemory => (FailedPrecondition, 409, "The domain has saved memory that the action would lose. Start it first, or remove it with `virsh managedsave-remove`."),
-            Self::DomainTransient => (FailedPrecondition, 409, "The domain has no persistent definition, so there would be no way back. Define it first."),
-            Self::NotAdopted => (FailedPrecondition, 409, "Only an adopted server can be released: the disks of a created one are the agent's. Delete it instead."),
-            Self::DomainUnsupported => (FailedPrecondition, 409, "The domain has something that the action cannot be done with. The message says what, and what can be done instead."),
-            Self::DomainInvalid => (FailedPrecondition, 409, "libvirt or its QEMU does not take the domain that would be defined. The message is libvirt's."),
-            Self::OverlayDecisionNeeded => (InvalidArgument, 400, "The rescue wrote to overlays: say whether to commit or to discard them."),
-            Self::NoOverlays => (InvalidArgument, 400, "The rescue has no overlays to commit or to discard."),
-            Self::CommitStarted => (FailedPrecondition, 409, "A commit of the overlays has begun and did not end: discarding would leave half of it. Commit again."),
-            Self::NoSpace => (ResourceExhausted, 507, "The filesystem has not enough free space. The message says how much is needed and where."),
-            Self::LibvirtUnavailable => (Unavailable, 503, "libvirt cannot be reached. What was last known can still be read. Retry."),
+            Self::NoRescueImage => (
+                FailedPrecondition,
+                409,
+                "No rescue image was named, the server was made from none that is still here, and the host has no default. Name one.",
+            ),
+            Self::SavedMemory => (
+                FailedPrecondition,
+                409,
+                "The domain has saved memory that the action would lose. Start it first, or remove it with `virsh managedsave-remove`.",
+            ),
+            Self::DomainTransient => (
+                FailedPrecondition,
+                409,
+                "The domain has no persistent definition, so there would be no way back. Define it first.",
+            ),
+            Self::NotAdopted => (
+                FailedPrecondition,
+                409,
+                "Only an adopted server can be released: the disks of a created one are the agent's. Delete it instead.",
+            ),
+            Self::DomainUnsupported => (
+                FailedPrecondition,
+                409,
+                "The domain has something that the action cannot be done with. The message says what, and what can be done instead.",
+            ),
+            Self::DomainInvalid => (
+                FailedPrecondition,
+                409,
+                "libvirt or its QEMU does not take the domain that would be defined. The message is libvirt's.",
+            ),
+            Self::OverlayDecisionNeeded => (
+                InvalidArgument,
+                400,
+                "The rescue wrote to overlays: say whether to commit or to discard them.",
+            ),
+            Self::NoOverlays => (
+                InvalidArgument,
+                400,
+                "The rescue has no overlays to commit or to discard.",
+            ),
+            Self::CommitStarted => (
+                FailedPrecondition,
+                409,
+                "A commit of the overlays has begun and did not end: discarding would leave half of it. Commit again.",
+            ),
+            Self::NoSpace => (
+                ResourceExhausted,
+                507,
+                "The filesystem has not enough free space. The message says how much is needed and where.",
+            ),
+            Self::LibvirtUnavailable => (
+                Unavailable,
+                503,
+                "libvirt cannot be reached. What was last known can still be read. Retry.",
+            ),
             Self::LibvirtRefused => (Internal, 500, "libvirt refused a step. The message is libvirt's."),
             Self::DeadlineExceeded => (DeadlineExceeded, 504, "A step did not end within its deadline."),
             Self::GuestAgentUnavailable => (FailedPrecondition, 409, "The guest agent does not answer."),
-            Self::StorageFailed => (Internal, 500, "A file or disk operation failed. The message says which."),
-            Self::Cancelled => (Cancelled, 409, "The operation was cancelled, and the server is as before."),
-            Self::NotCancellable => (FailedPrecondition, 409, "The operation's outcome stands already; it only cleans up."),
-            Self::RollbackFailed => (Internal, 500, "A step failed and so did taking back what was done before. The fault says what is left on the host."),
-            Self::Draining => (Unavailable, 503, "The agent is stopping and takes no new work. Retry when it is back."),
+            Self::StorageFailed => (
+                Internal,
+                500,
+                "A file or disk operation failed. The message says which.",
+            ),
+            Self::Cancelled => (
+                Cancelled,
+                409,
+                "The operation was cancelled, and the server is as before.",
+            ),
+            Self::NotCancellable => (
+                FailedPrecondition,
+                409,
+                "The operation's outcome stands already; it only cleans up.",
+            ),
+            Self::RollbackFailed => (
+                Internal,
+                500,
+                "A step failed and so did taking back what was done before. The fault says what is left on the host.",
+            ),
+            Self::Draining => (
+                Unavailable,
+                503,
+                "The agent is stopping and takes no new work. Retry when it is back.",
+            ),
             Self::Internal => (Internal, 500, "A fault of the agent. Its log has the details."),
         }
     }
@@ -221,13 +341,21 @@ pub struct Refusal {
 impl Refusal {
     /// A refusal without a subject.
     pub fn new(reason: Reason, message: impl Into<String>) -> Self {
-        Self { reason, message: message.into(), subject: None }
+        Self {
+            reason,
+            message: message.into(),
+            subject: None,
+        }
     }
 
     /// A refusal for a field of the request.
     pub fn field(field: impl Into<String>, rule: impl Into<String>) -> Self {
         let (field, rule) = (field.into(), rule.into());
-        Self { reason: Reason::InvalidField, message: format!("{field}: {rule}"), subject: Some((field, rule)) }
+        Self {
+            reason: Reason::InvalidField,
+            message: format!("{field}: {rule}"),
+            subject: Some((field, rule)),
+        }
     }
 
     /// A refusal for a state.

@@ -46,5 +46,9 @@ pub fn reconcile(server: &ServerRecord, seen: PowerObservation) -> Option<Reconc
     if same && server.vm_state == vm_state {
         return None;
     }
-    Some(Reconciled { power: seen, last_known_power, vm_state })
+    Some(Reconciled {
+        power: seen,
+        last_known_power,
+        vm_state,
+    })
 }

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 macro_rules! named_states {
     ($(#[$meta:meta])* pub enum $ty:ident { $($(#[$vmeta:meta])* $variant:ident = $name:literal,)+ }) => {
         $(#[$meta])*
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
         pub enum $ty {
             $($(#[$vmeta])* #[serde(rename = $name)] $variant,)+
         }
@@ -293,9 +293,7 @@ pub fn status(vm_state: VmState, task_state: Option<TaskState>) -> Status {
     match vm_state {
         VmState::Active => match task_state {
             Some(T::Rebooting | T::RebootPending | T::RebootStarted) => Status::Reboot,
-            Some(T::RebootingHard | T::RebootPendingHard | T::RebootStartedHard) => {
-                Status::HardReboot
-            }
+            Some(T::RebootingHard | T::RebootPendingHard | T::RebootStartedHard) => Status::HardReboot,
             Some(T::UpdatingPassword) => Status::Password,
             Some(T::Migrating) => Status::Migrating,
             _ if rebuilding => Status::Rebuild,

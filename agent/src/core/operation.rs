@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Records of operations: how far a plan is, and how it ended.
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::{
+    action::Verb,
+    plan::Plan,
+    reason::{Refusal, Warning},
+    state::named_states,
+};
+
+named_states! {
+    /// Where an operation is.
+    pub enum OperationState {
+        /// Steps are being applied.
+        Running = "running",
+        /// Applied steps are being taken back.
+        Reverting = "reverting",
+        /// The outcome stands; clean-up goes on.
+        CleaningUp = "cleaning-up",
+        /// Ended as asked.
+        Done = "done",
+        /// Failed; the server is as before, or in ERROR.
+        Failed = "failed",
+        /// Cancelled; the server is as before.
+        Cancelled = "cancelled",
+    }
+}
+
+impl OperationState {
+    /// Has it ended?
+    #[must_use]
+    pub const fn is_final(self) -> bool {
+        matches!(self, Self::Done | Self::Failed | Self::Cancelled)
+    }
+}
+
+named_states! {
+    /// Where a step is.
+    pub enum StepState {
+        /// Not begun.
+        Pending = "pending",
+        /// Being applied, or it was when the agent died.
+        Running = "running",
+        /// Applied.
+        Done = "done",
+        /// Could not be applied.
+        Failed = "failed",
+        /// Being taken back.
+        Reverting = "reverting",
+        /// Taken back.
+        Reverted = "reverted",
+        /// Could not be taken back.
+        RevertFailed = "revert-failed",
+    }
+}
+
+named_states! {
+    /// How a guest came to be off.
+    pub enum GuestStop {
+        /// It was off already.
+        WasOff = "was-off",
+        /// It shut down by itself when asked.
+        ByItself = "by-itself",
+        /// It was ended.
+        Forced = "forced",
+    }
+}
+
+/// A step of an operation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StepRecord {
+    /// Kind.
+    pub kind: String,
+    /// Phase.
+    pub phase: String,
+    /// What it does, for people.
+    pub description: String,
+    /// Where it is.
+    pub state: StepState,
+    /// When it began, in milliseconds since the Unix epoch.
+    pub started_at_ms: Option<i64>,
+    /// When it ended.
+    pub ended_at_ms: Option<i64>,
+    /// What happened.
+    pub message: String,
+}
+
+/// An operation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OperationRecord {
+    /// Its id, which is the plan's.
+    pub id: Uuid,
+    /// Server.
+    pub server: Uuid,
+    /// Verb.
+    pub verb: Verb,
+    /// The client's request id.
+    pub request_id: Option<String>,
+    /// Who asked.
+    pub caller: String,
+    /// Where it is.
+    pub state: OperationState,
+    /// Steps in order.
+    pub steps: Vec<StepRecord>,
+    /// When it was accepted, in milliseconds since the Unix epoch.
+    pub created_at_ms: i64,
+    /// When it ended.
+    pub ended_at_ms: Option<i64>,
+    /// Why it failed or was cancelled.
+    pub error: Option<Refusal>,
+    /// How the guest was stopped, if it was.
+    pub guest_stop: Option<GuestStop>,
+    /// Somebody asked for it to be cancelled.
+    pub cancel_requested: bool,
+    /// So many times the agent was restarted while it ran.
+    pub recoveries: u32,
+    /// Warnings.
+    pub warnings: Vec<Warning>,
+}
+
+impl OperationRecord {
+    /// The record of an accepted plan.
+    #[must_use]
+    pub fn accepted(plan: &Plan, request_id: Option<String>, caller: String, now_ms: i64) -> Self {
+        Self {
+            id: plan.id,
+            server: plan.server,
+            verb: plan.verb,
+            request_id,
+            caller,
+            state: OperationState::Running,
+            steps: plan
+                .steps
+                .iter()
+                .map(|planned| StepRecord {
+                    kind: planned.step.kind().to_owned(),
+                    phase: planned.phase.name().to_owned(),
+                    description: planned.step.describe(),
+                    state: StepState::Pending,
+                    started_at_ms: None,
+                    ended_at_ms: None,
+                    message: String::new(),
+                })
+                .collect(),
+            created_at_ms: now_ms,
+            ended_at_ms: None,
+            error: None,
+            guest_stop: None,
+            cancel_requested: false,
+            recoveries: 0,
+            warnings: plan.warnings.clone(),
+        }
+    }
+}

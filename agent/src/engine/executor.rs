@@ -1,0 +1,428 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Carries one operation to its end, from wherever the journal says it is.
+//!
+//! ```text
+//!            every step applied            outcome stands
+//!  Running ──────────────────────> commit ────────────────> CleaningUp ──> Done
+//!     │ a step failed, or cancelled
+//!     v
+//!  Reverting ── all taken back ──> Failed / Cancelled (the record is as before)
+//!     └──────── one cannot be ───> Failed, the server in ERROR with a fault
+//! ```
+//!
+//! A new operation and one that the journal brings back after a crash run through the same code: the
+//! only difference is that a step noted as begun is observed before it is applied again.
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use tokio::{
+    sync::watch,
+    time::{Instant, timeout_at},
+};
+
+use super::{
+    View,
+    probe::{Event, Point, Probe},
+    runner::{Cancel, StepContext, StepError, StepReport, StepRunner},
+};
+use crate::{
+    core::{
+        operation::{OperationRecord, OperationState, StepState},
+        plan::{Plan, Step},
+        reason::{Reason, Refusal, Warning, WarningName},
+        record::Fault,
+    },
+    store::{Store, StoreError},
+};
+
+/// Taking back may have to wait for libvirt to come back, for longer than a step may take.
+const REVERT_DEADLINE: Duration = Duration::from_secs(600);
+
+/// How long to wait before asking a hypervisor again that says it is there but does not answer.
+const LINK_PAUSE: Duration = Duration::from_millis(100);
+
+/// Why an operation was left as it is in the journal.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Abandoned {
+    /// A crash point.
+    #[error("the agent died at a crash point")]
+    Died,
+    /// The journal cannot be written.
+    #[error("the journal cannot be written")]
+    Store(#[from] StoreError),
+}
+
+/// Milliseconds since the Unix epoch.
+pub(crate) fn now_ms() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Direction {
+    Apply,
+    Revert,
+}
+
+pub(super) struct Execution {
+    pub(super) store: Store,
+    pub(super) runner: Arc<dyn StepRunner>,
+    pub(super) probe: Arc<dyn Probe>,
+    pub(super) plan: Arc<Plan>,
+    pub(super) operation: OperationRecord,
+    pub(super) view: watch::Sender<View>,
+    pub(super) cancel: watch::Sender<bool>,
+}
+
+impl Execution {
+    /// Carries the operation on until it has ended.
+    pub(super) async fn run(mut self) -> Result<(), Abandoned> {
+        loop {
+            match self.operation.state {
+                OperationState::Running => self.forward().await?,
+                OperationState::Reverting => self.backward().await?,
+                OperationState::CleaningUp => self.clean_up().await?,
+                OperationState::Done | OperationState::Failed | OperationState::Cancelled => return Ok(()),
+            }
+        }
+    }
+
+    async fn forward(&mut self) -> Result<(), Abandoned> {
+        for index in 0..self.plan.steps_before_commit() {
+            let state = self.step_state(index);
+            if state == StepState::Done {
+                continue;
+            }
+            if self.cancel_requested().await? {
+                return self.turn_back(StepError::cancelled()).await;
+            }
+            // Noted as begun by an agent that died: perhaps it was applied.
+            let uncertain = state == StepState::Running;
+            self.begin_step(index, StepState::Running);
+            self.store.progress(self.operation.clone()).await?;
+            let outcome = match self.probe(Point::BeforeStep(index))? {
+                Some(error) => Err(error),
+                None => self.attempt(index, Direction::Apply, uncertain).await?,
+            };
+            let outcome = match (outcome, self.probe(Point::AfterStep(index))?) {
+                (Ok(_), Some(error)) => Err(error),
+                (outcome, _) => outcome,
+            };
+            match outcome {
+                Ok(report) => self.step_done(index, report),
+                Err(error) => {
+                    self.end_step(index, StepState::Failed, &error.message);
+                    return self.turn_back(error).await;
+                }
+            }
+        }
+        if self.cancel_requested().await? {
+            return self.turn_back(StepError::cancelled()).await;
+        }
+        if let Some(error) = self.probe(Point::BeforeCommit)? {
+            return self.turn_back(error).await;
+        }
+        self.operation.state = OperationState::after_commit(&self.plan);
+        if self.operation.state.is_final() {
+            self.operation.ended_at_ms = Some(now_ms());
+        }
+        self.store
+            .commit(Arc::clone(&self.plan), self.operation.clone(), now_ms())
+            .await?;
+        self.publish();
+        // The outcome stands: whatever happens here can no longer take it back.
+        self.probe(Point::AfterCommit)?;
+        Ok(())
+    }
+
+    async fn clean_up(&mut self) -> Result<(), Abandoned> {
+        for index in self.plan.steps_before_commit()..self.plan.steps.len() {
+            if matches!(self.step_state(index), StepState::Done | StepState::Failed) {
+                continue;
+            }
+            self.begin_step(index, StepState::Running);
+            self.store.progress(self.operation.clone()).await?;
+            let outcome = match self.probe(Point::BeforeStep(index))? {
+                Some(error) => Err(error),
+                None => self.attempt(index, Direction::Apply, false).await?,
+            };
+            self.probe(Point::AfterStep(index))?;
+            match outcome {
+                Ok(report) => self.step_done(index, report),
+                Err(error) => {
+                    // Not worth failing for: what is left behind is said, and swept at the next start.
+                    self.end_step(index, StepState::Failed, &error.message);
+                    self.operation.warnings.push(Warning {
+                        name: WarningName::LeftBehind,
+                        message: format!("could not {}: {error}", self.describe(index)),
+                    });
+                }
+            }
+        }
+        self.probe(Point::BeforeFinish)?;
+        self.operation.state = OperationState::Done;
+        self.operation.ended_at_ms = Some(now_ms());
+        self.store.finish(self.operation.clone(), now_ms()).await?;
+        self.publish();
+        Ok(())
+    }
+
+    async fn backward(&mut self) -> Result<(), Abandoned> {
+        let mut fault = None;
+        for index in (0..self.plan.steps_before_commit()).rev() {
+            if matches!(self.step_state(index), StepState::Pending | StepState::Reverted) {
+                continue;
+            }
+            self.begin_step(index, StepState::Reverting);
+            self.store.progress(self.operation.clone()).await?;
+            let outcome = match self.probe(Point::BeforeRevert(index))? {
+                Some(error) => Err(error),
+                None => self.attempt(index, Direction::Revert, false).await?,
+            };
+            self.probe(Point::AfterRevert(index))?;
+            match outcome {
+                Ok(_) => self.end_step(index, StepState::Reverted, ""),
+                Err(error) => {
+                    self.end_step(index, StepState::RevertFailed, &error.message);
+                    // What was done before must stay as it is: taking it back now would be done to a
+                    // host that is not what that step expects.
+                    fault = Some(self.fault(index, &error));
+                    break;
+                }
+            }
+        }
+        self.probe(Point::BeforeFinish)?;
+        let cancelled = self
+            .operation
+            .error
+            .as_ref()
+            .is_some_and(|error| error.reason == Reason::Cancelled);
+        self.operation.state = if cancelled && fault.is_none() {
+            OperationState::Cancelled
+        } else {
+            OperationState::Failed
+        };
+        if let Some(fault) = &fault {
+            self.operation.error = Some(Refusal::new(Reason::RollbackFailed, fault.message.clone()));
+        }
+        self.operation.ended_at_ms = Some(now_ms());
+        self.store
+            .rolled_back(Arc::clone(&self.plan), self.operation.clone(), fault, now_ms())
+            .await?;
+        self.publish();
+        Ok(())
+    }
+
+    /// The rest of the journal's work is to take back what was done.
+    async fn turn_back(&mut self, error: StepError) -> Result<(), Abandoned> {
+        tracing::warn!(operation = %self.operation.id, reason = %error.reason, error = %error, "taking the operation back");
+        self.operation.state = OperationState::Reverting;
+        self.operation.error = Some(error.into());
+        self.store.turn(self.operation.clone(), now_ms()).await?;
+        self.publish();
+        Ok(())
+    }
+
+    /// Applies a step or takes it back, within its deadline; waits for a hypervisor that is away.
+    async fn attempt(
+        &mut self,
+        index: usize,
+        direction: Direction,
+        uncertain: bool,
+    ) -> Result<Result<StepReport, StepError>, Abandoned> {
+        let plan = Arc::clone(&self.plan);
+        let Some(planned) = plan.steps.get(index) else {
+            return Ok(Ok(StepReport::default()));
+        };
+        let step = &planned.step;
+        let mut limit = Duration::from_millis(step.deadline_ms());
+        if direction == Direction::Revert {
+            limit = limit.max(REVERT_DEADLINE);
+        }
+        let deadline = Instant::now() + limit;
+        let runner = Arc::clone(&self.runner);
+        let view = self.view.clone();
+        let progress = move |percent: u8| {
+            view.send_modify(|view| view.percent = Some((index, percent.min(100))));
+        };
+        let cancel = match direction {
+            Direction::Apply => Cancel(self.cancel.subscribe()),
+            // Taking back is what a cancel asks for.
+            Direction::Revert => Cancel::never(),
+        };
+        let context = StepContext {
+            plan: &plan,
+            cancel: cancel.clone(),
+            progress: &progress,
+        };
+        let mut look_first = uncertain;
+        loop {
+            let once = try_once(runner.as_ref(), context.clone(), step, direction, look_first);
+            tokio::pin!(once);
+            let mut watched = cancel.clone();
+            let outcome = loop {
+                tokio::select! {
+                    biased;
+                    outcome = timeout_at(deadline, &mut once) => break outcome,
+                    () = watched.requested(), if !self.operation.cancel_requested => {
+                        self.note_cancel().await?;
+                    }
+                }
+            };
+            let error = match outcome {
+                Ok(Ok(report)) => return Ok(Ok(report)),
+                Ok(Err(error)) if error.link_down => error,
+                Ok(Err(error)) => return Ok(Err(error)),
+                Err(_) => return Ok(Err(deadline_exceeded(step, limit))),
+            };
+            if direction == Direction::Apply && cancel.is_requested() {
+                return Ok(Err(StepError::cancelled()));
+            }
+            tracing::info!(operation = %self.operation.id, step = step.kind(), %error, "waiting for the hypervisor");
+            let back = async {
+                tokio::time::sleep(LINK_PAUSE).await;
+                runner.ready().await;
+            };
+            let mut watched = cancel.clone();
+            tokio::select! {
+                back = timeout_at(deadline, back) => if back.is_err() {
+                    return Ok(Err(error));
+                },
+                () = watched.requested() => return Ok(Err(StepError::cancelled())),
+            }
+            look_first = true;
+        }
+    }
+
+    /// Has somebody asked for a cancel? Then it is noted for good.
+    async fn cancel_requested(&mut self) -> Result<bool, Abandoned> {
+        if !self.operation.cancel_requested && *self.cancel.borrow() {
+            self.note_cancel().await?;
+        }
+        Ok(self.operation.cancel_requested)
+    }
+
+    async fn note_cancel(&mut self) -> Result<(), Abandoned> {
+        self.operation.cancel_requested = true;
+        self.store.turn(self.operation.clone(), now_ms()).await?;
+        self.publish();
+        Ok(())
+    }
+
+    fn probe(&self, point: Point) -> Result<Option<StepError>, Abandoned> {
+        match self.probe.at(&self.plan, point) {
+            Event::Go => Ok(None),
+            Event::Fail(reason) => Ok(Some(StepError::new(reason, "a crash point made it fail"))),
+            Event::Cancel => {
+                self.cancel.send_replace(true);
+                Ok(None)
+            }
+            Event::Die => Err(Abandoned::Died),
+        }
+    }
+
+    fn step_state(&self, index: usize) -> StepState {
+        self.operation
+            .steps
+            .get(index)
+            .map_or(StepState::Pending, |step| step.state)
+    }
+
+    fn describe(&self, index: usize) -> String {
+        self.plan
+            .steps
+            .get(index)
+            .map(|planned| planned.step.describe())
+            .unwrap_or_default()
+    }
+
+    fn begin_step(&mut self, index: usize, state: StepState) {
+        if let Some(step) = self.operation.steps.get_mut(index) {
+            step.state = state;
+            if state == StepState::Running {
+                step.started_at_ms = Some(now_ms());
+            }
+        }
+        self.publish();
+    }
+
+    fn end_step(&mut self, index: usize, state: StepState, message: &str) {
+        if let Some(step) = self.operation.steps.get_mut(index) {
+            step.state = state;
+            step.ended_at_ms = Some(now_ms());
+            if !message.is_empty() {
+                message.clone_into(&mut step.message);
+            }
+        }
+        self.publish();
+    }
+
+    fn step_done(&mut self, index: usize, report: StepReport) {
+        if report.guest_stop.is_some() {
+            self.operation.guest_stop = report.guest_stop;
+        }
+        self.end_step(index, StepState::Done, &report.message);
+    }
+
+    fn publish(&self) {
+        self.view.send_replace(View {
+            operation: Arc::new(self.operation.clone()),
+            percent: None,
+        });
+    }
+
+    fn fault(&self, index: usize, error: &StepError) -> Fault {
+        let left_behind = (0..=index)
+            .filter(|done| !matches!(self.step_state(*done), StepState::Pending | StepState::Reverted))
+            .map(|done| self.describe(done))
+            .collect();
+        let first = self.operation.error.as_ref().map_or("", |error| error.message.as_str());
+        let what = self.describe(index);
+        Fault {
+            reason: Reason::RollbackFailed,
+            message: format!(
+                "{} failed ({first}), and taking back \"{what}\" failed as well: {error}",
+                self.plan.verb
+            ),
+            step: self
+                .operation
+                .steps
+                .get(index)
+                .map(|step| step.kind.clone())
+                .unwrap_or_default(),
+            left_behind,
+            at_ms: now_ms(),
+        }
+    }
+}
+
+async fn try_once(
+    runner: &dyn StepRunner,
+    context: StepContext<'_>,
+    step: &Step,
+    direction: Direction,
+    look_first: bool,
+) -> Result<StepReport, StepError> {
+    match direction {
+        Direction::Apply => {
+            if look_first && runner.observe(context.clone(), step).await? {
+                return Ok(StepReport {
+                    message: "was done already".to_owned(),
+                    guest_stop: None,
+                });
+            }
+            runner.apply(context, step).await
+        }
+        Direction::Revert => runner.revert(context, step).await.map(|()| StepReport::default()),
+    }
+}
+
+fn deadline_exceeded(step: &Step, limit: Duration) -> StepError {
+    StepError::new(
+        Reason::DeadlineExceeded,
+        format!("{} did not end within {} s", step.kind(), limit.as_secs()),
+    )
+}

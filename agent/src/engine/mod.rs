@@ -1,0 +1,241 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The engine: carries operations on, each in its server's lane.
+//!
+//! A server's lane is the `operation` of its record: the journal gives it to a plan when it accepts
+//! it, and takes it back when the operation ends. So there is at most one operation on a server, also
+//! across a restart, and operations on different servers never wait for each other here.
+//!
+//! The engine knows no verb and no step. Steps are applied by a [`StepRunner`], operations are
+//! written to the [`Store`].
+
+mod executor;
+mod probe;
+mod runner;
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use tokio::sync::watch;
+use uuid::Uuid;
+
+pub(crate) use executor::now_ms;
+#[cfg(feature = "failpoints")]
+pub use probe::EnvProbe;
+pub use probe::{Event, NoProbe, Point, Probe};
+pub use runner::{Cancel, StepContext, StepError, StepReport, StepRunner};
+
+use crate::{
+    core::{
+        operation::{OperationRecord, OperationState},
+        plan::Plan,
+        reason::{Reason, Refusal},
+    },
+    store::{Accept, Accepted, Store, StoreError, StoreResult},
+};
+
+/// An operation as it is now.
+#[derive(Debug, Clone)]
+pub struct View {
+    /// The operation.
+    pub operation: Arc<OperationRecord>,
+    /// How far the step with this index is, in percent, if it says so.
+    pub percent: Option<(usize, u8)>,
+}
+
+#[derive(Clone)]
+struct Active {
+    cancel: watch::Sender<bool>,
+    view: watch::Receiver<View>,
+}
+
+/// The engine. Cheap to clone.
+#[derive(Clone)]
+pub struct Engine {
+    store: Store,
+    runner: Arc<dyn StepRunner>,
+    probe: Arc<dyn Probe>,
+    active: Arc<Mutex<HashMap<Uuid, Active>>>,
+    /// How many operations are under way.
+    count: watch::Sender<usize>,
+}
+
+impl Engine {
+    /// An engine that has not begun anything yet; see [`Engine::recover`].
+    #[must_use]
+    pub fn new(store: Store, runner: Arc<dyn StepRunner>, probe: Arc<dyn Probe>) -> Self {
+        Self {
+            store,
+            runner,
+            probe,
+            active: Arc::default(),
+            count: watch::channel(0).0,
+        }
+    }
+
+    /// Takes up every operation that the journal says has not ended, and says how many these are.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn recover(&self) -> StoreResult<usize> {
+        let under_way = self.store.under_way().await?;
+        let count = under_way.len();
+        for (mut operation, plan) in under_way {
+            operation.recoveries = operation.recoveries.saturating_add(1);
+            tracing::info!(operation = %operation.id, server = %operation.server, verb = %operation.verb,
+                state = %operation.state, "taking up an operation that was under way");
+            self.begin(operation, Arc::new(plan));
+        }
+        Ok(count)
+    }
+
+    /// Accepts a plan and begins it. If the same request was made before, nothing new begins.
+    ///
+    /// # Errors
+    /// See [`Store::accept`].
+    pub async fn submit(&self, accept: Accept) -> StoreResult<Accepted> {
+        let plan = Arc::clone(&accept.plan);
+        let accepted = self.store.accept(accept).await?;
+        if let Accepted::New(operation) = &accepted {
+            self.begin(OperationRecord::clone(operation), plan);
+        }
+        Ok(accepted)
+    }
+
+    /// An operation as it is now.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn operation(&self, id: Uuid) -> StoreResult<Option<View>> {
+        if let Some(view) = self.watch(id) {
+            let view = view.borrow().clone();
+            return Ok(Some(view));
+        }
+        let operation = self.store.operation(id).await?;
+        Ok(operation.map(|operation| View {
+            operation: Arc::new(operation),
+            percent: None,
+        }))
+    }
+
+    /// Follows an operation that is under way.
+    #[must_use]
+    pub fn watch(&self, id: Uuid) -> Option<watch::Receiver<View>> {
+        self.active().get(&id).map(|active| active.view.clone())
+    }
+
+    /// Waits until an operation has ended, at most so long, and says how it is then.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn wait(&self, id: Uuid, limit: Duration) -> StoreResult<Option<View>> {
+        if let Some(mut view) = self.watch(id) {
+            // A time-out or an end of the sender are no errors here: the state is told anyway.
+            let _ = tokio::time::timeout(limit, view.wait_for(|view| view.operation.state.is_final())).await;
+        }
+        self.operation(id).await
+    }
+
+    /// Asks for an operation to be cancelled. Returns once that is asked, not once it has ended.
+    ///
+    /// # Errors
+    /// [`Reason::OperationNotFound`]; [`Reason::NotCancellable`] if its outcome stands.
+    pub async fn cancel(&self, id: Uuid) -> StoreResult<()> {
+        let active = self.active().get(&id).cloned();
+        if let Some(active) = active {
+            let state = active.view.borrow().operation.state;
+            return match state {
+                OperationState::Running => {
+                    active.cancel.send_replace(true);
+                    Ok(())
+                }
+                // It is being taken back already.
+                OperationState::Reverting => Ok(()),
+                OperationState::CleaningUp
+                | OperationState::Done
+                | OperationState::Failed
+                | OperationState::Cancelled => Err(not_cancellable(id, state)),
+            };
+        }
+        match self.store.operation(id).await? {
+            Some(operation) => Err(not_cancellable(id, operation.state)),
+            None => Err(Refusal::new(Reason::OperationNotFound, format!("there is no operations/{id}")).into()),
+        }
+    }
+
+    /// How many operations are under way.
+    #[must_use]
+    pub fn under_way(&self) -> usize {
+        *self.count.borrow()
+    }
+
+    /// Waits until no operation is under way, at most so long; says how many still are. Those go on
+    /// when the agent is started again.
+    pub async fn drain(&self, limit: Duration) -> usize {
+        let mut count = self.count.subscribe();
+        let _ = tokio::time::timeout(limit, count.wait_for(|count| *count == 0)).await;
+        self.under_way()
+    }
+
+    fn active(&self) -> std::sync::MutexGuard<'_, HashMap<Uuid, Active>> {
+        self.active.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn begin(&self, operation: OperationRecord, plan: Arc<Plan>) {
+        let id = operation.id;
+        let (cancel, _) = watch::channel(operation.cancel_requested);
+        let (view, view_rx) = watch::channel(View {
+            operation: Arc::new(operation.clone()),
+            percent: None,
+        });
+        let count = {
+            let mut active = self.active();
+            active.insert(
+                id,
+                Active {
+                    cancel: cancel.clone(),
+                    view: view_rx,
+                },
+            );
+            active.len()
+        };
+        self.count.send_replace(count);
+        let execution = executor::Execution {
+            store: self.store.clone(),
+            runner: Arc::clone(&self.runner),
+            probe: Arc::clone(&self.probe),
+            plan,
+            operation,
+            view,
+            cancel,
+        };
+        let engine = self.clone();
+        let running = tokio::spawn(execution.run());
+        tokio::spawn(async move {
+            match running.await {
+                Ok(Ok(())) => {}
+                // The journal has it, so the next start takes it up.
+                Ok(Err(abandoned)) => {
+                    tracing::error!(operation = %id, error = %abandoned, "operation left for recovery")
+                }
+                Err(panicked) => tracing::error!(operation = %id, error = %panicked, "operation left for recovery"),
+            }
+            let count = {
+                let mut active = engine.active();
+                active.remove(&id);
+                active.len()
+            };
+            engine.count.send_replace(count);
+        });
+    }
+}
+
+fn not_cancellable(id: Uuid, state: OperationState) -> StoreError {
+    Refusal::new(
+        Reason::NotCancellable,
+        format!("operations/{id} cannot be cancelled any more: it is {state}"),
+    )
+    .into()
+}

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What the engine needs of steps: apply, take back, observe. It knows no step and no verb.
+
+use async_trait::async_trait;
+use tokio::sync::watch;
+
+use crate::core::{
+    operation::GuestStop,
+    plan::{Plan, Step},
+    reason::{Reason, Refusal},
+};
+
+/// Why a step could not be applied or taken back.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct StepError {
+    /// The reason.
+    pub reason: Reason,
+    /// What happened, for people.
+    pub message: String,
+    /// The hypervisor was away: worth another try once it is back.
+    pub link_down: bool,
+}
+
+impl StepError {
+    /// A failure that another try would not mend.
+    pub fn new(reason: Reason, message: impl Into<String>) -> Self {
+        Self {
+            reason,
+            message: message.into(),
+            link_down: false,
+        }
+    }
+
+    /// The step noticed that it is to stop.
+    #[must_use]
+    pub fn cancelled() -> Self {
+        Self::new(Reason::Cancelled, "cancelled")
+    }
+}
+
+impl From<StepError> for Refusal {
+    fn from(error: StepError) -> Self {
+        Refusal::new(error.reason, error.message)
+    }
+}
+
+/// What a step has to say.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct StepReport {
+    /// What happened, for people; empty if nothing is to be said.
+    pub message: String,
+    /// How the guest came to be off.
+    pub guest_stop: Option<GuestStop>,
+}
+
+/// Has somebody asked for the operation to be cancelled?
+#[derive(Debug, Clone)]
+pub struct Cancel(pub(super) watch::Receiver<bool>);
+
+impl Cancel {
+    /// A cancel that nobody asks for.
+    #[must_use]
+    pub fn never() -> Self {
+        // The value stays false for ever once its sender is gone.
+        Self(watch::channel(false).1)
+    }
+
+    /// Has it been asked for?
+    #[must_use]
+    pub fn is_requested(&self) -> bool {
+        *self.0.borrow()
+    }
+
+    /// Returns when it is asked for; never, if nobody can ask any more.
+    pub async fn requested(&mut self) {
+        if self.0.wait_for(|requested| *requested).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+/// What a step is applied in.
+#[derive(Clone)]
+pub struct StepContext<'a> {
+    /// The plan it belongs to.
+    pub plan: &'a Plan,
+    /// Long steps heed it.
+    pub cancel: Cancel,
+    /// Long steps say how far they are, in percent.
+    pub progress: &'a (dyn Fn(u8) + Send + Sync),
+}
+
+/// What steps do on the host.
+#[async_trait]
+pub trait StepRunner: Send + Sync + 'static {
+    /// Applies a step. Applying it again, also after it was half applied, leads to the same end.
+    async fn apply(&self, context: StepContext<'_>, step: &Step) -> Result<StepReport, StepError>;
+
+    /// Takes a step back, whether it was applied wholly, in part or not at all.
+    async fn revert(&self, context: StepContext<'_>, step: &Step) -> Result<(), StepError>;
+
+    /// Is it already so?
+    async fn observe(&self, context: StepContext<'_>, step: &Step) -> Result<bool, StepError>;
+
+    /// Returns when the hypervisor can be asked.
+    async fn ready(&self);
+}

@@ -1,0 +1,604 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The journal: operations with their plans, and what they do to servers' records.
+
+use std::sync::Arc;
+
+use rusqlite::{Connection, OptionalExtension as _, params};
+use uuid::Uuid;
+
+use super::{
+    Durability, Publish, Servers, Store, StoreError, StoreResult,
+    events::{self, Change},
+};
+use crate::core::{
+    operation::{OperationRecord, OperationState},
+    plan::{Outcome, Plan, RescueChange},
+    reason::{Reason, Refusal},
+    reconcile::reconcile,
+    record::{Fault, RescueRecord, ServerRecord},
+    state::{PowerObservation, VmState},
+};
+
+/// Who asks for an action, and how the call can be repeated.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Request {
+    /// The client's id for the call.
+    pub id: Option<String>,
+    /// Hash of what it asked for.
+    pub body_hash: String,
+    /// Who asks.
+    pub caller: String,
+}
+
+/// A plan to be accepted.
+#[derive(Debug, Clone)]
+pub struct Accept {
+    /// The plan.
+    pub plan: Arc<Plan>,
+    /// Who asks for it.
+    pub request: Request,
+    /// The record that it was planned for; `None` if the plan makes the server.
+    pub planned_for: Option<Arc<ServerRecord>>,
+    /// The time now, in milliseconds since the Unix epoch.
+    pub now_ms: i64,
+}
+
+/// What became of a plan.
+#[derive(Debug, Clone)]
+pub enum Accepted {
+    /// It is in the journal and can begin.
+    New(Box<OperationRecord>),
+    /// The same call was made before and began this operation.
+    Before(Box<OperationRecord>),
+}
+
+/// Reads all servers.
+pub(super) fn load_servers(connection: &Connection) -> StoreResult<Servers> {
+    let mut servers = Servers::default();
+    let mut statement = connection.prepare("SELECT ord, doc FROM servers ORDER BY ord")?;
+    let rows = statement.query_map([], |row| Ok((row.get::<_, i64>(0)?, row.get::<_, String>(1)?)))?;
+    for row in rows {
+        let (order, doc) = row?;
+        let record: ServerRecord = serde_json::from_str(&doc)?;
+        servers.by_order.insert(order, record.id);
+        servers.by_id.insert(record.id, (order, Arc::new(record)));
+    }
+    Ok(servers)
+}
+
+/// Writes a changed record with its event.
+fn put_server(
+    tx: &Connection,
+    publish: &mut Publish,
+    order: i64,
+    mut record: ServerRecord,
+    now_ms: i64,
+) -> StoreResult<ServerRecord> {
+    record.updated_at_ms = now_ms;
+    // The revision is the event's, which is known only once it is written, and the event shows the
+    // record: so the next revision is read first. Nobody else writes.
+    record.revision = events::newest(tx)? + 1;
+    record.revision = events::append(
+        tx,
+        publish,
+        now_ms,
+        record.id,
+        &Change::Server(Box::new(record.clone())),
+    )?;
+    tx.prepare_cached("UPDATE servers SET doc = ?2 WHERE ord = ?1")?
+        .execute(params![order, serde_json::to_string(&record)?])?;
+    publish.put.push((order, record.clone()));
+    Ok(record)
+}
+
+fn insert_server(tx: &Connection, publish: &mut Publish, record: ServerRecord, now_ms: i64) -> StoreResult<()> {
+    tx.execute(
+        "INSERT INTO servers (id, doc) VALUES (?1, '{}')",
+        [record.id.to_string()],
+    )?;
+    let order = tx.last_insert_rowid();
+    put_server(tx, publish, order, record, now_ms)?;
+    Ok(())
+}
+
+fn remove_server(tx: &Connection, publish: &mut Publish, operation: &OperationRecord, now_ms: i64) -> StoreResult<()> {
+    tx.execute("DELETE FROM servers WHERE id = ?1", [operation.server.to_string()])?;
+    publish.remove.push(operation.server);
+    events::append(tx, publish, now_ms, operation.server, &Change::Removed(operation.verb))?;
+    Ok(())
+}
+
+fn put_operation(tx: &Connection, operation: &OperationRecord) -> StoreResult<()> {
+    tx.prepare_cached("UPDATE operations SET doc = ?2, final = ?3 WHERE id = ?1")?
+        .execute(params![
+            operation.id.to_string(),
+            serde_json::to_string(operation)?,
+            operation.state.is_final()
+        ])?;
+    Ok(())
+}
+
+fn announce(tx: &Connection, publish: &mut Publish, operation: &OperationRecord, now_ms: i64) -> StoreResult<()> {
+    events::append(
+        tx,
+        publish,
+        now_ms,
+        operation.server,
+        &Change::Operation(Box::new(operation.clone())),
+    )?;
+    Ok(())
+}
+
+fn missing_server(id: Uuid) -> StoreError {
+    StoreError::Missing {
+        what: "server",
+        id: id.to_string(),
+    }
+}
+
+impl Store {
+    /// The operation that a call with this request id began, if there was one.
+    ///
+    /// # Errors
+    /// [`Reason::RequestIdReused`] if the call asked for something else.
+    pub async fn repeated(&self, request: Request) -> StoreResult<Option<OperationRecord>> {
+        self.run(move |db| repeated(&db.connection, &request)).await
+    }
+
+    /// Accepts a plan: writes it to the journal and takes the server's lane, in one transaction that
+    /// survives a power cut.
+    ///
+    /// # Errors
+    /// [`Reason::ServerBusy`] if the lane is taken or the server changed since it was planned for;
+    /// [`Reason::ServerExists`] if the plan makes a server that is there; see [`Store::repeated`].
+    pub async fn accept(&self, accept: Accept) -> StoreResult<Accepted> {
+        self.run(move |db| {
+            let Accept {
+                plan,
+                request,
+                planned_for,
+                now_ms,
+            } = accept;
+            if let Some(before) = repeated(&db.connection, &request)? {
+                return Ok(Accepted::Before(Box::new(before)));
+            }
+            let current = db.server(plan.server);
+            check_lane(
+                &plan,
+                planned_for.as_deref(),
+                current.as_ref().map(|(_, record)| record),
+            )?;
+            let operation = OperationRecord::accepted(&plan, request.id.clone(), request.caller.clone(), now_ms);
+            db.change(Durability::Power, |tx, publish| {
+                tx.execute(
+                    "INSERT INTO operations (id, server, request_id, body_hash, final, created_at, plan, doc)
+                     VALUES (?1, ?2, ?3, ?4, 0, ?5, ?6, ?7)",
+                    params![
+                        operation.id.to_string(),
+                        operation.server.to_string(),
+                        request.id,
+                        request.body_hash,
+                        now_ms,
+                        serde_json::to_string(plan.as_ref())?,
+                        serde_json::to_string(&operation)?
+                    ],
+                )?;
+                if let Some(initial) = &plan.initial {
+                    let mut record = ServerRecord::clone(initial);
+                    record.task_state = plan.verb.task_state();
+                    record.operation = Some(plan.id);
+                    insert_server(tx, publish, record, now_ms)?;
+                } else if let Some((order, mut record)) = current {
+                    record.task_state = plan.verb.task_state();
+                    record.operation = Some(plan.id);
+                    put_server(tx, publish, order, record, now_ms)?;
+                }
+                announce(tx, publish, &operation, now_ms)
+            })?;
+            Ok(Accepted::New(Box::new(operation)))
+        })
+        .await
+    }
+
+    /// Notes how far an operation is. Does not survive a power cut, which costs nothing: the step is
+    /// applied again.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn progress(&self, operation: OperationRecord) -> StoreResult<()> {
+        self.run(move |db| db.change(Durability::Process, |tx, _| put_operation(tx, &operation)))
+            .await
+    }
+
+    /// Notes that an operation turned round or that its cancelling was asked for, for good.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn turn(&self, operation: OperationRecord, now_ms: i64) -> StoreResult<()> {
+        self.run(move |db| {
+            db.change(Durability::Power, |tx, publish| {
+                put_operation(tx, &operation)?;
+                announce(tx, publish, &operation, now_ms)
+            })
+        })
+        .await
+    }
+
+    /// Makes a plan's outcome stand: the record's change, its event and the operation's state in one
+    /// transaction that survives a power cut. The lane stays taken while the operation cleans up.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn commit(&self, plan: Arc<Plan>, operation: OperationRecord, now_ms: i64) -> StoreResult<()> {
+        self.run(move |db| {
+            let current = db.server(plan.server);
+            db.change(Durability::Power, |tx, publish| {
+                let lane = (!operation.state.is_final()).then_some(operation.id);
+                match (&plan.outcome, current) {
+                    (Outcome::Insert(record), None) => {
+                        let mut record = ServerRecord::clone(record);
+                        record.operation = lane;
+                        insert_server(tx, publish, record, now_ms)?;
+                    }
+                    (Outcome::Remove, Some(_)) => remove_server(tx, publish, &operation, now_ms)?,
+                    // Committed before, and the agent died before it knew.
+                    (Outcome::Insert(_), Some(_)) | (Outcome::Remove, None) => {}
+                    (
+                        Outcome::Change {
+                            vm_state,
+                            rescue,
+                            devices,
+                        },
+                        Some((order, mut record)),
+                    ) => {
+                        record.vm_state = *vm_state;
+                        record.task_state = None;
+                        record.operation = lane;
+                        record.fault = None;
+                        change_rescue(&mut record, rescue);
+                        if let Some((disks, nics)) = devices {
+                            record.disks.clone_from(disks);
+                            record.nics.clone_from(nics);
+                        }
+                        put_server(tx, publish, order, record, now_ms)?;
+                    }
+                    (Outcome::Change { .. }, None) => return Err(missing_server(plan.server)),
+                }
+                put_operation(tx, &operation)?;
+                announce(tx, publish, &operation, now_ms)
+            })
+        })
+        .await
+    }
+
+    /// Ends an operation whose outcome stands: it gives the lane back.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn finish(&self, operation: OperationRecord, now_ms: i64) -> StoreResult<()> {
+        self.end(operation, None, false, now_ms).await
+    }
+
+    /// Ends an operation that was taken back: the record is as before, or gone if the plan made it.
+    /// With a fault the roll-back failed too, and the server is in ERROR.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn rolled_back(
+        &self,
+        plan: Arc<Plan>,
+        operation: OperationRecord,
+        fault: Option<Fault>,
+        now_ms: i64,
+    ) -> StoreResult<()> {
+        let remove = plan.initial.is_some() && fault.is_none();
+        self.end(operation, fault, remove, now_ms).await
+    }
+
+    async fn end(
+        &self,
+        operation: OperationRecord,
+        fault: Option<Fault>,
+        remove: bool,
+        now_ms: i64,
+    ) -> StoreResult<()> {
+        self.run(move |db| {
+            let current = db
+                .server(operation.server)
+                .filter(|(_, record)| record.operation == Some(operation.id));
+            db.change(Durability::Power, |tx, publish| {
+                if let Some((order, mut record)) = current {
+                    if remove {
+                        remove_server(tx, publish, &operation, now_ms)?;
+                    } else {
+                        record.task_state = None;
+                        record.operation = None;
+                        if fault.is_some() {
+                            record.vm_state = VmState::Error;
+                            record.fault = fault;
+                        }
+                        put_server(tx, publish, order, record, now_ms)?;
+                    }
+                }
+                put_operation(tx, &operation)?;
+                announce(tx, publish, &operation, now_ms)
+            })
+        })
+        .await
+    }
+
+    /// One operation.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn operation(&self, id: Uuid) -> StoreResult<Option<OperationRecord>> {
+        self.run(move |db| {
+            let doc: Option<String> = db
+                .connection
+                .query_row("SELECT doc FROM operations WHERE id = ?1", [id.to_string()], |row| {
+                    row.get(0)
+                })
+                .optional()?;
+            Ok(doc.map(|doc| serde_json::from_str(&doc)).transpose()?)
+        })
+        .await
+    }
+
+    /// Operations, newest first, older than the number `before`, with their numbers.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn operations(
+        &self,
+        server: Option<Uuid>,
+        before: i64,
+        limit: u32,
+    ) -> StoreResult<Vec<(i64, OperationRecord)>> {
+        self.run(move |db| {
+            let mut statement = db.connection.prepare_cached(
+                "SELECT ord, doc FROM operations WHERE (?1 IS NULL OR server = ?1) AND ord < ?2 ORDER BY ord DESC LIMIT ?3",
+            )?;
+            let rows = statement.query_map(params![server.map(|id| id.to_string()), before, limit], |row| {
+                Ok((row.get::<_, i64>(0)?, row.get::<_, String>(1)?))
+            })?;
+            let mut operations = Vec::new();
+            for row in rows {
+                let (order, doc) = row?;
+                operations.push((order, serde_json::from_str(&doc)?));
+            }
+            Ok(operations)
+        })
+        .await
+    }
+
+    /// Operations that have not ended, oldest first, with their plans.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn under_way(&self) -> StoreResult<Vec<(OperationRecord, Plan)>> {
+        self.run(|db| {
+            let mut statement = db
+                .connection
+                .prepare_cached("SELECT doc, plan FROM operations WHERE final = 0 ORDER BY ord")?;
+            let rows = statement.query_map([], |row| Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?)))?;
+            let mut operations = Vec::new();
+            for row in rows {
+                let (doc, plan) = row?;
+                operations.push((serde_json::from_str(&doc)?, serde_json::from_str(&plan)?));
+            }
+            Ok(operations)
+        })
+        .await
+    }
+
+    /// Forgets operations that ended and are older than `before_ms`; says how many.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn forget_operations(&self, before_ms: i64) -> StoreResult<usize> {
+        self.run(move |db| {
+            db.change(Durability::Process, |tx, _| {
+                Ok(tx.execute(
+                    "DELETE FROM operations WHERE final = 1 AND created_at < ?1",
+                    [before_ms],
+                )?)
+            })
+        })
+        .await
+    }
+
+    /// Stores the definition to go back to, once: storing it again for the same plan changes nothing.
+    ///
+    /// # Errors
+    /// [`Reason::AlreadyRescued`] if one of another plan is stored.
+    pub async fn save_definition(&self, server: Uuid, plan: Uuid, xml: String) -> StoreResult<()> {
+        self.run(move |db| {
+            db.change(Durability::Power, |tx, _| {
+                tx.execute(
+                    "INSERT OR IGNORE INTO saved_definitions (server, plan, xml) VALUES (?1, ?2, ?3)",
+                    params![server.to_string(), plan.to_string(), xml],
+                )?;
+                let owner: String = tx.query_row(
+                    "SELECT plan FROM saved_definitions WHERE server = ?1",
+                    [server.to_string()],
+                    |row| row.get(0),
+                )?;
+                if owner == plan.to_string() {
+                    return Ok(());
+                }
+                Err(Refusal::new(
+                    Reason::AlreadyRescued,
+                    format!("the definition of server {server} is saved already, by operations/{owner}"),
+                )
+                .into())
+            })
+        })
+        .await
+    }
+
+    /// The stored definition.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn saved_definition(&self, server: Uuid) -> StoreResult<Option<String>> {
+        self.run(move |db| {
+            Ok(db
+                .connection
+                .query_row(
+                    "SELECT xml FROM saved_definitions WHERE server = ?1",
+                    [server.to_string()],
+                    |row| row.get(0),
+                )
+                .optional()?)
+        })
+        .await
+    }
+
+    /// Forgets the stored definition. With a plan, only if that plan stored it.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn drop_definition(&self, server: Uuid, only_of: Option<Uuid>) -> StoreResult<()> {
+        self.run(move |db| {
+            db.change(Durability::Process, |tx, _| {
+                tx.execute(
+                    "DELETE FROM saved_definitions WHERE server = ?1 AND (?2 IS NULL OR plan = ?2)",
+                    params![server.to_string(), only_of.map(|plan| plan.to_string())],
+                )?;
+                Ok(())
+            })
+        })
+        .await
+    }
+
+    /// Notes that a commit of a rescue's overlays begins: they can no longer be discarded.
+    ///
+    /// # Errors
+    /// [`StoreError::Missing`] if there is no such server.
+    pub async fn mark_commit_started(&self, server: Uuid, now_ms: i64) -> StoreResult<()> {
+        self.run(move |db| {
+            let (order, mut record) = db.server(server).ok_or_else(|| missing_server(server))?;
+            match &mut record.rescue {
+                Some(rescue) if !rescue.commit_started => rescue.commit_started = true,
+                _ => return Ok(()),
+            }
+            db.change(Durability::Power, |tx, publish| {
+                put_server(tx, publish, order, record, now_ms).map(|_| ())
+            })
+        })
+        .await
+    }
+
+    /// Folds an observation into a server's record; says whether it told something new.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn observe(&self, server: Uuid, seen: PowerObservation) -> StoreResult<bool> {
+        self.run(move |db| {
+            let Some((order, mut record)) = db.server(server) else {
+                return Ok(false);
+            };
+            let now_ms = seen.observed_at_ms;
+            let Some(reconciled) = reconcile(&record, seen.clone()) else {
+                // Nothing new but its age, which is kept in memory only.
+                record.power.observed_at_ms = seen.observed_at_ms;
+                record.power.source = seen.source;
+                db.publish(Publish {
+                    put: vec![(order, record)],
+                    ..Publish::default()
+                });
+                return Ok(false);
+            };
+            record.power = reconciled.power;
+            record.last_known_power = reconciled.last_known_power;
+            record.vm_state = reconciled.vm_state;
+            db.change(Durability::Process, |tx, publish| {
+                put_server(tx, publish, order, record, now_ms).map(|_| ())
+            })?;
+            Ok(true)
+        })
+        .await
+    }
+}
+
+fn repeated(connection: &Connection, request: &Request) -> StoreResult<Option<OperationRecord>> {
+    let Some(id) = &request.id else { return Ok(None) };
+    let found: Option<(String, String)> = connection
+        .query_row(
+            "SELECT body_hash, doc FROM operations WHERE request_id = ?1",
+            [id],
+            |row| Ok((row.get(0)?, row.get(1)?)),
+        )
+        .optional()?;
+    let Some((body_hash, doc)) = found else { return Ok(None) };
+    if body_hash != request.body_hash {
+        return Err(Refusal::new(
+            Reason::RequestIdReused,
+            format!("request id {id} was used before with other content; use a new one"),
+        )
+        .into());
+    }
+    Ok(Some(serde_json::from_str(&doc)?))
+}
+
+/// Is the server still what was planned for, and its lane free?
+fn check_lane(plan: &Plan, planned_for: Option<&ServerRecord>, current: Option<&ServerRecord>) -> Result<(), Refusal> {
+    match (planned_for, current) {
+        (None, None) => Ok(()),
+        (None, Some(_)) => Err(Refusal::new(
+            Reason::ServerExists,
+            format!("there is a server {} already", plan.server),
+        )),
+        (Some(_), None) => Err(Refusal::new(
+            Reason::ServerNotFound,
+            format!("server {} was removed meanwhile", plan.server),
+        )),
+        (Some(planned), Some(current)) => {
+            if let Some(operation) = current.operation {
+                return Err(Refusal::new(
+                    Reason::ServerBusy,
+                    format!(
+                        "operations/{operation} is under way on server {}; wait for it or cancel it",
+                        plan.server
+                    ),
+                ));
+            }
+            let plan_of = |record: &ServerRecord| record.rescue.as_ref().map(|rescue| rescue.plan);
+            if planned.vm_state != current.vm_state || plan_of(planned) != plan_of(current) {
+                return Err(Refusal::new(
+                    Reason::ServerBusy,
+                    format!("server {} changed while the action was planned; try again", plan.server),
+                ));
+            }
+            Ok(())
+        }
+    }
+}
+
+fn change_rescue(record: &mut ServerRecord, change: &RescueChange) {
+    match change {
+        RescueChange::Keep => {}
+        RescueChange::Begin(rescue) => record.rescue = Some(RescueRecord::clone(rescue)),
+        RescueChange::End => record.rescue = None,
+        RescueChange::Delivered(way) => {
+            if let Some(rescue) = &mut record.rescue {
+                rescue.password_for_agent = None;
+                if !rescue.password_delivered.contains(way) {
+                    rescue.password_delivered.push(*way);
+                }
+            }
+        }
+    }
+}
+
+impl OperationState {
+    /// The state of a plan whose outcome stands: it may have to clean up.
+    #[must_use]
+    pub fn after_commit(plan: &Plan) -> Self {
+        if plan.steps_before_commit() == plan.steps.len() {
+            Self::Done
+        } else {
+            Self::CleaningUp
+        }
+    }
+}

@@ -1,0 +1,274 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The store: servers, operations, saved definitions, images and events, in one SQLite file.
+//!
+//! One OS thread owns the connection and makes every change, so that changes have one order, and a
+//! slow disk holds up no other thread. What is read often, the servers, is kept in memory and
+//! published when a change is committed; reading it waits for nobody.
+//!
+//! SQLite's write-ahead log lets each change choose its durability ([`Durability`]): what must survive
+//! a power cut is synced before the call returns, the progress of steps is not. Progress that a power
+//! cut takes away costs nothing, for a step may be applied again.
+
+mod events;
+mod images;
+mod journal;
+mod schema;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::Path,
+    sync::{Arc, RwLock},
+};
+
+use rusqlite::Connection;
+use tokio::sync::{mpsc, oneshot, watch};
+use uuid::Uuid;
+
+pub use events::{Change, EventPage, StoredEvent};
+pub use journal::{Accept, Accepted, Request};
+
+use crate::core::record::ServerRecord;
+
+/// What can go wrong in the store.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// SQLite refused.
+    #[error("the store failed")]
+    Sqlite(#[from] rusqlite::Error),
+    /// A stored document cannot be read, or one cannot be written.
+    #[error("a document of the store is damaged")]
+    Document(#[from] serde_json::Error),
+    /// The store was written by a newer agent.
+    #[error("the store has schema version {found}, newer than the {known} that this agent knows; use the newer agent")]
+    Newer {
+        /// Version of the store.
+        found: i64,
+        /// Version of the agent.
+        known: i64,
+    },
+    /// The store's thread could not be started.
+    #[error("the store's thread cannot be started")]
+    Thread(#[source] std::io::Error),
+    /// The store's thread has ended.
+    #[error("the store is closed")]
+    Closed,
+    /// A refusal found while the change was made.
+    #[error(transparent)]
+    Refused(#[from] crate::core::reason::Refusal),
+    /// There is no such record.
+    #[error("there is no {what} {id}")]
+    Missing {
+        /// What kind of record.
+        what: &'static str,
+        /// Its id.
+        id: String,
+    },
+}
+
+/// The answer of a call to the store.
+pub type StoreResult<T> = Result<T, StoreError>;
+
+/// What a change survives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Durability {
+    /// A crash of the agent.
+    Process,
+    /// A power cut.
+    Power,
+}
+
+/// The servers, in memory.
+#[derive(Debug, Default)]
+struct Servers {
+    by_id: HashMap<Uuid, (i64, Arc<ServerRecord>)>,
+    by_order: BTreeMap<i64, Uuid>,
+}
+
+/// What the store's thread owns.
+struct Db {
+    connection: Connection,
+    servers: Arc<RwLock<Servers>>,
+    revision: watch::Sender<i64>,
+    /// So many events are kept.
+    keep_events: i64,
+    events_since_trim: i64,
+    durability: Durability,
+}
+
+type Job = Box<dyn FnOnce(&mut Db) + Send>;
+
+/// A handle to the store. Cheap to clone.
+#[derive(Clone)]
+pub struct Store {
+    jobs: mpsc::UnboundedSender<Job>,
+    servers: Arc<RwLock<Servers>>,
+    revision: watch::Receiver<i64>,
+    host_id: Uuid,
+}
+
+impl std::fmt::Debug for Store {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Store")
+            .field("host_id", &self.host_id)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Store {
+    /// Opens (or makes) the store at `path` and keeps the newest `keep_events` events.
+    ///
+    /// # Errors
+    /// If SQLite cannot open or read it, or a newer agent wrote it.
+    pub fn open(path: &Path, keep_events: u32) -> StoreResult<Self> {
+        let connection = schema::open(path)?;
+        let host_id = schema::host_id(&connection)?;
+        let servers = Arc::new(RwLock::new(journal::load_servers(&connection)?));
+        let (revision_tx, revision) = watch::channel(events::newest(&connection)?);
+        let mut db = Db {
+            connection,
+            servers: Arc::clone(&servers),
+            revision: revision_tx,
+            keep_events: i64::from(keep_events.max(1)),
+            events_since_trim: 0,
+            durability: Durability::Power,
+        };
+        // Requests are bounded by the callers: each waits for its answer before it sends another.
+        let (jobs, mut inbox) = mpsc::unbounded_channel::<Job>();
+        std::thread::Builder::new()
+            .name("salvor-store".to_owned())
+            .spawn(move || {
+                while let Some(job) = inbox.blocking_recv() {
+                    job(&mut db);
+                }
+            })
+            .map_err(StoreError::Thread)?;
+        Ok(Self {
+            jobs,
+            servers,
+            revision,
+            host_id,
+        })
+    }
+
+    /// This host's uuid, made when the store was.
+    #[must_use]
+    pub fn host_id(&self) -> Uuid {
+        self.host_id
+    }
+
+    /// The newest revision, and when there is a newer one.
+    #[must_use]
+    pub fn revision(&self) -> watch::Receiver<i64> {
+        self.revision.clone()
+    }
+
+    /// One server.
+    #[must_use]
+    pub fn server(&self, id: Uuid) -> Option<Arc<ServerRecord>> {
+        let servers = self.servers.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        servers.by_id.get(&id).map(|(_, record)| Arc::clone(record))
+    }
+
+    /// Servers in order of their making, beginning after the number `after`, each with its number.
+    #[must_use]
+    pub fn servers_after(&self, after: i64) -> Vec<(i64, Arc<ServerRecord>)> {
+        let servers = self.servers.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        servers
+            .by_order
+            .range((std::ops::Bound::Excluded(after), std::ops::Bound::Unbounded))
+            .filter_map(|(order, id)| servers.by_id.get(id).map(|(_, record)| (*order, Arc::clone(record))))
+            .collect()
+    }
+
+    /// How many servers there are.
+    #[must_use]
+    pub fn server_count(&self) -> usize {
+        self.servers
+            .read()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .by_id
+            .len()
+    }
+
+    /// Runs `work` on the store's thread.
+    async fn run<T, F>(&self, work: F) -> StoreResult<T>
+    where
+        T: Send + 'static,
+        F: FnOnce(&mut Db) -> StoreResult<T> + Send + 'static,
+    {
+        let (answer, wait) = oneshot::channel();
+        self.jobs
+            .send(Box::new(move |db| {
+                let _ = answer.send(work(db));
+            }))
+            .map_err(|_| StoreError::Closed)?;
+        wait.await.map_err(|_| StoreError::Closed)?
+    }
+}
+
+/// What a transaction will publish once it is committed.
+#[derive(Default)]
+struct Publish {
+    put: Vec<(i64, ServerRecord)>,
+    remove: Vec<Uuid>,
+    revision: Option<i64>,
+}
+
+impl Db {
+    /// Makes a change in one transaction and, once it is committed, publishes it.
+    fn change<T>(
+        &mut self,
+        durability: Durability,
+        work: impl FnOnce(&Connection, &mut Publish) -> StoreResult<T>,
+    ) -> StoreResult<T> {
+        if self.durability != durability {
+            self.connection.pragma_update(
+                None,
+                "synchronous",
+                match durability {
+                    Durability::Process => "NORMAL",
+                    Durability::Power => "FULL",
+                },
+            )?;
+            self.durability = durability;
+        }
+        let mut publish = Publish::default();
+        let transaction = self.connection.transaction()?;
+        let value = work(&transaction, &mut publish)?;
+        transaction.commit()?;
+        self.publish(publish);
+        if self.events_since_trim > 1_000 {
+            self.events_since_trim = 0;
+            events::trim(&self.connection, self.keep_events)?;
+        }
+        Ok(value)
+    }
+
+    fn publish(&mut self, publish: Publish) {
+        {
+            let mut servers = self.servers.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+            for (order, record) in publish.put {
+                servers.by_order.insert(order, record.id);
+                servers.by_id.insert(record.id, (order, Arc::new(record)));
+            }
+            for id in publish.remove {
+                if let Some((order, _)) = servers.by_id.remove(&id) {
+                    servers.by_order.remove(&order);
+                }
+            }
+        }
+        if let Some(revision) = publish.revision {
+            self.events_since_trim += 1;
+            self.revision.send_replace(revision);
+        }
+    }
+
+    /// A copy of a server's record and its order.
+    fn server(&self, id: Uuid) -> Option<(i64, ServerRecord)> {
+        let servers = self.servers.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        servers
+            .by_id
+            .get(&id)
+            .map(|(order, record)| (*order, ServerRecord::clone(record)))
+    }
+}
