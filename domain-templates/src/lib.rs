@@ -1,2 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Skeleton.
+//! libvirt domain XML: reading it without losing anything, and rendering Salvor's domains from templates.
+//!
+//! Everything here is pure: text in, text out. The crate opens no file, asks no libvirt, and knows no server record.
+//!
+//! * [`Domain`] reads a definition and answers questions about it.
+//! * [`render_server`] lays out the domain of a server that Salvor made.
+//! * [`render_rescue`] turns a server's own definition into that of its rescue, keeping all it does not understand.
+//! * [`Templates`] holds the layouts, which an operator may replace.
+//! * [`xml`] is the small document tree below all this.
+
+mod disk;
+mod domain;
+mod place;
+mod rescue;
+mod server;
+mod templates;
+pub mod xml;
+
+pub use disk::{Bus, Disk, DiskDevice, DiskSource};
+pub use domain::{
+    Domain, DomainError, Firmware, Interface, MARK_NAMESPACE, MachineFamily, Mark, Role,
+};
+pub use place::PlaceError;
+pub use rescue::{
+    CONFIG_DRIVE_SERIAL, Device, DiskChange, DiskFormat, DiskRole, Mode, PlacedDisk, RESCUE_SERIAL,
+    RescueDisk, RescueRendering, RescueSpec, TemplateError, render_rescue,
+};
+pub use server::{
+    DomainKind, NicSource, NicSpec, ServerDisk, ServerFirmware, ServerSpec, render_server,
+};
+pub use templates::{LayoutError, TemplateName, Templates, TemplatesError};
