@@ -18,15 +18,11 @@ mod templates;
 pub mod xml;
 
 pub use disk::{Bus, Disk, DiskDevice, DiskSource};
-pub use domain::{
-    Domain, DomainError, Firmware, Interface, MARK_NAMESPACE, MachineFamily, Mark, Role,
-};
+pub use domain::{Domain, DomainError, Firmware, Interface, MARK_NAMESPACE, MachineFamily, Mark, Role};
 pub use place::PlaceError;
 pub use rescue::{
-    CONFIG_DRIVE_SERIAL, Device, DiskChange, DiskFormat, DiskRole, Mode, PlacedDisk, RESCUE_SERIAL,
-    RescueDisk, RescueRendering, RescueSpec, TemplateError, render_rescue,
+    CONFIG_DRIVE_SERIAL, Device, DiskChange, DiskFormat, DiskRole, Mode, PlacedDisk, RESCUE_SERIAL, RescueDisk,
+    RescueRendering, RescueSpec, TemplateError, render_rescue,
 };
-pub use server::{
-    DomainKind, NicSource, NicSpec, ServerDisk, ServerFirmware, ServerSpec, render_server,
-};
+pub use server::{DomainKind, NicSource, NicSpec, ServerDisk, ServerFirmware, ServerSpec, render_server};
 pub use templates::{LayoutError, TemplateName, Templates, TemplatesError};

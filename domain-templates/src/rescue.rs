@@ -166,9 +166,7 @@ pub enum TemplateError {
         target: String,
     },
     /// QEMU has no read-only disk on this bus.
-    #[error(
-        "disk `{target}` is on the {bus} bus, where no disk can be read-only; protect it with OVERLAY instead"
-    )]
+    #[error("disk `{target}` is on the {bus} bus, where no disk can be read-only; protect it with OVERLAY instead")]
     ReadOnlyUnsupported {
         /// The disk.
         target: String,
@@ -210,23 +208,11 @@ pub fn render_rescue(
 ) -> Result<RescueRendering, TemplateError> {
     check_texts(spec)?;
     let domain = Domain::parse(original)?;
-    if let Some(target) = spec
-        .protection
-        .keys()
-        .find(|target| domain.disk(target).is_none())
-    {
-        return Err(TemplateError::NoSuchDisk {
-            target: target.clone(),
-        });
+    if let Some(target) = spec.protection.keys().find(|target| domain.disk(target).is_none()) {
+        return Err(TemplateError::NoSuchDisk { target: target.clone() });
     }
     let disk = &spec.rescue_disk;
-    let layout = lay_out(
-        &domain,
-        spec.mode,
-        disk.device,
-        disk.bus,
-        spec.config_drive.is_some(),
-    )?;
+    let layout = lay_out(&domain, spec.mode, disk.device, disk.bus, spec.config_drive.is_some())?;
     let (context, disks) = context(&domain, spec, &layout)?;
     let xml = templates.render(TemplateName::Rescue, context)?;
     check_rendering(&xml, &domain, spec, &disks)?;
@@ -243,16 +229,8 @@ fn check_texts(spec: &RescueSpec) -> Result<(), TemplateError> {
         ("the rescue disk's path", &spec.rescue_disk.path),
     ];
     let nvram = spec.nvram.iter().map(|path| ("the NVRAM path", path));
-    let config_drive = spec
-        .config_drive
-        .iter()
-        .map(|path| ("the config drive's path", path));
-    for (field, text) in texts
-        .into_iter()
-        .chain(overlays)
-        .chain(nvram)
-        .chain(config_drive)
-    {
+    let config_drive = spec.config_drive.iter().map(|path| ("the config drive's path", path));
+    for (field, text) in texts.into_iter().chain(overlays).chain(nvram).chain(config_drive) {
         check_text(text).map_err(|source| TemplateError::Text { field, source })?;
     }
     Ok(())
@@ -310,11 +288,7 @@ struct Context {
     extensions: Vec<Part>,
 }
 
-fn context(
-    domain: &Domain,
-    spec: &RescueSpec,
-    layout: &Layout,
-) -> Result<(Context, Vec<PlacedDisk>), TemplateError> {
+fn context(domain: &Domain, spec: &RescueSpec, layout: &Layout) -> Result<(Context, Vec<PlacedDisk>), TemplateError> {
     let mut settings = Vec::new();
     let mut extensions = Vec::new();
     let mut leading_devices = Vec::new();
@@ -343,11 +317,7 @@ fn context(
             }
             Node::Element(element) if element.name == "metadata" || element.name == "os" => {}
             node => {
-                let list = if past_devices {
-                    &mut extensions
-                } else {
-                    &mut settings
-                };
+                let list = if past_devices { &mut extensions } else { &mut settings };
                 list.extend(part(node));
             }
         }
@@ -469,9 +439,7 @@ fn part(node: &Node) -> Option<Part> {
 fn device_part(node: &Node, layout: &Layout) -> Option<Part> {
     match node {
         Node::Element(device)
-            if layout.usb_allowed
-                && is_usb_controller(device)
-                && device.attribute("model") == Some("none") =>
+            if layout.usb_allowed && is_usb_controller(device) && device.attribute("model") == Some("none") =>
         {
             None
         }
@@ -498,15 +466,8 @@ fn original_disk(
     let target = match layout.moved.get(&disk.target) {
         Some(target) => {
             // A user's own alias (`ua-…`) is no place; qemu:commandline may refer to it.
-            let made_by_libvirt = |alias: &Element| {
-                !alias
-                    .attribute("name")
-                    .unwrap_or_default()
-                    .starts_with("ua-")
-            };
-            element.remove_elements(|e| {
-                e.name == "address" || (e.name == "alias" && made_by_libvirt(e))
-            });
+            let made_by_libvirt = |alias: &Element| !alias.attribute("name").unwrap_or_default().starts_with("ua-");
+            element.remove_elements(|e| e.name == "address" || (e.name == "alias" && made_by_libvirt(e)));
             if let Some(element) = element.child_mut("target") {
                 element.set_attribute("dev", target);
                 // Written down, as another name may stand for another bus.
@@ -562,15 +523,9 @@ fn protect_by_readonly(disk: &Disk, element: &mut Element) -> Result<(), Templat
     Ok(())
 }
 
-fn protect_by_overlay(
-    disk: &Disk,
-    element: &mut Element,
-    overlay: &str,
-) -> Result<(), TemplateError> {
+fn protect_by_overlay(disk: &Disk, element: &mut Element, overlay: &str) -> Result<(), TemplateError> {
     let source = element.child("source");
-    let has = |name: &str| {
-        element.child(name).is_some() || source.is_some_and(|source| source.child(name).is_some())
-    };
+    let has = |name: &str| element.child(name).is_some() || source.is_some_and(|source| source.child(name).is_some());
     let why = match (&disk.source, disk.device) {
         (_, DiskDevice::Cdrom | DiskDevice::Floppy) => Some("it is removable media; leave it out"),
         (_, DiskDevice::Lun) => Some("it is a LUN passed through; use READ_ONLY or READ_WRITE"),
@@ -582,9 +537,7 @@ fn protect_by_overlay(
             Some("it is a slice of a file; use READ_ONLY or READ_WRITE")
         }
         (DiskSource::File(_) | DiskSource::Block(_), _) => None,
-        _ => Some(
-            "it is neither a file nor a block device of this host; use READ_ONLY or READ_WRITE",
-        ),
+        _ => Some("it is neither a file nor a block device of this host; use READ_ONLY or READ_WRITE"),
     };
     if let Some(why) = why {
         return Err(TemplateError::OverlayUnsupported {
@@ -598,11 +551,7 @@ fn protect_by_overlay(
     element.replace(Element::new("source").with("file", overlay));
     match element.child_mut("driver") {
         Some(driver) => driver.set_attribute("type", "qcow2"),
-        None => element.append(
-            Element::new("driver")
-                .with("name", "qemu")
-                .with("type", "qcow2"),
-        ),
+        None => element.append(Element::new("driver").with("name", "qemu").with("type", "qcow2")),
     }
     Ok(())
 }
@@ -627,17 +576,8 @@ fn metadata(domain: &Domain, spec: &RescueSpec) -> Element {
 
 /// The original's `<os>`, with nothing left that boots the original system.
 fn os(domain: &Domain, spec: &RescueSpec) -> Result<Element, TemplateError> {
-    let mut os = domain
-        .root
-        .child("os")
-        .cloned()
-        .unwrap_or_else(|| Element::new("os"));
-    os.remove_elements(|child| {
-        matches!(
-            child.name.as_str(),
-            "boot" | "kernel" | "initrd" | "cmdline" | "shim"
-        )
-    });
+    let mut os = domain.root.child("os").cloned().unwrap_or_else(|| Element::new("os"));
+    os.remove_elements(|child| matches!(child.name.as_str(), "boot" | "kernel" | "initrd" | "cmdline" | "shim"));
     if let Some(path) = &spec.nvram {
         if domain.firmware() == Firmware::Bios {
             return Err(TemplateError::NvramWithoutUefi);
@@ -655,12 +595,7 @@ fn os(domain: &Domain, spec: &RescueSpec) -> Result<Element, TemplateError> {
 }
 
 /// Holds what the template rendered against what a rescue domain must be, since an operator may have written it.
-fn check_rendering(
-    xml: &str,
-    original: &Domain,
-    spec: &RescueSpec,
-    disks: &[PlacedDisk],
-) -> Result<(), TemplateError> {
+fn check_rendering(xml: &str, original: &Domain, spec: &RescueSpec, disks: &[PlacedDisk]) -> Result<(), TemplateError> {
     let unusable = |what: String| TemplateError::Unusable {
         name: TemplateName::Rescue.file_name(),
         what,
@@ -671,16 +606,12 @@ fn check_rendering(
     }
     let mark = domain.salvor_mark();
     if !mark.is_some_and(|mark| mark.plan == spec.plan && mark.role == Role::Rescue) {
-        return Err(unusable(
-            "the metadata does not carry this plan's mark".to_owned(),
-        ));
+        return Err(unusable("the metadata does not carry this plan's mark".to_owned()));
     }
     for placed in disks {
         let right = domain.disk(&placed.target).is_some_and(|disk| {
             let boots = placed.role == DiskRole::Rescue;
-            disk.bus == placed.bus
-                && disk.path() == placed.path.as_deref()
-                && disk.boot_order == boots.then_some(1)
+            disk.bus == placed.bus && disk.path() == placed.path.as_deref() && disk.boot_order == boots.then_some(1)
         });
         if !right {
             let target = &placed.target;
@@ -689,18 +620,10 @@ fn check_rendering(
             )));
         }
     }
-    let boot_dev = domain
-        .root
-        .child("os")
-        .is_some_and(|os| os.child("boot").is_some());
-    let bootable = domain
-        .devices()
-        .filter(|device| device.child("boot").is_some())
-        .count();
+    let boot_dev = domain.root.child("os").is_some_and(|os| os.child("boot").is_some());
+    let bootable = domain.devices().filter(|device| device.child("boot").is_some()).count();
     if boot_dev || bootable != 1 {
-        return Err(unusable(
-            "something else than the rescue disk is bootable".to_owned(),
-        ));
+        return Err(unusable("something else than the rescue disk is bootable".to_owned()));
     }
     Ok(())
 }

@@ -118,19 +118,13 @@ impl Templates {
                 ));
             }
             let text = value.to_string();
-            out.write_str(&if value.is_safe() {
-                text.into()
-            } else {
-                escape(&text)
-            })?;
+            out.write_str(&if value.is_safe() { text.into() } else { escape(&text) })?;
             Ok(())
         });
         let mut overrides = overrides;
         for name in TemplateName::ALL {
             let file_name = name.file_name();
-            let text = overrides
-                .remove(file_name)
-                .unwrap_or_else(|| name.builtin().to_owned());
+            let text = overrides.remove(file_name).unwrap_or_else(|| name.builtin().to_owned());
             environment
                 .add_template_owned(file_name, text)
                 .map_err(|source| TemplatesError::Syntax {
@@ -145,11 +139,7 @@ impl Templates {
     }
 
     /// Renders a template and reads the result back, so that nothing but well-formed XML ever leaves.
-    pub(crate) fn render(
-        &self,
-        name: TemplateName,
-        context: impl Serialize,
-    ) -> Result<String, LayoutError> {
+    pub(crate) fn render(&self, name: TemplateName, context: impl Serialize) -> Result<String, LayoutError> {
         let name = name.file_name();
         let failed = |source| LayoutError::Failed { name, source };
         let template = self.environment.get_template(name).map_err(failed)?;

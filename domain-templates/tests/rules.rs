@@ -1,18 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The rules of a rescue domain, one by one.
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::indexing_slicing
-)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 use std::collections::BTreeMap;
 
 use salvor_domain_templates::{
-    Bus, Device, DiskChange, DiskFormat, DiskRole, Domain, Firmware, LayoutError, Mode, PlaceError,
-    RescueDisk, RescueRendering, RescueSpec, Role, TemplateError, Templates, TemplatesError,
-    render_rescue,
+    Bus, Device, DiskChange, DiskFormat, DiskRole, Domain, Firmware, LayoutError, Mode, PlaceError, RescueDisk,
+    RescueRendering, RescueSpec, Role, TemplateError, Templates, TemplatesError, render_rescue,
 };
 
 fn spec(mode: Mode) -> RescueSpec {

@@ -43,6 +43,8 @@ pub struct DomainFacts {
     pub persistent: bool,
     /// There is saved memory that the next start would restore.
     pub managed_save: bool,
+    /// The file with its UEFI variables is there.
+    pub nvram_present: bool,
     /// Virtual sizes of its disks in bytes, by target; only of those that could be told without
     /// opening guest-written data as anything but what the definition says.
     pub disk_sizes: BTreeMap<String, u64>,

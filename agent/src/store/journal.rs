@@ -292,13 +292,14 @@ impl Store {
         now_ms: i64,
     ) -> StoreResult<()> {
         let remove = plan.initial.is_some() && fault.is_none();
-        self.end(operation, fault, remove, now_ms).await
+        self.end(operation, fault.map(|fault| (fault, plan)), remove, now_ms)
+            .await
     }
 
     async fn end(
         &self,
         operation: OperationRecord,
-        fault: Option<Fault>,
+        fault: Option<(Fault, Arc<Plan>)>,
         remove: bool,
         now_ms: i64,
     ) -> StoreResult<()> {
@@ -313,9 +314,15 @@ impl Store {
                     } else {
                         record.task_state = None;
                         record.operation = None;
-                        if fault.is_some() {
+                        if let Some((fault, plan)) = fault {
                             record.vm_state = VmState::Error;
-                            record.fault = fault;
+                            record.fault = Some(fault);
+                            // A rescue that is half there, with the way back saved: unrescue takes it.
+                            if let Outcome::Change { rescue, .. } = &plan.outcome
+                                && saved_by(tx, plan.server)? == Some(plan.id)
+                            {
+                                change_rescue(&mut record, rescue);
+                            }
                         }
                         put_server(tx, publish, order, record, now_ms)?;
                     }
@@ -519,6 +526,18 @@ impl Store {
         })
         .await
     }
+}
+
+/// The plan that stored a server's definition.
+fn saved_by(connection: &Connection, server: Uuid) -> StoreResult<Option<Uuid>> {
+    let plan: Option<String> = connection
+        .query_row(
+            "SELECT plan FROM saved_definitions WHERE server = ?1",
+            [server.to_string()],
+            |row| row.get(0),
+        )
+        .optional()?;
+    Ok(plan.and_then(|plan| Uuid::parse_str(&plan).ok()))
 }
 
 fn repeated(connection: &Connection, request: &Request) -> StoreResult<Option<OperationRecord>> {

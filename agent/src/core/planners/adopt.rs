@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Adopt and release: neither touches the domain.
+
+use std::collections::BTreeMap;
+
+use super::{Builder, read_domain, summaries};
+use crate::core::{
+    action::{AdoptArgs, Verb},
+    facts::Facts,
+    plan::{Outcome, Plan},
+    reason::{Reason, Refusal},
+    record::{Flavor, Origin, ServerRecord},
+    state::{ObservationSource, PowerObservation, VmState},
+};
+
+/// Makes the record of a domain that exists.
+pub(super) fn plan(args: &AdoptArgs, facts: &Facts) -> Result<Plan, Refusal> {
+    let Some(domain) = &facts.domain else {
+        return Err(Refusal::new(Reason::DomainNotFound, "libvirt has no such domain"));
+    };
+    if !domain.persistent {
+        return Err(Refusal::new(
+            Reason::DomainTransient,
+            format!(
+                "domain {} is transient: it would be gone once it is off; define it first (virsh dumpxml {} > file; virsh define file)",
+                domain.name, domain.name
+            ),
+        ));
+    }
+    let parsed = read_domain(&domain.xml)?;
+    if let Some(mark) = parsed.salvor_mark()
+        && mark.role == salvor_domain_templates::Role::Rescue
+    {
+        return Err(Refusal::new(
+            Reason::DomainUnsupported,
+            format!(
+                "the definition of domain {} is that of a rescue (plan {}), not the server's own; restore that first",
+                domain.name, mark.plan
+            ),
+        ));
+    }
+    let (disks, nics) = summaries(&parsed);
+    let now = facts.host.now_ms;
+    let record = ServerRecord {
+        id: domain.id,
+        name: args.name.clone().unwrap_or_else(|| domain.name.clone()),
+        origin: Origin::Adopted,
+        domain_name: domain.name.clone(),
+        vm_state: if domain.power.is_on() {
+            VmState::Active
+        } else {
+            VmState::Stopped
+        },
+        task_state: None,
+        power: PowerObservation {
+            state: domain.power,
+            reason: domain.power_reason.clone(),
+            observed_at_ms: now,
+            source: ObservationSource::Poll,
+        },
+        last_known_power: None,
+        image_id: None,
+        flavor: Flavor {
+            vcpus: parsed.vcpus().unwrap_or(1),
+            memory_mib: parsed.memory_kib().unwrap_or_default() / 1024,
+            disk_gib: 0,
+        },
+        disks,
+        nics,
+        rescue: None,
+        fault: None,
+        operation: None,
+        revision: 0,
+        created_at_ms: now,
+        updated_at_ms: now,
+        metadata: BTreeMap::new(),
+        hostname: String::new(),
+    };
+    Ok(Builder::new(Verb::Adopt, domain.id, facts).ends(Outcome::Insert(Box::new(record))))
+}
+
+/// Forgets the record.
+pub(super) fn release(server: &ServerRecord, facts: &Facts) -> Plan {
+    Builder::new(Verb::Release, server.id, facts).ends(Outcome::Remove)
+}

@@ -1,0 +1,276 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Create: a server from an image.
+
+use salvor_domain_templates::{
+    Bus, DiskFormat, Domain, DomainKind, NicSource, NicSpec, ServerDisk, ServerFirmware, ServerSpec, Templates,
+    render_server,
+};
+use uuid::Uuid;
+
+use super::{Builder, disk_holder, summaries};
+use crate::core::{
+    action::{CreateArgs, NicConnection, Verb},
+    facts::{Facts, ImageFacts},
+    image::ImageFormat,
+    plan::{ConfigDriveSpec, Mark, Phase, Plan, RescueChange, Step},
+    reason::{Reason, Refusal, Warning, WarningName},
+    record::{Origin, PasswordDelivery, ServerRecord},
+    state::{ObservationSource, PowerObservation, PowerState, VmState},
+};
+
+const GIB: u64 = 1 << 30;
+
+/// What the files of a new server take at once; its disk grows as the guest writes.
+const FILES_NEED: u64 = 16 << 20;
+
+pub(super) fn plan(args: &CreateArgs, facts: &Facts, templates: &Templates) -> Result<Plan, Refusal> {
+    if let Some(domain) = &facts.domain {
+        return Err(Refusal::new(
+            Reason::ServerExists,
+            format!("libvirt has a domain {} with uuid {} already", domain.name, domain.id),
+        ));
+    }
+    let image = image(facts)?;
+    if image.record.format == ImageFormat::Iso {
+        return Err(Refusal::field(
+            "image",
+            format!(
+                "image {} is an ISO; a server is made from a disk image (raw or qcow2)",
+                image.record.id
+            ),
+        ));
+    }
+    let size = match args.flavor.disk_gib {
+        0 => image.record.virtual_size,
+        gib => gib.saturating_mul(GIB),
+    };
+    if size < image.record.virtual_size {
+        return Err(Refusal::new(
+            Reason::ImageTooLarge,
+            format!(
+                "flavor.disk_gib: {} GiB is less than the {} bytes of image {}; give at least {} GiB, or 0",
+                args.flavor.disk_gib,
+                image.record.virtual_size,
+                image.record.id,
+                image.record.virtual_size.div_ceil(GIB)
+            ),
+        ));
+    }
+    let host = &facts.host;
+    check_space(facts, FILES_NEED)?;
+    let layout = &host.layout;
+    let (disk, config_drive) = (layout.disk(args.id), layout.config_drive(args.id));
+    let spec = ServerSpec {
+        uuid: args.id,
+        name: domain_name(args.id),
+        title: args.name.clone(),
+        plan: facts.plan.to_string(),
+        kind: if host.virt_type == "kvm" {
+            DomainKind::Kvm
+        } else {
+            DomainKind::Qemu
+        },
+        arch: host.arch.clone(),
+        machine: args.machine.clone().unwrap_or_else(|| "q35".to_owned()),
+        memory_mib: args.flavor.memory_mib,
+        vcpus: args.flavor.vcpus,
+        disks: vec![ServerDisk {
+            path: disk.clone(),
+            format: DiskFormat::Qcow2,
+            bus: Bus::Virtio,
+            serial: Some("salvor-root".to_owned()),
+        }],
+        config_drive: Some(config_drive.clone()),
+        interfaces: interfaces(args),
+        console_log: layout.console_log(args.id),
+        firmware: if args.uefi {
+            ServerFirmware::Uefi {
+                nvram: layout.nvram(args.id),
+            }
+        } else {
+            ServerFirmware::Bios
+        },
+        emulator: None,
+    };
+    let xml = render_server(templates, &spec)
+        .map_err(|error| Refusal::new(Reason::DomainInvalid, format!("the domain cannot be rendered: {error}")))?;
+    let rendered = Domain::parse(&xml).map_err(|error| {
+        Refusal::new(
+            Reason::DomainInvalid,
+            format!("the rendered domain cannot be read: {error}"),
+        )
+    })?;
+
+    let mut builder = Builder::new(Verb::Create, args.id, facts);
+    builder.plan.initial = Some(Box::new(record(args, facts, &rendered)));
+    builder.plan.password_delivery.push(PasswordDelivery::ConfigDrive);
+    if host.free_bytes < size {
+        builder.plan.warnings.push(Warning {
+            name: WarningName::SpaceMayRunOut,
+            message: format!("the disk may grow to {size} bytes, and {} are free", host.free_bytes),
+        });
+    }
+    builder.step(
+        Phase::Prepare,
+        Step::HoldImage {
+            image: image.record.id,
+            path: image.path.clone(),
+            size: image.record.size,
+            holder: disk_holder(args.id),
+        },
+    );
+    builder.step(
+        Phase::Prepare,
+        Step::MakeFolder {
+            path: layout.server(args.id),
+        },
+    );
+    builder.step(
+        Phase::Prepare,
+        Step::CreateOverlay {
+            path: disk,
+            backing: image.path.clone(),
+            backing_format: image.record.format.driver().to_owned(),
+            size,
+        },
+    );
+    builder.step(
+        Phase::Prepare,
+        Step::BuildConfigDrive {
+            path: config_drive,
+            drive: Box::new(ConfigDriveSpec {
+                instance_id: args.id.to_string(),
+                hostname: args.hostname.clone(),
+                name: args.name.clone(),
+                public_keys: args.public_keys.clone(),
+                password: Some(args.password.clone()),
+                password_user: admin_user(image),
+                user_data: args.user_data.clone(),
+                metadata: args.metadata.clone(),
+                plan: facts.plan,
+            }),
+        },
+    );
+    builder.step(
+        Phase::Switch,
+        Step::DefineDomain {
+            xml,
+            mark: Mark::Plan(facts.plan),
+            before: None,
+        },
+    );
+    if args.powered_off {
+        return Ok(builder.becomes(VmState::Stopped, RescueChange::Keep));
+    }
+    builder.step(
+        Phase::Switch,
+        Step::StartDomain {
+            mark: Mark::Plan(facts.plan),
+        },
+    );
+    Ok(builder.becomes(VmState::Active, RescueChange::Keep))
+}
+
+/// The image, which must be there with its file.
+pub(super) fn image(facts: &Facts) -> Result<&ImageFacts, Refusal> {
+    let Some(image) = &facts.image else {
+        return Err(Refusal::new(Reason::ImageNotFound, "the image store has no such image"));
+    };
+    if !image.present {
+        return Err(Refusal::new(
+            Reason::ImageNotFound,
+            format!(
+                "the file of image {} ({}) is missing or has another size; import it again",
+                image.record.id, image.path
+            ),
+        ));
+    }
+    Ok(image)
+}
+
+/// Is there room for `need` bytes beside what must stay free?
+pub(super) fn check_space(facts: &Facts, need: u64) -> Result<(), Refusal> {
+    let host = &facts.host;
+    if host.free_bytes < host.reserve_bytes.saturating_add(need) {
+        return Err(Refusal::new(
+            Reason::NoSpace,
+            format!(
+                "{} needs {need} bytes besides the {} that must stay free (storage.reserve), and has {}",
+                host.layout.state_dir(),
+                host.reserve_bytes,
+                host.free_bytes
+            ),
+        ));
+    }
+    Ok(())
+}
+
+/// Whose password it is: the image's `os_admin_user` (Nova's name), else root.
+pub(super) fn admin_user(image: &ImageFacts) -> String {
+    image
+        .record
+        .properties
+        .get("os_admin_user")
+        .cloned()
+        .unwrap_or_else(|| "root".to_owned())
+}
+
+/// The domain of a created server: found by eye in a list, and never the name of somebody's domain.
+fn domain_name(id: Uuid) -> String {
+    format!("salvor-{id}")
+}
+
+fn interfaces(args: &CreateArgs) -> Vec<NicSpec> {
+    args.nics
+        .iter()
+        .zip(0u8..)
+        .map(|(nic, index)| NicSpec {
+            mac: nic.mac.clone().unwrap_or_else(|| derived_mac(args.id, index)),
+            source: match &nic.connection {
+                NicConnection::Bridge(name) => NicSource::Bridge(name.clone()),
+                NicConnection::Network(name) => NicSource::Network(name.clone()),
+                NicConnection::User => NicSource::User,
+            },
+            model: Some(nic.model.clone()),
+        })
+        .collect()
+}
+
+/// A MAC address in QEMU's range that follows from the server's id.
+fn derived_mac(id: Uuid, index: u8) -> String {
+    let derived = Uuid::new_v5(&id, format!("mac-{index}").as_bytes());
+    let [a, b, c, ..] = *derived.as_bytes();
+    format!("52:54:00:{a:02x}:{b:02x}:{c:02x}")
+}
+
+fn record(args: &CreateArgs, facts: &Facts, rendered: &Domain) -> ServerRecord {
+    let (disks, nics) = summaries(rendered);
+    let now = facts.host.now_ms;
+    ServerRecord {
+        id: args.id,
+        name: args.name.clone(),
+        origin: Origin::Created,
+        domain_name: domain_name(args.id),
+        vm_state: VmState::Building,
+        task_state: None,
+        power: PowerObservation {
+            state: PowerState::NoState,
+            reason: String::new(),
+            observed_at_ms: now,
+            source: ObservationSource::Inferred,
+        },
+        last_known_power: None,
+        image_id: Some(args.image),
+        flavor: args.flavor,
+        disks,
+        nics,
+        rescue: None,
+        fault: None,
+        operation: None,
+        revision: 0,
+        created_at_ms: now,
+        updated_at_ms: now,
+        metadata: args.metadata.clone(),
+        hostname: args.hostname.clone(),
+    }
+}

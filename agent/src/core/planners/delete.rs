@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Delete: the domain goes, and what the agent made for it. Disks that it did not make stay.
+
+use super::{Builder, disk_holder, rescue_holder};
+use crate::core::{
+    action::{Shutdown, Verb},
+    facts::Facts,
+    plan::{Outcome, Phase, Plan, Step},
+    reason::{Warning, WarningName},
+    record::{Origin, ServerRecord},
+};
+
+/// Plans a delete. It works in every state, also when the domain is gone already.
+pub(super) fn plan(server: &ServerRecord, facts: &Facts) -> Plan {
+    let mut builder = Builder::new(Verb::Delete, server.id, facts);
+    if let Some(domain) = &facts.domain {
+        let at_once = Shutdown {
+            timeout_ms: 0,
+            retry_ms: 0,
+        };
+        builder.step(
+            Phase::Switch,
+            Step::PowerOff {
+                shutdown: at_once,
+                was_on: domain.power.is_on(),
+            },
+        );
+        if domain.persistent {
+            // An adopted server's NVRAM is no more ours than its disks are. That of a rescue lies in
+            // the rescue's folder, which goes below.
+            let remove_nvram = server.origin == Origin::Created && server.rescue.is_none();
+            builder.step(
+                Phase::Switch,
+                Step::UndefineDomain {
+                    remove_nvram,
+                    before: domain.xml.clone(),
+                },
+            );
+        }
+    }
+    if server.origin == Origin::Adopted {
+        let kept: Vec<_> = server
+            .disks
+            .iter()
+            .filter(|disk| !disk.source.is_empty())
+            .map(|disk| disk.source.as_str())
+            .collect();
+        if !kept.is_empty() {
+            builder.plan.warnings.push(Warning {
+                name: WarningName::DisksKept,
+                message: format!("the server was adopted, so its disks stay: {}", kept.join(", ")),
+            });
+        }
+    }
+    builder.step(
+        Phase::CleanUp,
+        Step::RemoveFolder {
+            path: facts.host.layout.server(server.id),
+        },
+    );
+    if let Some(rescue) = &server.rescue {
+        let holder = rescue_holder(server.id, rescue.plan);
+        builder.step(
+            Phase::CleanUp,
+            Step::ReleaseImage {
+                image: rescue.image_id,
+                holder,
+            },
+        );
+    }
+    if let Some(image) = server.image_id {
+        builder.step(
+            Phase::CleanUp,
+            Step::ReleaseImage {
+                image,
+                holder: disk_holder(server.id),
+            },
+        );
+    }
+    builder.step(Phase::CleanUp, Step::DropSavedDefinition);
+    builder.ends(Outcome::Remove)
+}

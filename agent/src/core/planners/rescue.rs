@@ -1,0 +1,529 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Rescue: everything is prepared while the server runs, then the domain is switched.
+
+use std::collections::BTreeMap;
+
+use salvor_domain_templates::{
+    Bus, Device, DiskChange, DiskDevice, DiskFormat, DiskRole, DiskSource, Domain, Firmware, Mode,
+    RescueDisk as DiskSpec, RescueRendering, RescueSpec, TemplateError, Templates, render_rescue,
+};
+use uuid::Uuid;
+
+use super::{
+    Builder,
+    create::{admin_user, check_space, image},
+    need_domain, read_domain, rescue_holder,
+};
+use crate::core::{
+    action::{RescueArgs, Verb},
+    facts::{DomainFacts, Facts, ImageFacts},
+    image::ImageFormat,
+    plan::{ConfigDriveSpec, Mark, Phase, Plan, RescueChange, Step},
+    reason::{Reason, Refusal, Warning, WarningName},
+    record::{
+        Overlay, PasswordDelivery, Protection, RescueBus, RescueDevice, RescueDisk, RescueMode, RescueRecord,
+        ServerRecord,
+    },
+    state::VmState,
+};
+
+/// What a rescue's files take at once: config drive, NVRAM and the tables of empty overlays.
+const FILES_NEED: u64 = 16 << 20;
+
+/// Which image: the request's, else the one that the server was made from, else the host's default.
+///
+/// # Errors
+/// [`Reason::NoRescueImage`] if there is none of the three.
+pub fn choose_image(
+    server: &ServerRecord,
+    requested: Option<Uuid>,
+    host_default: Option<Uuid>,
+) -> Result<Uuid, Refusal> {
+    requested.or(server.image_id).or(host_default).ok_or_else(|| {
+        Refusal::new(
+            Reason::NoRescueImage,
+            format!(
+                "no rescue image: none was named, server {} was made from none, and rescue.default_image is not set",
+                server.id
+            ),
+        )
+    })
+}
+
+/// What was decided about the rescue disk.
+struct Choice {
+    mode: RescueMode,
+    bus: Option<RescueBus>,
+    device: RescueDevice,
+}
+
+pub(super) fn plan(
+    server: &ServerRecord,
+    args: &RescueArgs,
+    facts: &Facts,
+    templates: &Templates,
+) -> Result<Plan, Refusal> {
+    let domain = need_domain(server, facts)?;
+    let image = image(facts)?;
+    check_domain(server, domain)?;
+    check_space(facts, FILES_NEED)?;
+    let parsed = read_domain(&domain.xml)?;
+    let choice = choose(server, args, image)?;
+    let mut builder = Builder::new(Verb::Rescue, server.id, facts);
+    let warnings = &mut builder.plan.warnings;
+    warn(server, image, facts, choice.mode, warnings);
+    let expiry = expiry(args, facts, warnings)?;
+
+    let layout = &facts.host.layout;
+    let folder = layout.rescue(server.id, facts.plan);
+    let overlays = overlays(&parsed, args.protection, domain, &folder)?;
+    let nvram = private_nvram(&parsed, &folder);
+    let config_drive = format!("{folder}/disk.config");
+    let rescue_disk = match choice.device {
+        // A CD cannot be written, so the image itself is the medium.
+        RescueDevice::Cdrom => image.path.clone(),
+        RescueDevice::Disk => format!("{folder}/disk"),
+    };
+    let spec = RescueSpec {
+        plan: facts.plan.to_string(),
+        mode: match choice.mode {
+            RescueMode::Classic => Mode::Classic,
+            RescueMode::Stable => Mode::Stable,
+        },
+        rescue_disk: DiskSpec {
+            path: rescue_disk.clone(),
+            format: match (choice.device, image.record.format) {
+                (RescueDevice::Disk, _) | (RescueDevice::Cdrom, ImageFormat::Qcow2) => DiskFormat::Qcow2,
+                (RescueDevice::Cdrom, ImageFormat::Raw | ImageFormat::Iso) => DiskFormat::Raw,
+            },
+            bus: choice.bus.map(template_bus),
+            device: match choice.device {
+                RescueDevice::Disk => Device::Disk,
+                RescueDevice::Cdrom => Device::Cdrom,
+            },
+        },
+        protection: protection(&parsed, args.protection, &overlays),
+        nvram: nvram.as_ref().map(|nvram| nvram.copy.clone()),
+        config_drive: Some(config_drive.clone()),
+    };
+    let rendering = render_rescue(templates, &domain.xml, &spec).map_err(|error| unrenderable(&error))?;
+    let bus = placed_bus(&rendering)?;
+
+    let holder = rescue_holder(server.id, facts.plan);
+    builder.step(
+        Phase::Prepare,
+        Step::HoldImage {
+            image: image.record.id,
+            path: image.path.clone(),
+            size: image.record.size,
+            holder,
+        },
+    );
+    builder.step(Phase::Prepare, Step::MakeFolder { path: folder.clone() });
+    if choice.device == RescueDevice::Disk {
+        builder.step(
+            Phase::Prepare,
+            Step::CreateOverlay {
+                path: rescue_disk,
+                backing: image.path.clone(),
+                backing_format: image.record.format.driver().to_owned(),
+                size: image.record.virtual_size,
+            },
+        );
+    }
+    for (overlay, size) in &overlays {
+        builder.step(
+            Phase::Prepare,
+            Step::CreateOverlay {
+                path: overlay.1.path.clone(),
+                backing: overlay.1.base.clone(),
+                backing_format: overlay.1.base_format.clone(),
+                size: *size,
+            },
+        );
+    }
+    if let Some(Nvram {
+        original: Some(from),
+        copy,
+    }) = nvram
+        && domain.nvram_present
+    {
+        builder.step(Phase::Prepare, Step::CopyFile { from, to: copy });
+    }
+    let password_user = admin_user(image);
+    builder.step(
+        Phase::Prepare,
+        Step::BuildConfigDrive {
+            path: config_drive,
+            drive: Box::new(ConfigDriveSpec {
+                // A new id for each rescue: cloud-init configures a disk anew only for a new instance.
+                instance_id: facts.plan.to_string(),
+                hostname: if server.hostname.is_empty() {
+                    "rescue".to_owned()
+                } else {
+                    server.hostname.clone()
+                },
+                name: server.name.clone(),
+                public_keys: BTreeMap::new(),
+                password: Some(args.password.clone()),
+                password_user: password_user.clone(),
+                user_data: None,
+                metadata: server.metadata.clone(),
+                plan: facts.plan,
+            }),
+        },
+    );
+    builder.step(
+        Phase::Prepare,
+        Step::SaveDefinition {
+            xml: domain.xml.clone(),
+        },
+    );
+    builder.step(
+        Phase::Switch,
+        Step::PowerOff {
+            shutdown: args.shutdown,
+            was_on: domain.power.is_on(),
+        },
+    );
+    builder.step(
+        Phase::Switch,
+        Step::DefineDomain {
+            xml: rendering.xml,
+            mark: Mark::Plan(facts.plan),
+            before: Some(domain.xml.clone()),
+        },
+    );
+    builder.step(
+        Phase::Switch,
+        Step::StartDomain {
+            mark: Mark::Plan(facts.plan),
+        },
+    );
+
+    builder.plan.password_delivery.push(PasswordDelivery::ConfigDrive);
+    let has_agent_channel = parsed.has_guest_agent_channel();
+    if has_agent_channel {
+        builder.plan.password_delivery.push(PasswordDelivery::GuestAgent);
+    }
+    let record = RescueRecord {
+        plan: facts.plan,
+        image_id: image.record.id,
+        mode: choice.mode,
+        bus,
+        device: choice.device,
+        protection: args.protection,
+        power_before: domain.power,
+        vm_state_before: server.vm_state,
+        started_at_ms: facts.host.now_ms,
+        expires_at_ms: expiry,
+        expiry_overlay: args.timeout_overlay,
+        folder,
+        disks: rendering.disks.into_iter().map(placed_disk).collect(),
+        overlays: overlays.into_iter().map(|((_, overlay), _)| overlay).collect(),
+        commit_started: false,
+        password_delivered: vec![PasswordDelivery::ConfigDrive],
+        password_for_agent: has_agent_channel.then(|| args.password.clone()),
+        password_user,
+    };
+    Ok(builder.becomes(VmState::Rescued, RescueChange::Begin(Box::new(record))))
+}
+
+/// Hands the rescue's password to the guest agent.
+pub(super) fn deliver_password(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refusal> {
+    let Some((rescue, hash)) = server
+        .rescue
+        .as_ref()
+        .and_then(|rescue| Some((rescue, rescue.password_for_agent.clone()?)))
+    else {
+        return Err(Refusal::new(
+            Reason::NotRescued,
+            format!(
+                "no rescue of server {} waits for its password to be delivered",
+                server.id
+            ),
+        ));
+    };
+    let mut builder = Builder::new(Verb::DeliverPassword, server.id, facts);
+    builder.step(
+        Phase::Switch,
+        Step::SetUserPassword {
+            user: rescue.password_user.clone(),
+            hash,
+        },
+    );
+    Ok(builder.becomes(server.vm_state, RescueChange::Delivered(PasswordDelivery::GuestAgent)))
+}
+
+/// Is there a way back, and would the rescue boot what it is meant to?
+fn check_domain(server: &ServerRecord, domain: &DomainFacts) -> Result<(), Refusal> {
+    if !domain.persistent {
+        return Err(Refusal::new(
+            Reason::DomainTransient,
+            format!(
+                "domain {} is transient: there would be no way back; define it first",
+                domain.name
+            ),
+        ));
+    }
+    if domain.managed_save {
+        return Err(Refusal::new(
+            Reason::SavedMemory,
+            format!(
+                "domain {} has saved memory, which the next start would bring back instead of the rescue; start server {} first, or remove it with `virsh managedsave-remove {}`",
+                domain.name, server.id, domain.name
+            ),
+        ));
+    }
+    Ok(())
+}
+
+/// The request's words come first, then the image's properties, then what suits the image.
+fn choose(server: &ServerRecord, args: &RescueArgs, image: &ImageFacts) -> Result<Choice, Refusal> {
+    let properties = &image.record.properties;
+    let image_bus = match properties.get("hw_rescue_bus") {
+        None => None,
+        Some(name) => Some(RescueBus::from_name(name).ok_or_else(|| {
+            Refusal::field(
+                "image",
+                format!("its property hw_rescue_bus is {name:?}; it can be virtio, scsi, usb, sata or ide"),
+            )
+        })?),
+    };
+    let image_device = match properties.get("hw_rescue_device") {
+        None => None,
+        Some(name) => Some(RescueDevice::from_name(name).ok_or_else(|| {
+            Refusal::field(
+                "image",
+                format!("its property hw_rescue_device is {name:?}; it can be disk or cdrom"),
+            )
+        })?),
+    };
+    let iso = image.record.format == ImageFormat::Iso;
+    let device = args
+        .device
+        .or(image_device)
+        .unwrap_or(if iso { RescueDevice::Cdrom } else { RescueDevice::Disk });
+    // A medium that cannot be moved about, or a system with the same filesystem ids as the original:
+    // both are better kept apart from the original disks' places.
+    let apart = image_bus.is_some()
+        || image_device.is_some()
+        || device == RescueDevice::Cdrom
+        || server.image_id == Some(image.record.id);
+    let mode = args
+        .mode
+        .unwrap_or(if apart { RescueMode::Stable } else { RescueMode::Classic });
+    let bus = args.bus.or(image_bus);
+    if device == RescueDevice::Cdrom && bus == Some(RescueBus::Virtio) {
+        return Err(Refusal::field("bus", "virtio has no cdrom; use sata, scsi, ide or usb"));
+    }
+    Ok(Choice { mode, bus, device })
+}
+
+fn warn(server: &ServerRecord, image: &ImageFacts, facts: &Facts, mode: RescueMode, warnings: &mut Vec<Warning>) {
+    if server.image_id == Some(image.record.id) {
+        warnings.push(Warning {
+            name: WarningName::RescueImageIsServerImage,
+            message: format!(
+                "the rescue image is the one the server was made from, so both have filesystems with the same ids; the rescue disk boots first ({mode} mode), but mount the original by device name"
+            ),
+        });
+    }
+    let may_need = image.record.virtual_size;
+    if facts.host.free_bytes < may_need {
+        warnings.push(Warning {
+            name: WarningName::SpaceMayRunOut,
+            message: format!(
+                "the rescue disk may grow to {may_need} bytes, and {} are free",
+                facts.host.free_bytes
+            ),
+        });
+    }
+}
+
+/// When the rescue ends by itself.
+fn expiry(args: &RescueArgs, facts: &Facts, warnings: &mut Vec<Warning>) -> Result<Option<i64>, Refusal> {
+    let undecided = args.protection == Protection::Overlay && args.timeout_overlay.is_none();
+    let timeout_ms = match args.timeout_ms {
+        Some(timeout) if timeout > 0 && undecided => {
+            return Err(Refusal::field(
+                "timeout_overlay",
+                "with a timeout and overlays, say whether they are committed or discarded when it is over",
+            ));
+        }
+        Some(timeout) => timeout,
+        None if facts.host.rescue_timeout_ms > 0 && undecided => {
+            warnings.push(Warning {
+                name: WarningName::TimeoutNotApplied,
+                message: "the configured rescue.timeout does not apply: nobody said what becomes of the overlays (timeout_overlay)"
+                    .to_owned(),
+            });
+            0
+        }
+        None => facts.host.rescue_timeout_ms,
+    };
+    if timeout_ms == 0 {
+        return Ok(None);
+    }
+    Ok(Some(
+        facts
+            .host
+            .now_ms
+            .saturating_add(i64::try_from(timeout_ms).unwrap_or(i64::MAX)),
+    ))
+}
+
+/// Overlays to be made: each with its disk's target, and the virtual size in bytes.
+type Overlays = Vec<((String, Overlay), u64)>;
+
+fn overlays(parsed: &Domain, wanted: Protection, domain: &DomainFacts, folder: &str) -> Result<Overlays, Refusal> {
+    if wanted != Protection::Overlay {
+        return Ok(Vec::new());
+    }
+    let mut overlays = Vec::new();
+    for disk in parsed.disks() {
+        if disk.device != DiskDevice::Disk || disk.readonly || disk.source == DiskSource::None {
+            continue;
+        }
+        let refuse = |why: &str| {
+            Refusal::new(
+                Reason::DomainUnsupported,
+                format!(
+                    "disk {} cannot have an overlay: {why}; use READ_WRITE or READ_ONLY",
+                    disk.target
+                ),
+            )
+        };
+        let base = match &disk.source {
+            DiskSource::File(path) | DiskSource::Block(path) => path.clone(),
+            DiskSource::Network { .. } | DiskSource::Volume { .. } | DiskSource::Other(_) | DiskSource::None => {
+                return Err(refuse("it is neither a file nor a block device of this host"));
+            }
+        };
+        if disk.shareable {
+            return Err(refuse("it is shared with other domains"));
+        }
+        let base_format = disk.format.clone().unwrap_or_else(|| "raw".to_owned());
+        if base_format != "raw" && base_format != "qcow2" {
+            return Err(refuse(&format!("its format is {base_format}")));
+        }
+        let Some(size) = domain.disk_sizes.get(&disk.target) else {
+            return Err(refuse("its size cannot be told"));
+        };
+        let path = format!("{folder}/{}.overlay", disk.target);
+        overlays.push((
+            (
+                disk.target.clone(),
+                Overlay {
+                    path,
+                    base,
+                    base_format,
+                },
+            ),
+            *size,
+        ));
+    }
+    Ok(overlays)
+}
+
+fn protection(parsed: &Domain, wanted: Protection, overlays: &Overlays) -> BTreeMap<String, DiskChange> {
+    match wanted {
+        Protection::ReadWrite => BTreeMap::new(),
+        Protection::Overlay => overlays
+            .iter()
+            .map(|((target, overlay), _)| {
+                (
+                    target.clone(),
+                    DiskChange::Overlay {
+                        path: overlay.path.clone(),
+                    },
+                )
+            })
+            .collect(),
+        Protection::ReadOnly => parsed
+            .disks()
+            .iter()
+            .filter(|disk| matches!(disk.device, DiskDevice::Disk | DiskDevice::Lun) && !disk.readonly)
+            .map(|disk| (disk.target.clone(), DiskChange::ReadOnly))
+            .collect(),
+    }
+}
+
+/// UEFI variables: the rescue boots with a copy, so that it cannot change the server's.
+struct Nvram {
+    original: Option<String>,
+    copy: String,
+}
+
+fn private_nvram(parsed: &Domain, folder: &str) -> Option<Nvram> {
+    match parsed.firmware() {
+        Firmware::Bios => None,
+        Firmware::Uefi { nvram, .. } => Some(Nvram {
+            original: nvram,
+            copy: format!("{folder}/nvram.fd"),
+        }),
+    }
+}
+
+fn template_bus(bus: RescueBus) -> Bus {
+    match bus {
+        RescueBus::Virtio => Bus::Virtio,
+        RescueBus::Scsi => Bus::Scsi,
+        RescueBus::Usb => Bus::Usb,
+        RescueBus::Sata => Bus::Sata,
+        RescueBus::Ide => Bus::Ide,
+    }
+}
+
+fn placed_bus(rendering: &RescueRendering) -> Result<RescueBus, Refusal> {
+    rendering
+        .disks
+        .iter()
+        .find(|disk| disk.role == DiskRole::Rescue)
+        .and_then(|disk| RescueBus::from_name(&disk.bus))
+        .ok_or_else(|| {
+            Refusal::new(
+                Reason::DomainInvalid,
+                "the rescue template places no rescue disk on a known bus",
+            )
+        })
+}
+
+fn placed_disk(disk: salvor_domain_templates::PlacedDisk) -> RescueDisk {
+    let (role, original_target) = match disk.role {
+        DiskRole::Rescue => ("rescue", String::new()),
+        DiskRole::Original { was } => ("original", was),
+        DiskRole::ConfigDrive => ("config-drive", String::new()),
+    };
+    RescueDisk {
+        target: disk.target,
+        bus: disk.bus,
+        original_target,
+        role: role.to_owned(),
+        source: disk.path.unwrap_or_default(),
+    }
+}
+
+fn unrenderable(error: &TemplateError) -> Refusal {
+    let reason = match error {
+        TemplateError::Domain(_)
+        | TemplateError::Place(_)
+        | TemplateError::ReadOnlyUnsupported { .. }
+        | TemplateError::OverlayUnsupported { .. }
+        | TemplateError::NvramWithoutUefi
+        | TemplateError::NoSuchDisk { .. } => Reason::DomainUnsupported,
+        TemplateError::Layout(_) | TemplateError::Text { .. } | TemplateError::Unusable { .. } => Reason::DomainInvalid,
+    };
+    Refusal::new(reason, format!("the rescue domain cannot be made: {}", chain(error)))
+}
+
+/// An error with its causes, in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}
