@@ -5,6 +5,7 @@
 //! → `core`. Nothing in `core` points out. `docs/ARCHITECTURE.md` follows one request through all of it.
 
 pub mod core;
+pub mod dispatch;
 pub mod engine;
 pub mod hypervisor;
 pub mod libvirt;

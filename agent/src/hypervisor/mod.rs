@@ -12,7 +12,10 @@ use tokio::sync::{broadcast, watch};
 use uuid::Uuid;
 
 pub use crate::core::password::CryptHash;
-use crate::core::state::PowerState;
+use crate::core::{
+    reason::{Reason, Refusal},
+    state::PowerState,
+};
 
 /// What can go wrong when the hypervisor is asked.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -51,6 +54,19 @@ pub enum HypervisorError {
         /// libvirt's message.
         message: String,
     },
+}
+
+impl From<HypervisorError> for Refusal {
+    fn from(error: HypervisorError) -> Self {
+        let reason = match &error {
+            HypervisorError::LinkDown { .. } => Reason::LibvirtUnavailable,
+            HypervisorError::Deadline { .. } => Reason::DeadlineExceeded,
+            HypervisorError::NoDomain { .. } => Reason::DomainNotFound,
+            HypervisorError::NoGuestAgent { .. } => Reason::GuestAgentUnavailable,
+            HypervisorError::Refused { .. } => Reason::LibvirtRefused,
+        };
+        Refusal::new(reason, error.to_string())
+    }
 }
 
 /// The answer of a call to the hypervisor.

@@ -1,2 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Disks and images on the host's filesystem.
+
+mod sizes;
+
+pub use sizes::{disk_size, free_space, image_path};

@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Takes an action from the edge to the journal: request id, admission, facts, plan, acceptance.
+//!
+//! This is the one way in. The API, the timers and the observers all submit their actions here, so
+//! that each is admitted, planned and journaled alike. It knows no step and makes no change itself.
+
+mod facts;
+mod preview;
+
+use std::{sync::Arc, time::Duration};
+
+use salvor_domain_templates::Templates;
+use tokio::sync::watch;
+use uuid::Uuid;
+
+pub use preview::Preview;
+
+use crate::{
+    core::{
+        action::{Action, Shutdown},
+        admission::admit,
+        layout::Layout,
+        operation::OperationRecord,
+        plan::{Mark, Plan, Step},
+        planners,
+        reason::{Reason, Refusal},
+        record::ServerRecord,
+    },
+    engine::{Engine, now_ms},
+    hypervisor::{Hypervisor, HypervisorError},
+    store::{Accept, Accepted, Request, Store, StoreError},
+};
+
+/// An overtaking verb waits so long for the operation in flight to be taken back. Taking back is
+/// mostly a destroy and a start, which take about half a second each on a healthy host.
+const OVERTAKE_LIMIT: Duration = Duration::from_secs(300);
+
+/// What the configuration says about actions.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Where things are.
+    pub layout: Layout,
+    /// Domain type of new domains: `kvm` or `qemu`.
+    pub virt_type: String,
+    /// Bytes that must stay free on the filesystem of the state folder.
+    pub reserve_bytes: u64,
+    /// Rescues end by themselves after this time in milliseconds; 0 never.
+    pub rescue_timeout_ms: u64,
+    /// The host's rescue image: an id or a unique name.
+    pub default_rescue_image: Option<String>,
+    /// How guests are shut down, if the request does not say.
+    pub shutdown: Shutdown,
+}
+
+/// What an action is to be done to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Target {
+    /// A server.
+    Server(Uuid),
+    /// A server that is to be made, with this id: that of the domain, if it is to be adopted.
+    New(Uuid),
+}
+
+impl Target {
+    const fn id(self) -> Uuid {
+        match self {
+            Self::Server(id) | Self::New(id) => id,
+        }
+    }
+}
+
+/// What became of an action.
+#[derive(Debug, Clone)]
+pub struct Submitted {
+    /// The operation.
+    pub operation: OperationRecord,
+    /// The plan; `None` if the same request was made before, and this is the operation it began.
+    pub plan: Option<Arc<Plan>>,
+}
+
+/// The way in. Cheap to clone.
+#[derive(Clone)]
+pub struct Dispatcher {
+    store: Store,
+    engine: Engine,
+    hypervisor: Arc<dyn Hypervisor>,
+    templates: Arc<Templates>,
+    settings: Arc<Settings>,
+    draining: watch::Receiver<bool>,
+}
+
+impl Dispatcher {
+    /// A dispatcher that takes actions until `draining` is true.
+    #[must_use]
+    pub fn new(
+        store: Store,
+        engine: Engine,
+        hypervisor: Arc<dyn Hypervisor>,
+        templates: Arc<Templates>,
+        settings: Settings,
+        draining: watch::Receiver<bool>,
+    ) -> Self {
+        Self {
+            store,
+            engine,
+            hypervisor,
+            templates,
+            settings: Arc::new(settings),
+            draining,
+        }
+    }
+
+    /// What the configuration says about actions.
+    #[must_use]
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// Admits, plans and begins an action. Nothing has been touched if this fails.
+    ///
+    /// # Errors
+    /// A [`Refusal`].
+    pub async fn submit(&self, target: Target, action: Action, request: Request) -> Result<Submitted, Refusal> {
+        if let Some(operation) = self.store.repeated(request.clone()).await.map_err(refused)? {
+            return Ok(Submitted { operation, plan: None });
+        }
+        if *self.draining.borrow() {
+            return Err(Refusal::new(
+                Reason::Draining,
+                "the agent is stopping and takes no new work; retry when it is back",
+            ));
+        }
+        let mut server = self.admitted(target, &action)?;
+        if let Some(operation) = server.as_ref().and_then(|server| server.operation) {
+            self.overtake(operation).await?;
+            server = self.admitted(target, &action)?;
+        }
+        let plan = self.plan(target, server.as_deref(), &action).await?;
+        self.validate(&plan).await?;
+        let plan = Arc::new(plan);
+        let accept = Accept {
+            plan: Arc::clone(&plan),
+            request,
+            planned_for: server,
+            now_ms: now_ms(),
+        };
+        match self.engine.submit(accept).await.map_err(refused)? {
+            Accepted::New(operation) => Ok(Submitted {
+                operation: *operation,
+                plan: Some(plan),
+            }),
+            Accepted::Before(operation) => Ok(Submitted {
+                operation: *operation,
+                plan: None,
+            }),
+        }
+    }
+
+    /// The record, if the verb may be done to it now; `None` for verbs that make one.
+    fn admitted(&self, target: Target, action: &Action) -> Result<Option<Arc<ServerRecord>>, Refusal> {
+        let id = target.id();
+        match (target, self.store.server(id)) {
+            (Target::New(_), None) => Ok(None),
+            (Target::New(_), Some(server)) => Err(Refusal::new(
+                Reason::ServerExists,
+                format!("{id} is a server already ({})", server.name),
+            )),
+            (Target::Server(_), Some(server)) => {
+                admit(action.verb(), &server)?;
+                Ok(Some(server))
+            }
+            (Target::Server(_), None) => Err(Refusal::new(Reason::ServerNotFound, format!("there is no server {id}"))),
+        }
+    }
+
+    /// Cancels what is under way and waits until it has ended.
+    async fn overtake(&self, operation: Uuid) -> Result<(), Refusal> {
+        match self.engine.cancel(operation).await {
+            Ok(()) => {}
+            // It only cleans up, or has just ended.
+            Err(StoreError::Refused(refusal)) if refusal.reason == Reason::NotCancellable => {}
+            Err(error) => return Err(refused(error)),
+        }
+        let view = self.engine.wait(operation, OVERTAKE_LIMIT).await.map_err(refused)?;
+        if view.is_some_and(|view| !view.operation.state.is_final()) {
+            return Err(Refusal::new(
+                Reason::ServerBusy,
+                format!(
+                    "operations/{operation} was cancelled but has not ended within {} s; try again",
+                    OVERTAKE_LIMIT.as_secs()
+                ),
+            ));
+        }
+        Ok(())
+    }
+
+    async fn plan(&self, target: Target, server: Option<&ServerRecord>, action: &Action) -> Result<Plan, Refusal> {
+        let facts = self.gather(target.id(), server, action).await?;
+        planners::plan(server, action, &facts, &self.templates)
+    }
+
+    /// Asks libvirt whether it would take the domains that the plan makes. Those that it gave us it
+    /// takes back.
+    async fn validate(&self, plan: &Plan) -> Result<(), Refusal> {
+        for planned in &plan.steps {
+            if let Step::DefineDomain {
+                xml,
+                mark: Mark::Plan(_),
+                ..
+            } = &planned.step
+            {
+                self.hypervisor.validate(xml).await.map_err(|error| match error {
+                    HypervisorError::Refused { message, .. } => Refusal::new(
+                        Reason::DomainInvalid,
+                        format!("libvirt does not take the domain that would be defined: {message}"),
+                    ),
+                    error => Refusal::from(error),
+                })?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A refusal from what the store says.
+pub(crate) fn refused(error: StoreError) -> Refusal {
+    match error {
+        StoreError::Refused(refusal) => refusal,
+        error => {
+            tracing::error!(error = &error as &dyn std::error::Error, "the store failed");
+            Refusal::new(Reason::Internal, "the agent's store failed; its log has the details")
+        }
+    }
+}
