@@ -1,2 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Disks and images on the host's filesystem.
+
+pub mod inspect;
