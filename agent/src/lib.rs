@@ -4,6 +4,7 @@
 //! Arrows point one way: `api` → `dispatch` → `engine` → `steps` → {`libvirt`, `storage`} and everyone
 //! → `core`. Nothing in `core` points out. `docs/ARCHITECTURE.md` follows one request through all of it.
 
+pub mod cancel;
 pub mod core;
 pub mod dispatch;
 pub mod engine;

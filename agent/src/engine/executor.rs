@@ -26,9 +26,10 @@ use tokio::{
 use super::{
     View,
     probe::{Event, Point, Probe},
-    runner::{Cancel, StepContext, StepError, StepReport, StepRunner},
+    runner::{StepContext, StepError, StepReport, StepRunner},
 };
 use crate::{
+    cancel::Cancel,
     core::{
         operation::{OperationRecord, OperationState, StepState},
         plan::{Plan, Step},
@@ -249,7 +250,7 @@ impl Execution {
             view.send_modify(|view| view.percent = Some((index, percent.min(100))));
         };
         let cancel = match direction {
-            Direction::Apply => Cancel(self.cancel.subscribe()),
+            Direction::Apply => Cancel::from(self.cancel.subscribe()),
             // Taking back is what a cancel asks for.
             Direction::Revert => Cancel::never(),
         };
@@ -262,12 +263,12 @@ impl Execution {
         loop {
             let once = try_once(runner.as_ref(), context.clone(), step, direction, look_first);
             tokio::pin!(once);
-            let mut watched = cancel.clone();
+            let watched = cancel.clone();
             let outcome = loop {
                 tokio::select! {
                     biased;
                     outcome = timeout_at(deadline, &mut once) => break outcome,
-                    () = watched.requested(), if !self.operation.cancel_requested => {
+                    () = watched.cancelled(), if !self.operation.cancel_requested => {
                         self.note_cancel().await?;
                     }
                 }
@@ -278,7 +279,7 @@ impl Execution {
                 Ok(Err(error)) => return Ok(Err(error)),
                 Err(_) => return Ok(Err(deadline_exceeded(step, limit))),
             };
-            if direction == Direction::Apply && cancel.is_requested() {
+            if direction == Direction::Apply && cancel.is_cancelled() {
                 return Ok(Err(StepError::cancelled()));
             }
             tracing::info!(operation = %self.operation.id, step = step.kind(), %error, "waiting for the hypervisor");
@@ -286,12 +287,12 @@ impl Execution {
                 tokio::time::sleep(LINK_PAUSE).await;
                 runner.ready().await;
             };
-            let mut watched = cancel.clone();
+            let watched = cancel.clone();
             tokio::select! {
                 back = timeout_at(deadline, back) => if back.is_err() {
                     return Ok(Err(error));
                 },
-                () = watched.requested() => return Ok(Err(StepError::cancelled())),
+                () = watched.cancelled() => return Ok(Err(StepError::cancelled())),
             }
             look_first = true;
         }

@@ -25,7 +25,7 @@ pub(crate) use executor::now_ms;
 #[cfg(feature = "failpoints")]
 pub use probe::EnvProbe;
 pub use probe::{Event, NoProbe, Point, Probe};
-pub use runner::{Cancel, StepContext, StepError, StepReport, StepRunner};
+pub use runner::{StepContext, StepError, StepReport, StepRunner};
 
 use crate::{
     core::{

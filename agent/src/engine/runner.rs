@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What the engine needs of steps: apply, take back, observe. It knows no step and no verb.
 
-use async_trait::async_trait;
-use tokio::sync::watch;
-
-use crate::core::{
-    operation::GuestStop,
-    plan::{Plan, Step},
-    reason::{Reason, Refusal},
+use crate::{
+    cancel::Cancel,
+    core::{
+        operation::GuestStop,
+        plan::{Plan, Step},
+        reason::{Reason, Refusal},
+    },
 };
+use async_trait::async_trait;
 
 /// Why a step could not be applied or taken back.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -52,32 +53,6 @@ pub struct StepReport {
     pub message: String,
     /// How the guest came to be off.
     pub guest_stop: Option<GuestStop>,
-}
-
-/// Has somebody asked for the operation to be cancelled?
-#[derive(Debug, Clone)]
-pub struct Cancel(pub(super) watch::Receiver<bool>);
-
-impl Cancel {
-    /// A cancel that nobody asks for.
-    #[must_use]
-    pub fn never() -> Self {
-        // The value stays false for ever once its sender is gone.
-        Self(watch::channel(false).1)
-    }
-
-    /// Has it been asked for?
-    #[must_use]
-    pub fn is_requested(&self) -> bool {
-        *self.0.borrow()
-    }
-
-    /// Returns when it is asked for; never, if nobody can ask any more.
-    pub async fn requested(&mut self) {
-        if self.0.wait_for(|requested| *requested).await.is_err() {
-            std::future::pending::<()>().await;
-        }
-    }
 }
 
 /// What a step is applied in.
