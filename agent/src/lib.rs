@@ -11,4 +11,6 @@ pub mod engine;
 pub mod hypervisor;
 pub mod libvirt;
 pub mod storage;
+pub mod observe;
+pub mod steps;
 pub mod store;

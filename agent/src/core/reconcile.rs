@@ -27,9 +27,11 @@ pub struct Reconciled {
 /// `nova/compute/manager.py`), and a stopped one that runs becomes ACTIVE (Nova kills it; we do not).
 #[must_use]
 pub fn reconcile(server: &ServerRecord, seen: PowerObservation) -> Option<Reconciled> {
-    let vm_state = match (server.operation, server.vm_state, seen.state) {
-        (None, VmState::Active, PowerState::Shutdown | PowerState::Crashed) => VmState::Stopped,
-        (None, VmState::Stopped, PowerState::Running) => VmState::Active,
+    // Seen before the last operation ended: what it saw may be that operation's own work.
+    let settled = server.operation.is_none() && seen.observed_at_ms > server.settled_at_ms;
+    let vm_state = match (settled, server.vm_state, seen.state) {
+        (true, VmState::Active, PowerState::Shutdown | PowerState::Crashed) => VmState::Stopped,
+        (true, VmState::Stopped, PowerState::Running) => VmState::Active,
         (_, state, _) => state,
     };
     let last_known_power = if seen.state == PowerState::Unknown {

@@ -253,6 +253,8 @@ pub struct ServerRecord {
     pub created_at_ms: i64,
     /// When it last changed, in milliseconds since the Unix epoch.
     pub updated_at_ms: i64,
+    /// When the last operation ended. What was seen before says nothing about the server's intent.
+    pub settled_at_ms: i64,
     /// Metadata of the creator.
     pub metadata: BTreeMap<String, String>,
     /// Host name.

@@ -35,6 +35,7 @@ use crate::{
         plan::{Plan, Step},
         reason::{Reason, Refusal, Warning, WarningName},
         record::Fault,
+        state::PowerState,
     },
     store::{Store, StoreError},
 };
@@ -76,6 +77,8 @@ pub(super) struct Execution {
     pub(super) operation: OperationRecord,
     pub(super) view: watch::Sender<View>,
     pub(super) cancel: watch::Sender<bool>,
+    /// The power state that the steps so far left the guest in.
+    pub(super) power: Option<PowerState>,
 }
 
 impl Execution {
@@ -362,6 +365,9 @@ impl Execution {
     }
 
     fn step_done(&mut self, index: usize, report: StepReport) {
+        if report.power.is_some() {
+            self.power = report.power;
+        }
         if report.guest_stop.is_some() {
             self.operation.guest_stop = report.guest_stop;
         }

@@ -210,6 +210,7 @@ impl Engine {
             operation,
             view,
             cancel,
+            power: None,
         };
         let engine = self.clone();
         let running = tokio::spawn(execution.run());

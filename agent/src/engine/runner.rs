@@ -7,6 +7,7 @@ use crate::{
         operation::GuestStop,
         plan::{Plan, Step},
         reason::{Reason, Refusal},
+        state::PowerState,
     },
 };
 use async_trait::async_trait;
@@ -53,6 +54,8 @@ pub struct StepReport {
     pub message: String,
     /// How the guest came to be off.
     pub guest_stop: Option<GuestStop>,
+    /// The power state that the step left the guest in, if it changed it.
+    pub power: Option<PowerState>,
 }
 
 /// What a step is applied in.

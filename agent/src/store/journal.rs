@@ -16,7 +16,7 @@ use crate::core::{
     reason::{Reason, Refusal},
     reconcile::reconcile,
     record::{Fault, RescueRecord, ServerRecord},
-    state::{PowerObservation, VmState},
+    state::{ObservationSource, PowerObservation, PowerState, VmState},
 };
 
 /// Who asks for an action, and how the call can be repeated.
@@ -225,11 +225,18 @@ impl Store {
     }
 
     /// Makes a plan's outcome stand: the record's change, its event and the operation's state in one
-    /// transaction that survives a power cut. The lane stays taken while the operation cleans up.
+    /// transaction that survives a power cut. `power` is what the steps left the guest in, if they
+    /// changed it. The lane stays taken while the operation cleans up.
     ///
     /// # Errors
     /// If the store fails.
-    pub async fn commit(&self, plan: Arc<Plan>, operation: OperationRecord, now_ms: i64) -> StoreResult<()> {
+    pub async fn commit(
+        &self,
+        plan: Arc<Plan>,
+        operation: OperationRecord,
+        power: Option<PowerState>,
+        now_ms: i64,
+    ) -> StoreResult<()> {
         self.run(move |db| {
             let current = db.server(plan.server);
             db.change(Durability::Power, |tx, publish| {
@@ -255,6 +262,16 @@ impl Store {
                         record.task_state = None;
                         record.operation = lane;
                         record.fault = None;
+                        record.settled_at_ms = now_ms;
+                        if let Some(state) = power {
+                            record.power = PowerObservation {
+                                state,
+                                reason: String::new(),
+                                observed_at_ms: now_ms,
+                                source: ObservationSource::Inferred,
+                            };
+                            record.last_known_power = None;
+                        }
                         change_rescue(&mut record, rescue);
                         if let Some((disks, nics)) = devices {
                             record.disks.clone_from(disks);
@@ -314,6 +331,7 @@ impl Store {
                     } else {
                         record.task_state = None;
                         record.operation = None;
+                        record.settled_at_ms = now_ms;
                         if let Some((fault, plan)) = fault {
                             record.vm_state = VmState::Error;
                             record.fault = Some(fault);

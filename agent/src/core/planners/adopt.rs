@@ -73,6 +73,7 @@ pub(super) fn plan(args: &AdoptArgs, facts: &Facts) -> Result<Plan, Refusal> {
         revision: 0,
         created_at_ms: now,
         updated_at_ms: now,
+        settled_at_ms: now,
         metadata: BTreeMap::new(),
         hostname: String::new(),
     };

@@ -270,6 +270,7 @@ fn record(args: &CreateArgs, facts: &Facts, rendered: &Domain) -> ServerRecord {
         revision: 0,
         created_at_ms: now,
         updated_at_ms: now,
+        settled_at_ms: now,
         metadata: args.metadata.clone(),
         hostname: args.hostname.clone(),
     }

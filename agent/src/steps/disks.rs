@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Steps on disks: overlays made and written back.
+
+use std::{path::Path, time::Duration};
+
+use super::{Applied, Steps};
+use crate::{
+    core::reason::Reason,
+    engine::{StepContext, StepError},
+    storage::{
+        inspect::Format,
+        qemu_img::{Disk, IfExists, Job, QemuImgError},
+    },
+};
+
+/// qemu-img itself gets as long as the step: the engine's deadline ends both.
+const NO_SHORTER_DEADLINE: Duration = Duration::from_secs(6 * 3600);
+
+impl Steps {
+    pub(super) async fn create_overlay(
+        &self,
+        context: &StepContext<'_>,
+        path: &str,
+        backing: &str,
+        backing_format: &str,
+        size: u64,
+    ) -> Applied {
+        let format = format(backing_format)?;
+        let job = Job { deadline: NO_SHORTER_DEADLINE, cancel: context.cancel.clone(), progress: None };
+        let backing = Disk { path: Path::new(backing), format };
+        // What is there already was left half made by this very plan: nothing has used it yet.
+        self.qemu_img.create_overlay(&job, Path::new(path), backing, Some(size), IfExists::Replace).await?;
+        Ok(None)
+    }
+
+    pub(super) async fn commit_overlay(&self, context: &StepContext<'_>, path: &str, base: &str) -> Applied {
+        let job = Job {
+            deadline: NO_SHORTER_DEADLINE,
+            cancel: context.cancel.clone(),
+            progress: Some(context.progress),
+        };
+        self.qemu_img.commit(&job, Path::new(path), Path::new(base)).await?;
+        Ok(None)
+    }
+}
+
+fn format(name: &str) -> Result<Format, StepError> {
+    match name {
+        "raw" => Ok(Format::Raw),
+        "qcow2" => Ok(Format::Qcow2),
+        other => Err(StepError::new(Reason::Internal, format!("no disk here has the format {other}"))),
+    }
+}
+
+impl From<QemuImgError> for StepError {
+    fn from(error: QemuImgError) -> Self {
+        match &error {
+            QemuImgError::Cancelled { .. } => Self::cancelled(),
+            QemuImgError::Deadline { .. } => Self::new(Reason::DeadlineExceeded, error.to_string()),
+            QemuImgError::Failed { stderr, .. } if stderr.contains("No space left") => {
+                Self::new(Reason::NoSpace, error.to_string())
+            }
+            _ => Self::new(Reason::StorageFailed, super::files::chain(&error)),
+        }
+    }
+}

@@ -1,0 +1,224 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Steps on the domain: power, definition, password.
+
+use std::time::Duration;
+
+use salvor_domain_templates::{Domain, Role};
+use tokio::{
+    sync::broadcast::error::RecvError,
+    time::{Instant, timeout_at},
+};
+use uuid::Uuid;
+
+use super::{Applied, Steps};
+use crate::{
+    core::{
+        action::Shutdown,
+        operation::GuestStop,
+        password::CryptHash,
+        plan::Mark,
+        reason::Reason,
+        state::PowerState,
+    },
+    engine::{StepContext, StepError, StepReport},
+    hypervisor::{Definition, DomainStatus, HypervisorError, HypervisorEvent, Nvram},
+};
+
+/// Events say when a guest is off; this is how often it is looked at all the same.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
+/// How long a guest may take to be off after it was ended: libvirt waits 15 s for QEMU to end by
+/// itself and as long again after it killed it.
+const DESTROY_LIMIT: Duration = Duration::from_secs(60);
+
+impl Steps {
+    /// Asks the guest to shut down, again and again (a guest that is still booting loses the request),
+    /// and ends it when its time is over. A guest whose CPUs are stopped cannot answer: it is ended.
+    pub(super) async fn power_off(&self, context: &StepContext<'_>, shutdown: Shutdown) -> Applied {
+        let id = context.plan.server;
+        let report = |guest_stop, message: &str| {
+            Ok(Some(StepReport {
+                message: message.to_owned(),
+                guest_stop: Some(guest_stop),
+                power: Some(PowerState::Shutdown),
+            }))
+        };
+        let Some(status) = self.on(id).await? else { return report(GuestStop::WasOff, "was off already") };
+        if shutdown.timeout_ms > 0 && status.power == PowerState::Running {
+            if self.shut_down(context, id, shutdown).await? {
+                return report(GuestStop::ByItself, "shut down by itself");
+            }
+            self.end(id).await?;
+            return report(GuestStop::Forced, "did not shut down in time and was ended");
+        }
+        self.end(id).await?;
+        report(GuestStop::Forced, "ended at once")
+    }
+
+    /// Asks until the guest is off (`true`) or its time is over.
+    async fn shut_down(&self, context: &StepContext<'_>, id: Uuid, shutdown: Shutdown) -> Result<bool, StepError> {
+        let deadline = Instant::now() + Duration::from_millis(shutdown.timeout_ms);
+        let retry = Duration::from_millis(shutdown.retry_ms.max(1));
+        let mut events = self.hypervisor.events();
+        loop {
+            match self.hypervisor.shutdown(id).await {
+                Ok(()) => {}
+                // It went off in this very moment, or cannot be asked now: the next look decides.
+                Err(HypervisorError::Refused { .. } | HypervisorError::NoDomain { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+            let ask_again = (Instant::now() + retry).min(deadline);
+            while Instant::now() < ask_again {
+                if self.on(id).await?.is_none() {
+                    return Ok(true);
+                }
+                let look_again = (Instant::now() + LOOK_AGAIN).min(ask_again);
+                tokio::select! {
+                    // A time-out is the next look's turn.
+                    _ = timeout_at(look_again, news_of(&mut events, id)) => {}
+                    () = context.cancel.cancelled() => return Err(StepError::cancelled()),
+                }
+            }
+            if Instant::now() >= deadline {
+                return Ok(self.on(id).await?.is_none());
+            }
+        }
+    }
+
+    /// Ends the guest and makes sure that it is off.
+    async fn end(&self, id: Uuid) -> Result<(), StepError> {
+        let mut events = self.hypervisor.events();
+        self.hypervisor.destroy(id).await?;
+        let deadline = Instant::now() + DESTROY_LIMIT;
+        while self.on(id).await?.is_some() {
+            if Instant::now() >= deadline {
+                return Err(StepError::new(
+                    Reason::DeadlineExceeded,
+                    format!("domain {id} is still on {} s after it was ended", DESTROY_LIMIT.as_secs()),
+                ));
+            }
+            let _ = timeout_at(deadline.min(Instant::now() + LOOK_AGAIN), news_of(&mut events, id)).await;
+        }
+        Ok(())
+    }
+
+    /// The domain's status while it is on.
+    async fn on(&self, id: Uuid) -> Result<Option<DomainStatus>, StepError> {
+        Ok(self.hypervisor.domain(id).await?.filter(|status| status.power.is_on()))
+    }
+
+    pub(super) async fn is_off(&self, id: Uuid) -> Result<bool, StepError> {
+        Ok(self.on(id).await?.is_none())
+    }
+
+    /// Takes a power-off back: the guest that ran runs again.
+    pub(super) async fn power_on_again(&self, id: Uuid, was_on: bool) -> Result<(), StepError> {
+        if was_on && self.on(id).await?.is_none() {
+            self.hypervisor.start(id).await?;
+        }
+        Ok(())
+    }
+
+    pub(super) async fn define(&self, xml: &str) -> Applied {
+        self.hypervisor.define(xml).await?;
+        Ok(None)
+    }
+
+    pub(super) async fn is_defined(&self, id: Uuid, xml: &str, mark: Mark) -> Result<bool, StepError> {
+        let Some(current) = self.xml(id, Definition::Inactive).await? else { return Ok(false) };
+        Ok(match mark {
+            Mark::Plan(_) => carries(&current, mark),
+            // Our saved text is libvirt's own, so it prints the same again.
+            Mark::Own => current == xml,
+        })
+    }
+
+    /// Takes a definition back: the one before, or none.
+    pub(super) async fn define_again(&self, id: Uuid, before: Option<&str>) -> Result<(), StepError> {
+        match before {
+            Some(xml) => self.hypervisor.define(xml).await?,
+            None => self.hypervisor.undefine(id, Nvram::Remove).await?,
+        }
+        Ok(())
+    }
+
+    pub(super) async fn undefine(&self, id: Uuid, remove_nvram: bool) -> Applied {
+        self.hypervisor.undefine(id, if remove_nvram { Nvram::Remove } else { Nvram::Keep }).await?;
+        Ok(None)
+    }
+
+    pub(super) async fn is_undefined(&self, id: Uuid) -> Result<bool, StepError> {
+        Ok(self.hypervisor.domain(id).await?.is_none_or(|status| !status.persistent))
+    }
+
+    pub(super) async fn start(&self, id: Uuid, mark: Mark) -> Applied {
+        let report = |message: &str| {
+            Ok(Some(StepReport {
+                message: message.to_owned(),
+                guest_stop: None,
+                power: Some(PowerState::Running),
+            }))
+        };
+        if self.on(id).await?.is_some() {
+            if self.is_started(id, mark).await? {
+                return report("was on already");
+            }
+            return Err(StepError::new(
+                Reason::LibvirtRefused,
+                format!("domain {id} runs already, but not as it was to be started: somebody else started it"),
+            ));
+        }
+        self.hypervisor.start(id).await?;
+        report("")
+    }
+
+    pub(super) async fn is_started(&self, id: Uuid, mark: Mark) -> Result<bool, StepError> {
+        if self.on(id).await?.is_none() {
+            return Ok(false);
+        }
+        Ok(self.xml(id, Definition::Live).await?.is_some_and(|xml| carries(&xml, mark)))
+    }
+
+    /// Takes a start back. A guest that somebody else started in its place is not ours to end.
+    pub(super) async fn stop_started(&self, id: Uuid, mark: Mark) -> Result<(), StepError> {
+        if self.is_started(id, mark).await? {
+            self.end(id).await?;
+        }
+        Ok(())
+    }
+
+    pub(super) async fn set_user_password(&self, id: Uuid, user: &str, hash: &CryptHash) -> Applied {
+        self.hypervisor.set_user_password(id, user, hash).await?;
+        Ok(None)
+    }
+
+    async fn xml(&self, id: Uuid, which: Definition) -> Result<Option<String>, StepError> {
+        match self.hypervisor.domain_xml(id, which).await {
+            Ok(xml) => Ok(Some(xml)),
+            Err(HypervisorError::NoDomain { .. }) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+/// Does the definition carry what the plan expects of it?
+fn carries(xml: &str, expected: Mark) -> bool {
+    let mark = Domain::parse(xml).ok().and_then(|domain| domain.salvor_mark());
+    match expected {
+        Mark::Plan(plan) => mark.is_some_and(|mark| mark.plan == plan.to_string()),
+        Mark::Own => mark.is_none_or(|mark| mark.role != Role::Rescue),
+    }
+}
+
+/// Returns when there may be something new about a domain.
+async fn news_of(events: &mut tokio::sync::broadcast::Receiver<HypervisorEvent>, id: Uuid) {
+    loop {
+        match events.recv().await {
+            Ok(HypervisorEvent::Domain { id: about, .. }) if about == id => return,
+            Ok(HypervisorEvent::Link(_) | HypervisorEvent::Resync) | Err(RecvError::Lagged(_)) => return,
+            Ok(HypervisorEvent::Domain { .. } | HypervisorEvent::GuestAgent { .. }) => {}
+            // Nobody will tell: the caller's own look has to do.
+            Err(RecvError::Closed) => std::future::pending().await,
+        }
+    }
+}

@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Steps on files of a server: folders, copies, config drives.
+//!
+//! Everything that is removed lies under the folder of servers: a path that does not is refused, so
+//! that no plan, however it came to be, can remove anything else.
+
+use std::path::{Component, Path, PathBuf};
+
+use super::{Applied, Steps};
+use crate::{
+    core::{plan::ConfigDriveSpec, reason::Reason},
+    engine::{StepContext, StepError},
+    storage::{
+        config_drive,
+        files::{self, DIR_MODE, DISK_MODE, FileError},
+    },
+};
+
+impl Steps {
+    pub(super) async fn make_folder(&self, path: &str) -> Applied {
+        let path = self.own(path)?;
+        blocking(move || files::ensure_dir(&path, DIR_MODE).map_err(StepError::from)).await?;
+        Ok(None)
+    }
+
+    pub(super) async fn copy_file(&self, context: &StepContext<'_>, from: &str, to: &str) -> Applied {
+        let (from, to, cancel) = (PathBuf::from(from), self.own(to)?, context.cancel.clone());
+        blocking(move || {
+            files::copy_file_durable(&from, &to, DISK_MODE, &cancel, &mut |_| {}).map_err(StepError::from)
+        })
+        .await?;
+        Ok(None)
+    }
+
+    pub(super) async fn build_config_drive(&self, path: &str, drive: &ConfigDriveSpec) -> Applied {
+        let (path, drive) = (self.own(path)?, drive.clone());
+        blocking(move || {
+            config_drive::build(&path, &drive)
+                .map_err(|error| StepError::new(storage_reason(&error), chain(&error)))
+        })
+        .await?;
+        Ok(None)
+    }
+
+    pub(super) async fn remove_file(&self, path: &str) -> Result<(), StepError> {
+        let path = self.own(path)?;
+        blocking(move || files::remove_if_exists(&path).map(|_| ()).map_err(StepError::from)).await
+    }
+
+    /// Removes a folder, and those above it that are empty then, up to the folder of servers.
+    pub(super) async fn remove_folder(&self, path: &str) -> Applied {
+        let (path, servers) = (self.own(path)?, PathBuf::from(self.layout.servers()));
+        blocking(move || remove_tree(&path, &servers)).await?;
+        Ok(None)
+    }
+
+    /// A path that is the agent's to make and to remove.
+    fn own(&self, path: &str) -> Result<PathBuf, StepError> {
+        let servers = PathBuf::from(self.layout.servers());
+        let path = PathBuf::from(path);
+        let plain = path.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
+        if plain && path.starts_with(&servers) && path != servers {
+            return Ok(path);
+        }
+        Err(StepError::new(
+            Reason::Internal,
+            format!("{} is not under {}, so the agent leaves it alone", path.display(), servers.display()),
+        ))
+    }
+}
+
+/// Removes `path` and the folders above it that are empty then, below `top`.
+pub(super) fn remove_tree(path: &Path, top: &Path) -> Result<(), StepError> {
+    let failed = |path: &Path, error: &std::io::Error| {
+        StepError::new(Reason::StorageFailed, format!("{} cannot be removed: {error}", path.display()))
+    };
+    match std::fs::remove_dir_all(path) {
+        Ok(()) => {}
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => return Err(failed(path, &error)),
+    }
+    for above in path.ancestors().skip(1).take_while(|above| *above != top && above.starts_with(top)) {
+        match std::fs::remove_dir(above) {
+            Ok(()) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            // Something else of the server is in it.
+            Err(error) if error.kind() == std::io::ErrorKind::DirectoryNotEmpty => break,
+            Err(error) => return Err(failed(above, &error)),
+        }
+    }
+    Ok(())
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, StepError> + Send + 'static,
+) -> Result<T, StepError> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| StepError::new(Reason::Internal, format!("a file operation panicked: {error}")))?
+}
+
+impl From<FileError> for StepError {
+    fn from(error: FileError) -> Self {
+        let reason = match &error {
+            FileError::Cancelled { .. } => return Self::cancelled(),
+            error if error.is_full() => Reason::NoSpace,
+            _ => Reason::StorageFailed,
+        };
+        Self::new(reason, chain(&error))
+    }
+}
+
+/// Is there an error of a full filesystem below it?
+fn storage_reason(error: &(dyn std::error::Error + 'static)) -> Reason {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        let full = |error: &std::io::Error| {
+            matches!(error.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
+        };
+        if error.downcast_ref::<std::io::Error>().is_some_and(full) {
+            return Reason::NoSpace;
+        }
+        cause = error.source();
+    }
+    Reason::StorageFailed
+}
+
+/// An error with its causes, in one line.
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}
