@@ -14,6 +14,7 @@
 
 mod cancel;
 pub mod files;
+pub mod images;
 pub mod inspect;
 pub mod qemu_img;
 
