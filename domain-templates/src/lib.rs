@@ -7,10 +7,12 @@
 //! * [`render_server`] lays out the domain of a server that Salvor made.
 //! * [`render_rescue`] turns a server's own definition into that of its rescue, keeping all it does not understand.
 //! * [`Templates`] holds the layouts, which an operator may replace.
+//! * [`fixtures`] are domains to try them on.
 //! * [`xml`] is the small document tree below all this.
 
 mod disk;
 mod domain;
+pub mod fixtures;
 mod place;
 mod rescue;
 mod server;
