@@ -10,12 +10,11 @@ use uuid::Uuid;
 
 use crate::disk::Bus;
 use crate::domain::{Domain, Firmware};
-use crate::rescue::{
-    Device, DiskChange, DiskFormat, Mode, RescueDisk, RescueSpec, TemplateError, render_rescue,
-};
+use crate::rescue::{TemplateError, render_rescue};
 use crate::server::{
     DomainKind, NicSource, NicSpec, ServerDisk, ServerFirmware, ServerSpec, render_server,
 };
+use crate::spec::{Device, DiskChange, DiskFormat, Mode, RescueDisk, RescueSpec};
 use crate::templates::Templates;
 
 /// A definition to be rescued.
@@ -58,6 +57,9 @@ pub const ORIGINALS: &[Original] = originals![
 
 /// A text made to break out of wherever it is printed.
 const HOSTILE: &str = "/srv/a\"b'c&d</source><devices/>]]>{{ 7 * 7 }}\t\u{e9}";
+
+/// The same for a domain's name, in which libvirt allows no slash.
+const HOSTILE_NAME: &str = "a\"b'c&d<devices>]]>{{ 7 * 7 }}\u{e9}";
 
 /// One rendering of the matrix.
 #[derive(Debug)]
@@ -258,12 +260,8 @@ fn server_specs() -> Vec<(String, ServerSpec)> {
         });
     }
     add("hostile", &|spec| {
-        for text in [
-            &mut spec.name,
-            &mut spec.title,
-            &mut spec.plan,
-            &mut spec.console_log,
-        ] {
+        HOSTILE_NAME.clone_into(&mut spec.name);
+        for text in [&mut spec.title, &mut spec.plan, &mut spec.console_log] {
             HOSTILE.clone_into(text);
         }
         spec.disks = vec![disk(HOSTILE, Bus::Virtio)];

@@ -14,8 +14,10 @@ mod disk;
 mod domain;
 pub mod fixtures;
 mod place;
+mod protect;
 mod rescue;
 mod server;
+mod spec;
 mod templates;
 pub mod xml;
 
@@ -24,11 +26,12 @@ pub use domain::{
     Domain, DomainError, Firmware, Interface, MARK_NAMESPACE, MachineFamily, Mark, Role,
 };
 pub use place::PlaceError;
-pub use rescue::{
-    CONFIG_DRIVE_SERIAL, Device, DiskChange, DiskFormat, DiskRole, Mode, PlacedDisk, RESCUE_SERIAL,
-    RescueDisk, RescueRendering, RescueSpec, TemplateError, render_rescue,
-};
+pub use rescue::{TemplateError, render_rescue};
 pub use server::{
     DomainKind, NicSource, NicSpec, ServerDisk, ServerFirmware, ServerSpec, render_server,
+};
+pub use spec::{
+    CONFIG_DRIVE_SERIAL, Device, DiskChange, DiskFormat, DiskRole, Mode, PlacedDisk, RESCUE_SERIAL,
+    RescueDisk, RescueRendering, RescueSpec,
 };
 pub use templates::{LayoutError, TemplateName, Templates, TemplatesError};

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::disk::{Bus, Disk, DiskDevice, target_index, target_name};
 use crate::domain::{Domain, MachineFamily};
-use crate::rescue::{Device, Mode};
+use crate::spec::{Device, Mode};
 use crate::xml::Element;
 
 /// Why a disk has no place.

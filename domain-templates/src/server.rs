@@ -11,7 +11,8 @@ use uuid::Uuid;
 use crate::disk::Bus;
 use crate::domain::{Domain, MachineFamily, Mark, Role};
 use crate::place::{Controller, Places, check_bus};
-use crate::rescue::{CONFIG_DRIVE_SERIAL, DiskFormat, TemplateError};
+use crate::rescue::TemplateError;
+use crate::spec::{CONFIG_DRIVE_SERIAL, DiskFormat};
 use crate::templates::{OwnXml, TemplateName, Templates};
 use crate::xml::check_text;
 

@@ -106,6 +106,7 @@ impl Templates {
     /// domain is not checked here; [`crate::fixtures::matrix`] does that.
     pub fn with_overrides(overrides: BTreeMap<String, String>) -> Result<Self, TemplatesError> {
         let mut environment = Environment::new();
+        environment.set_keep_trailing_newline(true);
         environment.set_undefined_behavior(UndefinedBehavior::Strict);
         environment.set_auto_escape_callback(|_| AutoEscape::Custom("xml"));
         environment.remove_filter("safe");

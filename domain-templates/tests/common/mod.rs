@@ -1,10 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What the golden and the preservation tests share.
+//! What the tests share: building definitions and requests, and comparing documents.
+// Each test file uses its own part of this.
 #![allow(dead_code)]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::collections::BTreeMap;
 
 use salvor_domain_templates::xml::{Element, Node};
+use salvor_domain_templates::{
+    Bus, Device, DiskChange, DiskFormat, DiskRole, Mode, RescueDisk, RescueRendering, RescueSpec,
+    TemplateError, Templates, render_rescue,
+};
 
 /// Every element, comment and instruction of a document on a line of its own: where it is, what it is, its attributes
 /// and its own text. Disks and interfaces are told apart by what no rescue changes.
@@ -73,4 +79,81 @@ pub(crate) fn difference(before: &[String], after: &[String]) -> (Vec<String>, V
     }
     came.reverse();
     (gone, came)
+}
+
+pub(crate) fn spec(mode: Mode) -> RescueSpec {
+    RescueSpec {
+        plan: "plan-1".to_owned(),
+        mode,
+        rescue_disk: RescueDisk {
+            path: "/srv/rescue/disk".to_owned(),
+            format: DiskFormat::Qcow2,
+            bus: None,
+            device: Device::Disk,
+        },
+        protection: BTreeMap::new(),
+        nvram: None,
+        config_drive: None,
+    }
+}
+
+pub(crate) fn on(mode: Mode, bus: Bus) -> RescueSpec {
+    let mut spec = spec(mode);
+    spec.rescue_disk.bus = Some(bus);
+    spec
+}
+
+pub(crate) fn with_config_drive(mut spec: RescueSpec) -> RescueSpec {
+    spec.config_drive = Some("/srv/rescue/config".to_owned());
+    spec
+}
+
+pub(crate) fn protecting(mode: Mode, target: &str, change: DiskChange) -> RescueSpec {
+    let mut spec = spec(mode);
+    spec.protection.insert(target.to_owned(), change);
+    spec
+}
+
+pub(crate) fn overlay() -> DiskChange {
+    DiskChange::Overlay {
+        path: "/srv/rescue/overlay".to_owned(),
+    }
+}
+
+/// A domain around these parts of `<os>` and `<devices>`.
+pub(crate) fn domain(machine: &str, os: &str, devices: &str) -> String {
+    format!(
+        "<domain type='qemu'><name>d</name><uuid>8a8d2c5c-5c0b-4e0e-9f5e-0a5a3c1f0001</uuid><memory>131072</memory>\
+         <os><type arch='x86_64' machine='{machine}'>hvm</type>{os}</os><devices>{devices}</devices></domain>"
+    )
+}
+
+pub(crate) fn disk(target: &str, bus: &str, more: &str) -> String {
+    format!(
+        "<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='/d/{target}'/>\
+         <target dev='{target}' bus='{bus}'/>{more}</disk>"
+    )
+}
+
+pub(crate) fn cdrom(target: &str, bus: &str) -> String {
+    format!(
+        "<disk type='file' device='cdrom'><source file='/d/{target}.iso'/><target dev='{target}' bus='{bus}'/></disk>"
+    )
+}
+
+pub(crate) fn render(xml: &str, spec: &RescueSpec) -> Result<RescueRendering, TemplateError> {
+    render_rescue(&Templates::builtin().unwrap(), xml, spec)
+}
+
+/// `role:target/bus` of every disk, for short comparisons.
+pub(crate) fn places(rendering: &RescueRendering) -> Vec<String> {
+    let place = |disk: &salvor_domain_templates::PlacedDisk| {
+        let role = match &disk.role {
+            DiskRole::Rescue => "rescue",
+            DiskRole::Original { was } => was,
+            DiskRole::ConfigDrive => "config",
+        };
+        format!("{role}:{}/{}", disk.target, disk.bus)
+    };
+    rendering.disks.iter().map(place).collect()
 }
