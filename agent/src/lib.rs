@@ -10,7 +10,7 @@ pub mod dispatch;
 pub mod engine;
 pub mod hypervisor;
 pub mod libvirt;
-pub mod storage;
 pub mod observe;
 pub mod steps;
+pub mod storage;
 pub mod store;

@@ -160,13 +160,19 @@ impl Domain {
         if root.name != "domain" {
             return Err(DomainError::NotADomain { root: root.name });
         }
-        let name = root.child("name").map(Element::text).filter(|name| !name.is_empty());
+        let name = root
+            .child("name")
+            .map(Element::text)
+            .filter(|name| !name.is_empty());
         let name = name.ok_or(DomainError::NoName)?;
         let mut disks: Vec<Disk> = Vec::new();
         for (index, element) in devices_of(&root).filter(|e| e.name == "disk").enumerate() {
-            let disk = Disk::read(element, index).ok_or(DomainError::DiskWithoutTarget { number: index + 1 })?;
+            let disk = Disk::read(element, index)
+                .ok_or(DomainError::DiskWithoutTarget { number: index + 1 })?;
             if disks.iter().any(|other| other.target == disk.target) {
-                return Err(DomainError::DuplicateTarget { target: disk.target });
+                return Err(DomainError::DuplicateTarget {
+                    target: disk.target,
+                });
             }
             disks.push(disk);
         }
@@ -272,7 +278,10 @@ impl Domain {
     /// All network interfaces, in document order.
     pub fn interfaces(&self) -> Vec<Interface> {
         let attribute = |element: &Element, child: &str, name: &str| {
-            element.child(child).and_then(|c| c.attribute(name)).map(str::to_owned)
+            element
+                .child(child)
+                .and_then(|c| c.attribute(name))
+                .map(str::to_owned)
         };
         devices_of(&self.root)
             .filter(|device| device.name == "interface")
@@ -304,7 +313,9 @@ impl Domain {
             Some(source) => source.attribute("file").map(str::to_owned),
             None => Some(nvram.text()).filter(|text| !text.is_empty()),
         });
-        let template = nvram.and_then(|nvram| nvram.attribute("template")).map(str::to_owned);
+        let template = nvram
+            .and_then(|nvram| nvram.attribute("template"))
+            .map(str::to_owned);
         Firmware::Uefi {
             nvram: path,
             template,
@@ -318,7 +329,8 @@ impl Domain {
             .filter(|device| device.name == "channel")
             .filter_map(|channel| channel.child("target"))
             .any(|target| {
-                target.attribute("type") == Some("virtio") && target.attribute("name") == Some("org.qemu.guest_agent.0")
+                target.attribute("type") == Some("virtio")
+                    && target.attribute("name") == Some("org.qemu.guest_agent.0")
             })
     }
 
@@ -333,7 +345,9 @@ impl Domain {
     /// Salvor's mark, if the domain carries one. Found by its namespace, whatever the prefix.
     pub fn salvor_mark(&self) -> Option<Mark> {
         let metadata = self.root.child("metadata")?;
-        let mark = metadata.elements().find(|element| self.is_mark(metadata, element))?;
+        let mark = metadata
+            .elements()
+            .find(|element| self.is_mark(metadata, element))?;
         let prefix = mark.name.strip_suffix("salvor")?;
         let text = |name: &str| {
             mark.child(&format!("{prefix}{name}"))
@@ -423,7 +437,9 @@ impl Disk {
                 .map(str::to_owned),
             readonly: element.child("readonly").is_some() || device == DiskDevice::Cdrom,
             shareable: element.child("shareable").is_some(),
-            boot_order: element.child("boot").and_then(|b| b.attribute("order")?.parse().ok()),
+            boot_order: element
+                .child("boot")
+                .and_then(|b| b.attribute("order")?.parse().ok()),
             serial: element
                 .child("serial")
                 .map(Element::text)

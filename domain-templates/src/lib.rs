@@ -7,22 +7,31 @@
 //! * [`render_server`] lays out the domain of a server that Salvor made.
 //! * [`render_rescue`] turns a server's own definition into that of its rescue, keeping all it does not understand.
 //! * [`Templates`] holds the layouts, which an operator may replace.
+//! * [`fixtures`] are domains to try them on.
 //! * [`xml`] is the small document tree below all this.
 
 mod disk;
 mod domain;
+pub mod fixtures;
 mod place;
+mod protect;
 mod rescue;
 mod server;
+mod spec;
 mod templates;
 pub mod xml;
 
 pub use disk::{Bus, Disk, DiskDevice, DiskSource};
-pub use domain::{Domain, DomainError, Firmware, Interface, MARK_NAMESPACE, MachineFamily, Mark, Role};
-pub use place::PlaceError;
-pub use rescue::{
-    CONFIG_DRIVE_SERIAL, Device, DiskChange, DiskFormat, DiskRole, Mode, PlacedDisk, RESCUE_SERIAL, RescueDisk,
-    RescueRendering, RescueSpec, TemplateError, render_rescue,
+pub use domain::{
+    Domain, DomainError, Firmware, Interface, MARK_NAMESPACE, MachineFamily, Mark, Role,
 };
-pub use server::{DomainKind, NicSource, NicSpec, ServerDisk, ServerFirmware, ServerSpec, render_server};
+pub use place::PlaceError;
+pub use rescue::{TemplateError, render_rescue};
+pub use server::{
+    DomainKind, NicSource, NicSpec, ServerDisk, ServerFirmware, ServerSpec, render_server,
+};
+pub use spec::{
+    CONFIG_DRIVE_SERIAL, Device, DiskChange, DiskFormat, DiskRole, Mode, PlacedDisk, RESCUE_SERIAL,
+    RescueDisk, RescueRendering, RescueSpec,
+};
 pub use templates::{LayoutError, TemplateName, Templates, TemplatesError};

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::disk::{Bus, Disk, DiskDevice, target_index, target_name};
 use crate::domain::{Domain, MachineFamily};
-use crate::rescue::{Device, Mode};
+use crate::spec::{Device, Mode};
 use crate::xml::Element;
 
 /// Why a disk has no place.
@@ -80,7 +80,8 @@ impl Places {
     fn keep(&mut self, disk: &Disk, element: &Element) {
         self.names.insert(disk.target.clone());
         let Some(bus) = disk.known_bus() else { return };
-        let unit = drive_address(element).or_else(|| target_index(&disk.target).and_then(|index| bus.unit(index)));
+        let unit = drive_address(element)
+            .or_else(|| target_index(&disk.target).and_then(|index| bus.unit(index)));
         self.units.extend(unit.map(|unit| (bus, unit)));
     }
 
@@ -118,7 +119,11 @@ fn drive_address(element: &Element) -> Option<(usize, usize, usize)> {
 }
 
 /// Does the machine have this bus? Only i440FX has IDE.
-pub(crate) fn check_bus(bus: Bus, family: MachineFamily, machine: Option<&str>) -> Result<(), PlaceError> {
+pub(crate) fn check_bus(
+    bus: Bus,
+    family: MachineFamily,
+    machine: Option<&str>,
+) -> Result<(), PlaceError> {
     if bus == Bus::Ide && family != MachineFamily::Pc {
         return Err(PlaceError::NoSuchBus {
             bus,
@@ -152,9 +157,15 @@ pub(crate) fn lay_out(
 
     // Only where the rescue disk takes the root's own bus does it push others aside; elsewhere it disturbs nobody.
     let shifted = root.filter(|_| mode == Mode::Classic && root_bus == Some(bus));
-    let chain = shifted.map(|root| push_order(domain, root)).unwrap_or_default();
+    let chain = shifted
+        .map(|root| push_order(domain, root))
+        .unwrap_or_default();
     let mut places = Places::default();
-    for (disk, element) in domain.disks().iter().zip(domain.devices().filter(|e| e.name == "disk")) {
+    for (disk, element) in domain
+        .disks()
+        .iter()
+        .zip(domain.devices().filter(|e| e.name == "disk"))
+    {
         if !chain.iter().any(|moved| moved.target == disk.target) {
             places.keep(disk, element);
         }
@@ -171,7 +182,9 @@ pub(crate) fn lay_out(
     let (mut last, target) = places.take_from(bus, 0)?;
     let mut moved = BTreeMap::new();
     for (number, disk) in chain.iter().enumerate() {
-        let own = target_index(&disk.target).filter(|_| number > 0).unwrap_or(0);
+        let own = target_index(&disk.target)
+            .filter(|_| number > 0)
+            .unwrap_or(0);
         let (index, name) = places.take_from(bus, own.max(last + 1))?;
         moved.insert(disk.target.clone(), name);
         last = index;
@@ -198,7 +211,10 @@ pub(crate) fn lay_out(
     };
 
     let mut controllers: Vec<Controller> = usb.added.into_iter().collect();
-    let uses_scsi = rescue.bus == Bus::Scsi || config_drive.as_ref().is_some_and(|place| place.bus == Bus::Scsi);
+    let uses_scsi = rescue.bus == Bus::Scsi
+        || config_drive
+            .as_ref()
+            .is_some_and(|place| place.bus == Bus::Scsi);
     if uses_scsi && !has_scsi(domain) {
         controllers.push(Controller {
             kind: "scsi",
@@ -207,7 +223,10 @@ pub(crate) fn lay_out(
             ports: None,
         });
     }
-    let usb_allowed = rescue.bus == Bus::Usb || config_drive.as_ref().is_some_and(|place| place.bus == Bus::Usb);
+    let usb_allowed = rescue.bus == Bus::Usb
+        || config_drive
+            .as_ref()
+            .is_some_and(|place| place.bus == Bus::Usb);
     Ok(Layout {
         rescue,
         config_drive,
@@ -231,7 +250,11 @@ fn push_order<'a>(domain: &'a Domain, root: &'a Disk) -> Vec<&'a Disk> {
 
 /// The root's bus suits a config drive best: whatever boots this server can read it. IDE may be full, and then SATA is
 /// the nearest thing (libvirt adds an AHCI controller by itself).
-fn config_drive_place(places: &mut Places, bus: Bus, domain: &Domain) -> Result<(Bus, String), PlaceError> {
+fn config_drive_place(
+    places: &mut Places,
+    bus: Bus,
+    domain: &Domain,
+) -> Result<(Bus, String), PlaceError> {
     let bus = if check_bus(bus, domain.machine_family(), domain.machine()).is_ok() {
         bus
     } else {
@@ -263,7 +286,11 @@ impl Usb {
     fn of(domain: &Domain) -> Self {
         let mut fast = None;
         let mut next_index = 0;
-        for (number, controller) in domain.devices().filter(|e| is_usb_controller(e)).enumerate() {
+        for (number, controller) in domain
+            .devices()
+            .filter(|e| is_usb_controller(e))
+            .enumerate()
+        {
             let model = controller.attribute("model");
             if model == Some("none") {
                 continue;

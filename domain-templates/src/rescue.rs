@@ -2,7 +2,7 @@
 //! The rescue domain: the server's own domain, booting another disk.
 //!
 //! Owns: what a rescue changes in a domain and that nothing else changes. Name, uuid, memory, CPU, machine, firmware,
-//! network, TPM, consoles and every element we do not know stay as they are. What changes: disks (see [`Mode`]), what
+//! network, TPM, consoles and every element we do not know stay as they are. What changes: disks (see [`crate::Mode`]), what
 //! boots, the NVRAM file, and Salvor's mark in the metadata.
 //!
 //! Does not know: whether the files exist, libvirt, plans beyond their id.
@@ -10,133 +10,18 @@
 //! Only the rescue disk is bootable: a rescue image that cannot boot must fail where somebody sees it, never fall
 //! through to the broken system. So every other boot order, `<boot dev>`, and a kernel given from outside go.
 
-use std::collections::BTreeMap;
+use serde::Serialize;
 
-use serde::{Deserialize, Serialize};
-
-use crate::disk::{Bus, Disk, DiskDevice, DiskSource};
+use crate::disk::{Bus, Disk};
 use crate::domain::{Domain, DomainError, Firmware, Mark, Role};
 use crate::place::{Controller, Layout, Place, PlaceError, is_usb_controller, lay_out};
+use crate::protect::{by_overlay, by_readonly};
+use crate::spec::{
+    CONFIG_DRIVE_SERIAL, Device, DiskChange, DiskFormat, DiskRole, Mode, PlacedDisk, RESCUE_SERIAL,
+    RescueRendering, RescueSpec,
+};
 use crate::templates::{LayoutError, OwnXml, TemplateName, Templates};
 use crate::xml::{Element, Node, XmlError, check_text};
-
-/// The serial number of the rescue disk, by which a guest can know it.
-pub const RESCUE_SERIAL: &str = "salvor-rescue";
-
-/// The serial number of the config drive.
-pub const CONFIG_DRIVE_SERIAL: &str = "salvor-config";
-
-/// How the rescue disk joins the disks of the server.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Mode {
-    /// The rescue disk comes first on the root disk's bus, the root second, the others on that bus after them. Every
-    /// disk on that bus loses its address, so that the guest sees them in this order.
-    Classic,
-    /// Every disk keeps its name and address; the rescue disk comes last.
-    Stable,
-}
-
-/// The format of a disk that Salvor made.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum DiskFormat {
-    /// Plain bytes.
-    Raw,
-    /// qcow2.
-    Qcow2,
-}
-
-/// How the rescue image shows itself to the guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Device {
-    /// As a hard disk.
-    Disk,
-    /// As a CD-ROM.
-    Cdrom,
-}
-
-/// The disk to boot.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RescueDisk {
-    /// File on this host.
-    pub path: String,
-    /// Its format; never guessed.
-    pub format: DiskFormat,
-    /// The bus asked for. `None`: the root disk's bus in classic mode, else virtio; for a CD-ROM what the machine type
-    /// is used to.
-    pub bus: Option<Bus>,
-    /// How it shows itself.
-    pub device: Device,
-}
-
-/// What protects an original disk while the rescue runs.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum DiskChange {
-    /// The rescue cannot write to it.
-    ReadOnly,
-    /// The rescue writes to an overlay.
-    Overlay {
-        /// A qcow2 file whose backing file is the original disk.
-        path: String,
-    },
-}
-
-/// What a rescue domain is made from, besides the original's definition.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RescueSpec {
-    /// Id of the plan; it goes into the domain's mark.
-    pub plan: String,
-    /// How the rescue disk joins the others.
-    pub mode: Mode,
-    /// The disk to boot.
-    pub rescue_disk: RescueDisk,
-    /// Target name of an original disk → what protects it. Disks not named are attached as they were.
-    pub protection: BTreeMap<String, DiskChange>,
-    /// The rescue's own copy of the UEFI variables.
-    pub nvram: Option<String>,
-    /// A raw image with a FAT file system labelled config-2.
-    pub config_drive: Option<String>,
-}
-
-/// What a disk of the rescue domain is.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum DiskRole {
-    /// The disk that boots.
-    Rescue,
-    /// A disk of the server.
-    Original {
-        /// Its target name in the server's own definition.
-        was: String,
-    },
-    /// The config drive.
-    ConfigDrive,
-}
-
-/// A disk of the rescue domain and its place.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PlacedDisk {
-    /// What it is.
-    pub role: DiskRole,
-    /// Target name.
-    pub target: String,
-    /// Bus, in libvirt's words.
-    pub bus: String,
-    /// File or block device; `None` for network disks, pool volumes and empty drives.
-    pub path: Option<String>,
-}
-
-/// A rendered rescue domain.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RescueRendering {
-    /// The definition, ready for libvirt.
-    pub xml: String,
-    /// Its disks, in document order.
-    pub disks: Vec<PlacedDisk>,
-}
 
 /// Why a domain cannot be rendered.
 #[derive(Debug, thiserror::Error)]
@@ -166,7 +51,9 @@ pub enum TemplateError {
         target: String,
     },
     /// QEMU has no read-only disk on this bus.
-    #[error("disk `{target}` is on the {bus} bus, where no disk can be read-only; protect it with OVERLAY instead")]
+    #[error(
+        "disk `{target}` is on the {bus} bus, where no disk can be read-only; protect it with OVERLAY instead"
+    )]
     ReadOnlyUnsupported {
         /// The disk.
         target: String,
@@ -208,11 +95,23 @@ pub fn render_rescue(
 ) -> Result<RescueRendering, TemplateError> {
     check_texts(spec)?;
     let domain = Domain::parse(original)?;
-    if let Some(target) = spec.protection.keys().find(|target| domain.disk(target).is_none()) {
-        return Err(TemplateError::NoSuchDisk { target: target.clone() });
+    if let Some(target) = spec
+        .protection
+        .keys()
+        .find(|target| domain.disk(target).is_none())
+    {
+        return Err(TemplateError::NoSuchDisk {
+            target: target.clone(),
+        });
     }
     let disk = &spec.rescue_disk;
-    let layout = lay_out(&domain, spec.mode, disk.device, disk.bus, spec.config_drive.is_some())?;
+    let layout = lay_out(
+        &domain,
+        spec.mode,
+        disk.device,
+        disk.bus,
+        spec.config_drive.is_some(),
+    )?;
     let (context, disks) = context(&domain, spec, &layout)?;
     let xml = templates.render(TemplateName::Rescue, context)?;
     check_rendering(&xml, &domain, spec, &disks)?;
@@ -229,8 +128,16 @@ fn check_texts(spec: &RescueSpec) -> Result<(), TemplateError> {
         ("the rescue disk's path", &spec.rescue_disk.path),
     ];
     let nvram = spec.nvram.iter().map(|path| ("the NVRAM path", path));
-    let config_drive = spec.config_drive.iter().map(|path| ("the config drive's path", path));
-    for (field, text) in texts.into_iter().chain(overlays).chain(nvram).chain(config_drive) {
+    let config_drive = spec
+        .config_drive
+        .iter()
+        .map(|path| ("the config drive's path", path));
+    for (field, text) in texts
+        .into_iter()
+        .chain(overlays)
+        .chain(nvram)
+        .chain(config_drive)
+    {
         check_text(text).map_err(|source| TemplateError::Text { field, source })?;
     }
     Ok(())
@@ -288,7 +195,11 @@ struct Context {
     extensions: Vec<Part>,
 }
 
-fn context(domain: &Domain, spec: &RescueSpec, layout: &Layout) -> Result<(Context, Vec<PlacedDisk>), TemplateError> {
+fn context(
+    domain: &Domain,
+    spec: &RescueSpec,
+    layout: &Layout,
+) -> Result<(Context, Vec<PlacedDisk>), TemplateError> {
     let mut settings = Vec::new();
     let mut extensions = Vec::new();
     let mut leading_devices = Vec::new();
@@ -317,7 +228,11 @@ fn context(domain: &Domain, spec: &RescueSpec, layout: &Layout) -> Result<(Conte
             }
             Node::Element(element) if element.name == "metadata" || element.name == "os" => {}
             node => {
-                let list = if past_devices { &mut extensions } else { &mut settings };
+                let list = if past_devices {
+                    &mut extensions
+                } else {
+                    &mut settings
+                };
                 list.extend(part(node));
             }
         }
@@ -439,7 +354,9 @@ fn part(node: &Node) -> Option<Part> {
 fn device_part(node: &Node, layout: &Layout) -> Option<Part> {
     match node {
         Node::Element(device)
-            if layout.usb_allowed && is_usb_controller(device) && device.attribute("model") == Some("none") =>
+            if layout.usb_allowed
+                && is_usb_controller(device)
+                && device.attribute("model") == Some("none") =>
         {
             None
         }
@@ -466,8 +383,15 @@ fn original_disk(
     let target = match layout.moved.get(&disk.target) {
         Some(target) => {
             // A user's own alias (`ua-…`) is no place; qemu:commandline may refer to it.
-            let made_by_libvirt = |alias: &Element| !alias.attribute("name").unwrap_or_default().starts_with("ua-");
-            element.remove_elements(|e| e.name == "address" || (e.name == "alias" && made_by_libvirt(e)));
+            let made_by_libvirt = |alias: &Element| {
+                !alias
+                    .attribute("name")
+                    .unwrap_or_default()
+                    .starts_with("ua-")
+            };
+            element.remove_elements(|e| {
+                e.name == "address" || (e.name == "alias" && made_by_libvirt(e))
+            });
             if let Some(element) = element.child_mut("target") {
                 element.set_attribute("dev", target);
                 // Written down, as another name may stand for another bus.
@@ -479,11 +403,11 @@ fn original_disk(
     };
     match spec.protection.get(&disk.target) {
         Some(DiskChange::ReadOnly) => {
-            protect_by_readonly(disk, &mut element)?;
+            by_readonly(disk, &mut element)?;
             readonly = true;
         }
         Some(DiskChange::Overlay { path: overlay }) => {
-            protect_by_overlay(disk, &mut element, overlay)?;
+            by_overlay(disk, &mut element, overlay)?;
             path = Some(overlay.clone());
         }
         None => {}
@@ -507,55 +431,6 @@ fn original_disk(
     })
 }
 
-fn protect_by_readonly(disk: &Disk, element: &mut Element) -> Result<(), TemplateError> {
-    if let Some(bus) = disk
-        .known_bus()
-        .filter(|bus| disk.device == DiskDevice::Disk && !bus.has_readonly_disks())
-    {
-        return Err(TemplateError::ReadOnlyUnsupported {
-            target: disk.target.clone(),
-            bus,
-        });
-    }
-    if element.child("readonly").is_none() && disk.device != DiskDevice::Cdrom {
-        element.append(Element::new("readonly"));
-    }
-    Ok(())
-}
-
-fn protect_by_overlay(disk: &Disk, element: &mut Element, overlay: &str) -> Result<(), TemplateError> {
-    let source = element.child("source");
-    let has = |name: &str| element.child(name).is_some() || source.is_some_and(|source| source.child(name).is_some());
-    let why = match (&disk.source, disk.device) {
-        (_, DiskDevice::Cdrom | DiskDevice::Floppy) => Some("it is removable media; leave it out"),
-        (_, DiskDevice::Lun) => Some("it is a LUN passed through; use READ_ONLY or READ_WRITE"),
-        (DiskSource::None, _) => Some("it has no source"),
-        (DiskSource::File(_) | DiskSource::Block(_), _) if has("encryption") => {
-            Some("it is encrypted by QEMU; use READ_ONLY or READ_WRITE")
-        }
-        (DiskSource::File(_) | DiskSource::Block(_), _) if has("slices") => {
-            Some("it is a slice of a file; use READ_ONLY or READ_WRITE")
-        }
-        (DiskSource::File(_) | DiskSource::Block(_), _) => None,
-        _ => Some("it is neither a file nor a block device of this host; use READ_ONLY or READ_WRITE"),
-    };
-    if let Some(why) = why {
-        return Err(TemplateError::OverlayUnsupported {
-            target: disk.target.clone(),
-            why,
-        });
-    }
-    element.set_attribute("type", "file");
-    element.remove_elements(|child| child.name == "backingStore");
-    // A new <source>: labels, locks and reservations of the old one belong to the old file.
-    element.replace(Element::new("source").with("file", overlay));
-    match element.child_mut("driver") {
-        Some(driver) => driver.set_attribute("type", "qcow2"),
-        None => element.append(Element::new("driver").with("name", "qemu").with("type", "qcow2")),
-    }
-    Ok(())
-}
-
 /// The original's metadata with the mark of this rescue in place of any other.
 fn metadata(domain: &Domain, spec: &RescueSpec) -> Element {
     let mark = Mark {
@@ -576,8 +451,17 @@ fn metadata(domain: &Domain, spec: &RescueSpec) -> Element {
 
 /// The original's `<os>`, with nothing left that boots the original system.
 fn os(domain: &Domain, spec: &RescueSpec) -> Result<Element, TemplateError> {
-    let mut os = domain.root.child("os").cloned().unwrap_or_else(|| Element::new("os"));
-    os.remove_elements(|child| matches!(child.name.as_str(), "boot" | "kernel" | "initrd" | "cmdline" | "shim"));
+    let mut os = domain
+        .root
+        .child("os")
+        .cloned()
+        .unwrap_or_else(|| Element::new("os"));
+    os.remove_elements(|child| {
+        matches!(
+            child.name.as_str(),
+            "boot" | "kernel" | "initrd" | "cmdline" | "shim"
+        )
+    });
     if let Some(path) = &spec.nvram {
         if domain.firmware() == Firmware::Bios {
             return Err(TemplateError::NvramWithoutUefi);
@@ -595,7 +479,12 @@ fn os(domain: &Domain, spec: &RescueSpec) -> Result<Element, TemplateError> {
 }
 
 /// Holds what the template rendered against what a rescue domain must be, since an operator may have written it.
-fn check_rendering(xml: &str, original: &Domain, spec: &RescueSpec, disks: &[PlacedDisk]) -> Result<(), TemplateError> {
+fn check_rendering(
+    xml: &str,
+    original: &Domain,
+    spec: &RescueSpec,
+    disks: &[PlacedDisk],
+) -> Result<(), TemplateError> {
     let unusable = |what: String| TemplateError::Unusable {
         name: TemplateName::Rescue.file_name(),
         what,
@@ -606,12 +495,16 @@ fn check_rendering(xml: &str, original: &Domain, spec: &RescueSpec, disks: &[Pla
     }
     let mark = domain.salvor_mark();
     if !mark.is_some_and(|mark| mark.plan == spec.plan && mark.role == Role::Rescue) {
-        return Err(unusable("the metadata does not carry this plan's mark".to_owned()));
+        return Err(unusable(
+            "the metadata does not carry this plan's mark".to_owned(),
+        ));
     }
     for placed in disks {
         let right = domain.disk(&placed.target).is_some_and(|disk| {
             let boots = placed.role == DiskRole::Rescue;
-            disk.bus == placed.bus && disk.path() == placed.path.as_deref() && disk.boot_order == boots.then_some(1)
+            disk.bus == placed.bus
+                && disk.path() == placed.path.as_deref()
+                && disk.boot_order == boots.then_some(1)
         });
         if !right {
             let target = &placed.target;
@@ -620,10 +513,18 @@ fn check_rendering(xml: &str, original: &Domain, spec: &RescueSpec, disks: &[Pla
             )));
         }
     }
-    let boot_dev = domain.root.child("os").is_some_and(|os| os.child("boot").is_some());
-    let bootable = domain.devices().filter(|device| device.child("boot").is_some()).count();
+    let boot_dev = domain
+        .root
+        .child("os")
+        .is_some_and(|os| os.child("boot").is_some());
+    let bootable = domain
+        .devices()
+        .filter(|device| device.child("boot").is_some())
+        .count();
     if boot_dev || bootable != 1 {
-        return Err(unusable("something else than the rescue disk is bootable".to_owned()));
+        return Err(unusable(
+            "something else than the rescue disk is bootable".to_owned(),
+        ));
     }
     Ok(())
 }

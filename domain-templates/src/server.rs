@@ -11,7 +11,8 @@ use uuid::Uuid;
 use crate::disk::Bus;
 use crate::domain::{Domain, MachineFamily, Mark, Role};
 use crate::place::{Controller, Places, check_bus};
-use crate::rescue::{CONFIG_DRIVE_SERIAL, DiskFormat, TemplateError};
+use crate::rescue::TemplateError;
+use crate::spec::{CONFIG_DRIVE_SERIAL, DiskFormat};
 use crate::templates::{OwnXml, TemplateName, Templates};
 use crate::xml::check_text;
 
@@ -221,12 +222,16 @@ pub fn render_server(templates: &Templates, spec: &ServerSpec) -> Result<String,
         return Err(unusable("name or uuid is not the server's".to_owned()));
     }
     if domain.salvor_mark() != Some(mark) {
-        return Err(unusable("the metadata does not carry this plan's mark".to_owned()));
+        return Err(unusable(
+            "the metadata does not carry this plan's mark".to_owned(),
+        ));
     }
     for disk in &context.disks {
         if domain.disk(&disk.target).and_then(|found| found.path()) != Some(disk.path) {
             let target = &disk.target;
-            return Err(unusable(format!("disk `{target}` is missing or has another source")));
+            return Err(unusable(format!(
+                "disk `{target}` is missing or has another source"
+            )));
         }
     }
     Ok(xml)
@@ -289,7 +294,11 @@ fn check_texts(spec: &ServerSpec) -> Result<(), TemplateError> {
         ("the machine type", &spec.machine),
         ("the console log's path", &spec.console_log),
     ];
-    texts.extend(spec.emulator.iter().map(|text| ("the emulator's path", text.as_str())));
+    texts.extend(
+        spec.emulator
+            .iter()
+            .map(|text| ("the emulator's path", text.as_str())),
+    );
     texts.extend(
         spec.config_drive
             .iter()
@@ -300,7 +309,11 @@ fn check_texts(spec: &ServerSpec) -> Result<(), TemplateError> {
     }
     for disk in &spec.disks {
         texts.push(("a disk's path", &disk.path));
-        texts.extend(disk.serial.iter().map(|text| ("a disk's serial number", text.as_str())));
+        texts.extend(
+            disk.serial
+                .iter()
+                .map(|text| ("a disk's serial number", text.as_str())),
+        );
     }
     for nic in &spec.interfaces {
         let nic = NicView::of(nic);

@@ -106,6 +106,7 @@ impl Templates {
     /// domain is not checked here; [`crate::fixtures::matrix`] does that.
     pub fn with_overrides(overrides: BTreeMap<String, String>) -> Result<Self, TemplatesError> {
         let mut environment = Environment::new();
+        environment.set_keep_trailing_newline(true);
         environment.set_undefined_behavior(UndefinedBehavior::Strict);
         environment.set_auto_escape_callback(|_| AutoEscape::Custom("xml"));
         environment.remove_filter("safe");
@@ -118,13 +119,19 @@ impl Templates {
                 ));
             }
             let text = value.to_string();
-            out.write_str(&if value.is_safe() { text.into() } else { escape(&text) })?;
+            out.write_str(&if value.is_safe() {
+                text.into()
+            } else {
+                escape(&text)
+            })?;
             Ok(())
         });
         let mut overrides = overrides;
         for name in TemplateName::ALL {
             let file_name = name.file_name();
-            let text = overrides.remove(file_name).unwrap_or_else(|| name.builtin().to_owned());
+            let text = overrides
+                .remove(file_name)
+                .unwrap_or_else(|| name.builtin().to_owned());
             environment
                 .add_template_owned(file_name, text)
                 .map_err(|source| TemplatesError::Syntax {
@@ -139,7 +146,11 @@ impl Templates {
     }
 
     /// Renders a template and reads the result back, so that nothing but well-formed XML ever leaves.
-    pub(crate) fn render(&self, name: TemplateName, context: impl Serialize) -> Result<String, LayoutError> {
+    pub(crate) fn render(
+        &self,
+        name: TemplateName,
+        context: impl Serialize,
+    ) -> Result<String, LayoutError> {
         let name = name.file_name();
         let failed = |source| LayoutError::Failed { name, source };
         let template = self.environment.get_template(name).map_err(failed)?;

@@ -49,9 +49,13 @@ pub const fn allowed(verb: Verb, vm_state: VmState) -> Allowed {
         Verb::Release => match vm_state {
             S::Active | S::Paused | S::Suspended | S::Stopped => Yes,
             S::Error => UnlessRescued,
-            S::Building | S::Rescued | S::Resized | S::SoftDeleted | S::Deleted | S::Shelved | S::ShelvedOffloaded => {
-                No
-            }
+            S::Building
+            | S::Rescued
+            | S::Resized
+            | S::SoftDeleted
+            | S::Deleted
+            | S::Shelved
+            | S::ShelvedOffloaded => No,
         },
         Verb::Start => match vm_state {
             S::Stopped => Yes,
@@ -174,20 +178,24 @@ pub fn admit(verb: Verb, server: &ServerRecord) -> Result<(), Refusal> {
     let rescued = server.rescue.is_some();
     match (allowed(verb, state), rescued) {
         (Allowed::Yes, _) | (Allowed::IfRescued, true) | (Allowed::UnlessRescued, false) => Ok(()),
-        (Allowed::UnlessRescued, true) | (Allowed::No, true) if verb == Verb::Rescue => Err(Refusal::new(
-            Reason::AlreadyRescued,
-            format!(
-                "cannot rescue server {}: a rescue is in force and its way back is saved; unrescue it first",
-                server.id
-            ),
-        )),
-        (Allowed::IfRescued, false) | (Allowed::No, false) if verb == Verb::Unrescue => Err(Refusal::new(
-            Reason::NotRescued,
-            format!(
-                "cannot unrescue server {}: it is {state}, and no rescue is in force",
-                server.id
-            ),
-        )),
+        (Allowed::UnlessRescued, true) | (Allowed::No, true) if verb == Verb::Rescue => {
+            Err(Refusal::new(
+                Reason::AlreadyRescued,
+                format!(
+                    "cannot rescue server {}: a rescue is in force and its way back is saved; unrescue it first",
+                    server.id
+                ),
+            ))
+        }
+        (Allowed::IfRescued, false) | (Allowed::No, false) if verb == Verb::Unrescue => {
+            Err(Refusal::new(
+                Reason::NotRescued,
+                format!(
+                    "cannot unrescue server {}: it is {state}, and no rescue is in force",
+                    server.id
+                ),
+            ))
+        }
         (Allowed::IfRescued | Allowed::UnlessRescued | Allowed::No, _) => Err(Refusal::state(
             "vm_state",
             state.name(),

@@ -199,9 +199,13 @@ impl Step {
     #[must_use]
     pub fn describe(&self) -> String {
         match self {
-            Self::HoldImage { image, .. } => format!("check image {image} and keep it from being deleted"),
+            Self::HoldImage { image, .. } => {
+                format!("check image {image} and keep it from being deleted")
+            }
             Self::MakeFolder { path } => format!("make the folder {path}"),
-            Self::CreateOverlay { path, backing, .. } => format!("create the overlay {path} on {backing}"),
+            Self::CreateOverlay { path, backing, .. } => {
+                format!("create the overlay {path} on {backing}")
+            }
             Self::CopyFile { from, to } => format!("copy {from} to {to}"),
             Self::BuildConfigDrive { path, .. } => format!("build the config drive {path}"),
             Self::SaveDefinition { .. } => "save the server's definition".to_owned(),
@@ -218,12 +222,17 @@ impl Step {
             Self::MarkCommitStarted => "note that the overlays are being committed".to_owned(),
             Self::CommitOverlay { path, base } => format!("write the overlay {path} to {base}"),
             Self::DefineDomain {
-                mark: Mark::Plan(_), ..
+                mark: Mark::Plan(_),
+                ..
             } => "define the domain".to_owned(),
-            Self::DefineDomain { mark: Mark::Own, .. } => "restore the server's definition".to_owned(),
+            Self::DefineDomain {
+                mark: Mark::Own, ..
+            } => "restore the server's definition".to_owned(),
             Self::UndefineDomain { .. } => "remove the domain's definition".to_owned(),
             Self::StartDomain { .. } => "start the guest".to_owned(),
-            Self::SetUserPassword { user, .. } => format!("have the guest agent set the password of {user}"),
+            Self::SetUserPassword { user, .. } => {
+                format!("have the guest agent set the password of {user}")
+            }
             Self::RemoveFolder { path } => format!("remove {path}"),
             Self::ReleaseImage { image, .. } => format!("let go of image {image}"),
             Self::DropSavedDefinition => "forget the saved definition".to_owned(),
@@ -243,7 +252,9 @@ impl Step {
             | Self::MarkCommitStarted
             | Self::ReleaseImage { .. }
             | Self::DropSavedDefinition => 30_000,
-            Self::CreateOverlay { .. } | Self::BuildConfigDrive { .. } | Self::RemoveFolder { .. } => 60_000,
+            Self::CreateOverlay { .. }
+            | Self::BuildConfigDrive { .. }
+            | Self::RemoveFolder { .. } => 60_000,
             Self::CopyFile { .. } => 600_000,
             // libvirt itself waits up to 15 s for a QEMU that ignores SIGTERM, then kills it.
             Self::PowerOff { shutdown, .. } => shutdown.timeout_ms.saturating_add(120_000),
@@ -259,7 +270,9 @@ impl Step {
     #[must_use]
     pub fn files(&self) -> Vec<(String, &'static str)> {
         match self {
-            Self::MakeFolder { path } | Self::CreateOverlay { path, .. } | Self::BuildConfigDrive { path, .. } => {
+            Self::MakeFolder { path }
+            | Self::CreateOverlay { path, .. }
+            | Self::BuildConfigDrive { path, .. } => {
                 vec![(path.clone(), "create")]
             }
             Self::CopyFile { to, .. } => vec![(to.clone(), "create")],
@@ -344,6 +357,9 @@ impl Plan {
     /// How many steps come before the outcome.
     #[must_use]
     pub fn steps_before_commit(&self) -> usize {
-        self.steps.iter().filter(|step| step.phase != Phase::CleanUp).count()
+        self.steps
+            .iter()
+            .filter(|step| step.phase != Phase::CleanUp)
+            .count()
     }
 }

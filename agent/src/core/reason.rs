@@ -136,8 +136,8 @@ impl Reason {
     #[must_use]
     pub const fn table(self) -> (Code, u16, &'static str) {
         use Code::{
-            Aborted, AlreadyExists, Cancelled, DeadlineExceeded, FailedPrecondition, Internal, InvalidArgument,
-            NotFound, ResourceExhausted, Unavailable,
+            Aborted, AlreadyExists, Cancelled, DeadlineExceeded, FailedPrecondition, Internal,
+            InvalidArgument, NotFound, ResourceExhausted, Unavailable,
         };
         match self {
             Self::InvalidField => (
@@ -191,7 +191,11 @@ impl Reason {
                 400,
                 "The image is larger than `storage.max_image_size`, or than the disk it is to become.",
             ),
-            Self::OperationNotFound => (NotFound, 404, "There is no such operation, or it is no longer kept."),
+            Self::OperationNotFound => (
+                NotFound,
+                404,
+                "There is no such operation, or it is no longer kept.",
+            ),
             Self::InvalidState => (
                 FailedPrecondition,
                 409,
@@ -268,9 +272,19 @@ impl Reason {
                 503,
                 "libvirt cannot be reached. What was last known can still be read. Retry.",
             ),
-            Self::LibvirtRefused => (Internal, 500, "libvirt refused a step. The message is libvirt's."),
-            Self::DeadlineExceeded => (DeadlineExceeded, 504, "A step did not end within its deadline."),
-            Self::GuestAgentUnavailable => (FailedPrecondition, 409, "The guest agent does not answer."),
+            Self::LibvirtRefused => (
+                Internal,
+                500,
+                "libvirt refused a step. The message is libvirt's.",
+            ),
+            Self::DeadlineExceeded => (
+                DeadlineExceeded,
+                504,
+                "A step did not end within its deadline.",
+            ),
+            Self::GuestAgentUnavailable => {
+                (FailedPrecondition, 409, "The guest agent does not answer.")
+            }
             Self::StorageFailed => (
                 Internal,
                 500,
@@ -296,7 +310,11 @@ impl Reason {
                 503,
                 "The agent is stopping and takes no new work. Retry when it is back.",
             ),
-            Self::Internal => (Internal, 500, "A fault of the agent. Its log has the details."),
+            Self::Internal => (
+                Internal,
+                500,
+                "A fault of the agent. Its log has the details.",
+            ),
         }
     }
 

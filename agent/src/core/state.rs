@@ -293,7 +293,9 @@ pub fn status(vm_state: VmState, task_state: Option<TaskState>) -> Status {
     match vm_state {
         VmState::Active => match task_state {
             Some(T::Rebooting | T::RebootPending | T::RebootStarted) => Status::Reboot,
-            Some(T::RebootingHard | T::RebootPendingHard | T::RebootStartedHard) => Status::HardReboot,
+            Some(T::RebootingHard | T::RebootPendingHard | T::RebootStartedHard) => {
+                Status::HardReboot
+            }
             Some(T::UpdatingPassword) => Status::Password,
             Some(T::Migrating) => Status::Migrating,
             _ if rebuilding => Status::Rebuild,

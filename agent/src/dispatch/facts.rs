@@ -29,11 +29,16 @@ impl Dispatcher {
         server: Option<&ServerRecord>,
         action: &Action,
     ) -> Result<Facts, Refusal> {
-        let sizes = matches!(action, Action::Rescue(args) if args.protection == Protection::Overlay);
+        let sizes =
+            matches!(action, Action::Rescue(args) if args.protection == Protection::Overlay);
         let image = match action {
             Action::Create(args) => Some(args.image),
             Action::Rescue(args) => match server {
-                Some(server) => Some(choose_image(server, args.image, self.default_rescue_image().await?)?),
+                Some(server) => Some(choose_image(
+                    server,
+                    args.image,
+                    self.default_rescue_image().await?,
+                )?),
                 None => None,
             },
             Action::Adopt(_)
@@ -100,13 +105,18 @@ impl Dispatcher {
         let mut nvram_present = false;
         // A definition that cannot be read is the planner's to refuse.
         if let Ok(parsed) = Domain::parse(&xml) {
-            if let Firmware::Uefi { nvram: Some(path), .. } = parsed.firmware() {
+            if let Firmware::Uefi {
+                nvram: Some(path), ..
+            } = parsed.firmware()
+            {
                 nvram_present = tokio::fs::try_exists(&path).await.unwrap_or(false);
             }
             if sizes {
                 for disk in parsed.disks() {
                     if let DiskSource::File(path) | DiskSource::Block(path) = &disk.source
-                        && let Ok(size) = disk_size(Path::new(path), disk.format.as_deref().unwrap_or("raw")).await
+                        && let Ok(size) =
+                            disk_size(Path::new(path), disk.format.as_deref().unwrap_or("raw"))
+                                .await
                     {
                         disk_sizes.insert(disk.target.clone(), size);
                     }
@@ -134,7 +144,11 @@ impl Dispatcher {
         let present = tokio::fs::metadata(&path)
             .await
             .is_ok_and(|metadata| metadata.is_file() && metadata.len() == record.size);
-        Ok(Some(ImageFacts { record, path, present }))
+        Ok(Some(ImageFacts {
+            record,
+            path,
+            present,
+        }))
     }
 
     /// The configured rescue image, if it is here. One that is configured but missing is no reason to

@@ -120,9 +120,22 @@ impl Dispatcher {
     ///
     /// # Errors
     /// A [`Refusal`].
-    pub async fn submit(&self, target: Target, action: Action, request: Request) -> Result<Submitted, Refusal> {
-        if let Some(operation) = self.store.repeated(request.clone()).await.map_err(refused)? {
-            return Ok(Submitted { operation, plan: None });
+    pub async fn submit(
+        &self,
+        target: Target,
+        action: Action,
+        request: Request,
+    ) -> Result<Submitted, Refusal> {
+        if let Some(operation) = self
+            .store
+            .repeated(request.clone())
+            .await
+            .map_err(refused)?
+        {
+            return Ok(Submitted {
+                operation,
+                plan: None,
+            });
         }
         if *self.draining.borrow() {
             return Err(Refusal::new(
@@ -157,7 +170,11 @@ impl Dispatcher {
     }
 
     /// The record, if the verb may be done to it now; `None` for verbs that make one.
-    fn admitted(&self, target: Target, action: &Action) -> Result<Option<Arc<ServerRecord>>, Refusal> {
+    fn admitted(
+        &self,
+        target: Target,
+        action: &Action,
+    ) -> Result<Option<Arc<ServerRecord>>, Refusal> {
         let id = target.id();
         match (target, self.store.server(id)) {
             (Target::New(_), None) => Ok(None),
@@ -169,7 +186,10 @@ impl Dispatcher {
                 admit(action.verb(), &server)?;
                 Ok(Some(server))
             }
-            (Target::Server(_), None) => Err(Refusal::new(Reason::ServerNotFound, format!("there is no server {id}"))),
+            (Target::Server(_), None) => Err(Refusal::new(
+                Reason::ServerNotFound,
+                format!("there is no server {id}"),
+            )),
         }
     }
 
@@ -181,7 +201,11 @@ impl Dispatcher {
             Err(StoreError::Refused(refusal)) if refusal.reason == Reason::NotCancellable => {}
             Err(error) => return Err(refused(error)),
         }
-        let view = self.engine.wait(operation, OVERTAKE_LIMIT).await.map_err(refused)?;
+        let view = self
+            .engine
+            .wait(operation, OVERTAKE_LIMIT)
+            .await
+            .map_err(refused)?;
         if view.is_some_and(|view| !view.operation.state.is_final()) {
             return Err(Refusal::new(
                 Reason::ServerBusy,
@@ -194,7 +218,12 @@ impl Dispatcher {
         Ok(())
     }
 
-    async fn plan(&self, target: Target, server: Option<&ServerRecord>, action: &Action) -> Result<Plan, Refusal> {
+    async fn plan(
+        &self,
+        target: Target,
+        server: Option<&ServerRecord>,
+        action: &Action,
+    ) -> Result<Plan, Refusal> {
         let facts = self.gather(target.id(), server, action).await?;
         planners::plan(server, action, &facts, &self.templates)
     }
@@ -209,13 +238,18 @@ impl Dispatcher {
                 ..
             } = &planned.step
             {
-                self.hypervisor.validate(xml).await.map_err(|error| match error {
-                    HypervisorError::Refused { message, .. } => Refusal::new(
-                        Reason::DomainInvalid,
-                        format!("libvirt does not take the domain that would be defined: {message}"),
-                    ),
-                    error => Refusal::from(error),
-                })?;
+                self.hypervisor
+                    .validate(xml)
+                    .await
+                    .map_err(|error| match error {
+                        HypervisorError::Refused { message, .. } => Refusal::new(
+                            Reason::DomainInvalid,
+                            format!(
+                                "libvirt does not take the domain that would be defined: {message}"
+                            ),
+                        ),
+                        error => Refusal::from(error),
+                    })?;
             }
         }
         Ok(())
@@ -228,7 +262,10 @@ pub(crate) fn refused(error: StoreError) -> Refusal {
         StoreError::Refused(refusal) => refusal,
         error => {
             tracing::error!(error = &error as &dyn std::error::Error, "the store failed");
-            Refusal::new(Reason::Internal, "the agent's store failed; its log has the details")
+            Refusal::new(
+                Reason::Internal,
+                "the agent's store failed; its log has the details",
+            )
         }
     }
 }

@@ -43,7 +43,9 @@ fn domain_diff(plan: &Plan) -> String {
     let mut diff = String::new();
     for planned in &plan.steps {
         let (before, after) = match &planned.step {
-            Step::DefineDomain { xml, before, .. } => (before.as_deref().unwrap_or_default(), xml.as_str()),
+            Step::DefineDomain { xml, before, .. } => {
+                (before.as_deref().unwrap_or_default(), xml.as_str())
+            }
             Step::UndefineDomain { before, .. } => (before.as_str(), ""),
             _ => continue,
         };
@@ -67,7 +69,11 @@ fn mask_passwords(xml: &str) -> String {
     while let Some(at) = rest.find("passwd=") {
         let (head, tail) = rest.split_at(at + "passwd=".len());
         masked.push_str(head);
-        let Some(quote) = tail.chars().next().filter(|quote| matches!(quote, '\'' | '"')) else {
+        let Some(quote) = tail
+            .chars()
+            .next()
+            .filter(|quote| matches!(quote, '\'' | '"'))
+        else {
             rest = tail;
             continue;
         };
@@ -96,6 +102,9 @@ mod tests {
 
     #[test]
     fn a_definition_that_ends_within_a_password_is_masked_to_its_end() {
-        assert_eq!(mask_passwords("<graphics passwd='s3cret"), "<graphics passwd='***");
+        assert_eq!(
+            mask_passwords("<graphics passwd='s3cret"),
+            "<graphics passwd='***"
+        );
     }
 }

@@ -59,7 +59,9 @@ pub(super) enum Abandoned {
 
 /// Milliseconds since the Unix epoch.
 pub(crate) fn now_ms() -> i64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
     i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
 }
 
@@ -89,7 +91,9 @@ impl Execution {
                 OperationState::Running => self.forward().await?,
                 OperationState::Reverting => self.backward().await?,
                 OperationState::CleaningUp => self.clean_up().await?,
-                OperationState::Done | OperationState::Failed | OperationState::Cancelled => return Ok(()),
+                OperationState::Done | OperationState::Failed | OperationState::Cancelled => {
+                    return Ok(());
+                }
             }
         }
     }
@@ -177,7 +181,10 @@ impl Execution {
     async fn backward(&mut self) -> Result<(), Abandoned> {
         let mut fault = None;
         for index in (0..self.plan.steps_before_commit()).rev() {
-            if matches!(self.step_state(index), StepState::Pending | StepState::Reverted) {
+            if matches!(
+                self.step_state(index),
+                StepState::Pending | StepState::Reverted
+            ) {
                 continue;
             }
             self.begin_step(index, StepState::Reverting);
@@ -210,11 +217,17 @@ impl Execution {
             OperationState::Failed
         };
         if let Some(fault) = &fault {
-            self.operation.error = Some(Refusal::new(Reason::RollbackFailed, fault.message.clone()));
+            self.operation.error =
+                Some(Refusal::new(Reason::RollbackFailed, fault.message.clone()));
         }
         self.operation.ended_at_ms = Some(now_ms());
         self.store
-            .rolled_back(Arc::clone(&self.plan), self.operation.clone(), fault, now_ms())
+            .rolled_back(
+                Arc::clone(&self.plan),
+                self.operation.clone(),
+                fault,
+                now_ms(),
+            )
             .await?;
         self.publish();
         Ok(())
@@ -264,7 +277,13 @@ impl Execution {
         };
         let mut look_first = uncertain;
         loop {
-            let once = try_once(runner.as_ref(), context.clone(), step, direction, look_first);
+            let once = try_once(
+                runner.as_ref(),
+                context.clone(),
+                step,
+                direction,
+                look_first,
+            );
             tokio::pin!(once);
             let watched = cancel.clone();
             let outcome = loop {
@@ -383,10 +402,19 @@ impl Execution {
 
     fn fault(&self, index: usize, error: &StepError) -> Fault {
         let left_behind = (0..=index)
-            .filter(|done| !matches!(self.step_state(*done), StepState::Pending | StepState::Reverted))
+            .filter(|done| {
+                !matches!(
+                    self.step_state(*done),
+                    StepState::Pending | StepState::Reverted
+                )
+            })
             .map(|done| self.describe(done))
             .collect();
-        let first = self.operation.error.as_ref().map_or("", |error| error.message.as_str());
+        let first = self
+            .operation
+            .error
+            .as_ref()
+            .map_or("", |error| error.message.as_str());
         let what = self.describe(index);
         Fault {
             reason: Reason::RollbackFailed,
@@ -423,7 +451,10 @@ async fn try_once(
             }
             runner.apply(context, step).await
         }
-        Direction::Revert => runner.revert(context, step).await.map(|()| StepReport::default()),
+        Direction::Revert => runner
+            .revert(context, step)
+            .await
+            .map(|()| StepReport::default()),
     }
 }
 

@@ -133,7 +133,9 @@ impl Engine {
     pub async fn wait(&self, id: Uuid, limit: Duration) -> StoreResult<Option<View>> {
         if let Some(mut view) = self.watch(id) {
             // A time-out or an end of the sender are no errors here: the state is told anyway.
-            let _ = tokio::time::timeout(limit, view.wait_for(|view| view.operation.state.is_final())).await;
+            let _ =
+                tokio::time::timeout(limit, view.wait_for(|view| view.operation.state.is_final()))
+                    .await;
         }
         self.operation(id).await
     }
@@ -161,7 +163,11 @@ impl Engine {
         }
         match self.store.operation(id).await? {
             Some(operation) => Err(not_cancellable(id, operation.state)),
-            None => Err(Refusal::new(Reason::OperationNotFound, format!("there is no operations/{id}")).into()),
+            None => Err(Refusal::new(
+                Reason::OperationNotFound,
+                format!("there is no operations/{id}"),
+            )
+            .into()),
         }
     }
 
@@ -221,7 +227,9 @@ impl Engine {
                 Ok(Err(abandoned)) => {
                     tracing::error!(operation = %id, error = %abandoned, "operation left for recovery")
                 }
-                Err(panicked) => tracing::error!(operation = %id, error = %panicked, "operation left for recovery"),
+                Err(panicked) => {
+                    tracing::error!(operation = %id, error = %panicked, "operation left for recovery")
+                }
             }
             let count = {
                 let mut active = engine.active();

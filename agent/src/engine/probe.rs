@@ -111,7 +111,8 @@ impl Probe for EnvProbe {
                 return Event::Fail(Reason::Internal);
             }
             // Not an exit: nothing may be flushed, dropped or said on the way out.
-            let _ = nix::sys::signal::kill(nix::unistd::Pid::this(), nix::sys::signal::Signal::SIGKILL);
+            let _ =
+                nix::sys::signal::kill(nix::unistd::Pid::this(), nix::sys::signal::Signal::SIGKILL);
             return Event::Die;
         }
         Event::Go

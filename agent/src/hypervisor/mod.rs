@@ -217,7 +217,12 @@ pub trait Hypervisor: Send + Sync + 'static {
     async fn destroy(&self, id: Uuid) -> HypervisorResult<()>;
 
     /// Sets a user's password in the guest through the guest agent.
-    async fn set_user_password(&self, id: Uuid, user: &str, hash: &CryptHash) -> HypervisorResult<()>;
+    async fn set_user_password(
+        &self,
+        id: Uuid,
+        user: &str,
+        hash: &CryptHash,
+    ) -> HypervisorResult<()>;
 
     /// Does the guest agent answer?
     async fn ping_guest_agent(&self, id: Uuid) -> HypervisorResult<()>;

@@ -5,11 +5,7 @@
 //! An event is only a hint: the domain is asked for its state, and that is what is recorded. Whatever
 //! is missed is found by the next look at everything.
 
-use std::{
-    collections::HashSet,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use tokio::{
     sync::{broadcast::error::RecvError, watch},
@@ -54,7 +50,12 @@ impl Observer {
         dispatcher: Dispatcher,
         resync_interval: Duration,
     ) -> Self {
-        Self { store, hypervisor, dispatcher, resync_interval }
+        Self {
+            store,
+            hypervisor,
+            dispatcher,
+            resync_interval,
+        }
     }
 
     /// Observes until `stop` is true.
@@ -108,12 +109,20 @@ impl Observer {
                 let seen: HashSet<Uuid> = domains.iter().map(|domain| domain.id).collect();
                 for domain in domains {
                     if let Some(server) = self.store.server(domain.id) {
-                        self.record(&server, observation(Some(&domain), ObservationSource::Poll, asked_at)).await;
+                        self.record(
+                            &server,
+                            observation(Some(&domain), ObservationSource::Poll, asked_at),
+                        )
+                        .await;
                     }
                 }
                 for (_, server) in self.store.servers_after(i64::MIN) {
                     if !seen.contains(&server.id) {
-                        self.record(&server, observation(None, ObservationSource::Poll, asked_at)).await;
+                        self.record(
+                            &server,
+                            observation(None, ObservationSource::Poll, asked_at),
+                        )
+                        .await;
                     }
                 }
             }
@@ -128,10 +137,15 @@ impl Observer {
     }
 
     async fn look_at(&self, id: Uuid, source: ObservationSource) {
-        let Some(server) = self.store.server(id) else { return };
+        let Some(server) = self.store.server(id) else {
+            return;
+        };
         let asked_at = now_ms();
         match self.hypervisor.domain(id).await {
-            Ok(status) => self.record(&server, observation(status.as_ref(), source, asked_at)).await,
+            Ok(status) => {
+                self.record(&server, observation(status.as_ref(), source, asked_at))
+                    .await
+            }
             Err(HypervisorError::LinkDown { .. }) => {}
             Err(error) => tracing::warn!(server = %id, %error, "the domain cannot be looked at"),
         }
@@ -153,15 +167,27 @@ impl Observer {
     async fn record(&self, server: &ServerRecord, seen: PowerObservation) {
         match self.store.observe(server.id, seen).await {
             Ok(_) => {}
-            Err(error) => tracing::error!(server = %server.id, error = &error as &dyn std::error::Error, "an observation cannot be recorded"),
+            Err(error) => {
+                tracing::error!(server = %server.id, error = &error as &dyn std::error::Error, "an observation cannot be recorded")
+            }
         }
     }
 
     /// When the next rescue ends by itself.
     fn next_due(&self) -> Option<Instant> {
         let now = now_ms();
-        let expiry = |server: &ServerRecord| server.rescue.as_ref().and_then(|rescue| rescue.expires_at_ms);
-        let first = self.store.servers_after(i64::MIN).iter().filter_map(|(_, server)| expiry(server)).min()?;
+        let expiry = |server: &ServerRecord| {
+            server
+                .rescue
+                .as_ref()
+                .and_then(|rescue| rescue.expires_at_ms)
+        };
+        let first = self
+            .store
+            .servers_after(i64::MIN)
+            .iter()
+            .filter_map(|(_, server)| expiry(server))
+            .min()?;
         let wait = u64::try_from(first.saturating_sub(now)).unwrap_or_default();
         Some(Instant::now() + Duration::from_millis(wait))
     }
@@ -171,24 +197,43 @@ impl Observer {
         let now = now_ms();
         let mut again = false;
         for (_, server) in self.store.servers_after(i64::MIN) {
-            let Some(rescue) = &server.rescue else { continue };
-            if server.vm_state != VmState::Rescued || rescue.expires_at_ms.is_none_or(|expiry| expiry > now) {
+            let Some(rescue) = &server.rescue else {
+                continue;
+            };
+            if server.vm_state != VmState::Rescued
+                || rescue.expires_at_ms.is_none_or(|expiry| expiry > now)
+            {
                 continue;
             }
             tracing::info!(server = %server.id, "the rescue's time is over");
             let action = Action::Unrescue(UnrescueArgs {
-                overlay: if rescue.overlays.is_empty() { None } else { rescue.expiry_overlay },
+                overlay: if rescue.overlays.is_empty() {
+                    None
+                } else {
+                    rescue.expiry_overlay
+                },
                 restore_power: false,
                 shutdown: self.dispatcher.settings().shutdown,
             });
             again |= !self.act(&server, action).await;
         }
-        if again { Some(Instant::now() + TRY_AGAIN) } else { self.next_due().map(|due| due.max(Instant::now() + Duration::from_secs(1))) }
+        if again {
+            Some(Instant::now() + TRY_AGAIN)
+        } else {
+            self.next_due()
+                .map(|due| due.max(Instant::now() + Duration::from_secs(1)))
+        }
     }
 
     /// Hands a rescue's password to its guest agent, if it waits for that and answers.
     async fn deliver_password(&self, id: Uuid) {
-        let Some(server) = self.store.server(id).filter(|server| waits_for_agent(server)) else { return };
+        let Some(server) = self
+            .store
+            .server(id)
+            .filter(|server| waits_for_agent(server))
+        else {
+            return;
+        };
         if self.hypervisor.ping_guest_agent(id).await.is_ok() {
             self.act(&server, Action::DeliverPassword).await;
         }
@@ -197,8 +242,16 @@ impl Observer {
     /// Submits an action of the agent's own; says whether it was accepted.
     async fn act(&self, server: &ServerRecord, action: Action) -> bool {
         let verb: Verb = action.verb();
-        let request = Request { id: None, body_hash: String::new(), caller: CALLER.to_owned() };
-        match self.dispatcher.submit(Target::Server(server.id), action, request).await {
+        let request = Request {
+            id: None,
+            body_hash: String::new(),
+            caller: CALLER.to_owned(),
+        };
+        match self
+            .dispatcher
+            .submit(Target::Server(server.id), action, request)
+            .await
+        {
             Ok(_) => true,
             Err(refusal) => {
                 if refusal.reason != Reason::ServerBusy {
@@ -213,12 +266,19 @@ impl Observer {
 fn waits_for_agent(server: &ServerRecord) -> bool {
     server.vm_state == VmState::Rescued
         && server.operation.is_none()
-        && server.rescue.as_ref().is_some_and(|rescue| rescue.password_for_agent.is_some())
+        && server
+            .rescue
+            .as_ref()
+            .is_some_and(|rescue| rescue.password_for_agent.is_some())
         && server.power.state == PowerState::Running
 }
 
 /// `asked_at_ms`: when the hypervisor was asked. What it answered may be older than its answer.
-fn observation(status: Option<&DomainStatus>, source: ObservationSource, asked_at_ms: i64) -> PowerObservation {
+fn observation(
+    status: Option<&DomainStatus>,
+    source: ObservationSource,
+    asked_at_ms: i64,
+) -> PowerObservation {
     PowerObservation {
         state: status.map_or(PowerState::NoState, |status| status.power),
         reason: status.map_or_else(|| "no domain".to_owned(), |status| status.reason.clone()),

@@ -26,20 +26,42 @@ impl Steps {
         size: u64,
     ) -> Applied {
         let format = format(backing_format)?;
-        let job = Job { deadline: NO_SHORTER_DEADLINE, cancel: context.cancel.clone(), progress: None };
-        let backing = Disk { path: Path::new(backing), format };
+        let job = Job {
+            deadline: NO_SHORTER_DEADLINE,
+            cancel: context.cancel.clone(),
+            progress: None,
+        };
+        let backing = Disk {
+            path: Path::new(backing),
+            format,
+        };
         // What is there already was left half made by this very plan: nothing has used it yet.
-        self.qemu_img.create_overlay(&job, Path::new(path), backing, Some(size), IfExists::Replace).await?;
+        self.qemu_img
+            .create_overlay(
+                &job,
+                Path::new(path),
+                backing,
+                Some(size),
+                IfExists::Replace,
+            )
+            .await?;
         Ok(None)
     }
 
-    pub(super) async fn commit_overlay(&self, context: &StepContext<'_>, path: &str, base: &str) -> Applied {
+    pub(super) async fn commit_overlay(
+        &self,
+        context: &StepContext<'_>,
+        path: &str,
+        base: &str,
+    ) -> Applied {
         let job = Job {
             deadline: NO_SHORTER_DEADLINE,
             cancel: context.cancel.clone(),
             progress: Some(context.progress),
         };
-        self.qemu_img.commit(&job, Path::new(path), Path::new(base)).await?;
+        self.qemu_img
+            .commit(&job, Path::new(path), Path::new(base))
+            .await?;
         Ok(None)
     }
 }
@@ -48,7 +70,10 @@ fn format(name: &str) -> Result<Format, StepError> {
     match name {
         "raw" => Ok(Format::Raw),
         "qcow2" => Ok(Format::Qcow2),
-        other => Err(StepError::new(Reason::Internal, format!("no disk here has the format {other}"))),
+        other => Err(StepError::new(
+            Reason::Internal,
+            format!("no disk here has the format {other}"),
+        )),
     }
 }
 

@@ -13,11 +13,7 @@ use uuid::Uuid;
 use super::{Applied, Steps};
 use crate::{
     core::{
-        action::Shutdown,
-        operation::GuestStop,
-        password::CryptHash,
-        plan::Mark,
-        reason::Reason,
+        action::Shutdown, operation::GuestStop, password::CryptHash, plan::Mark, reason::Reason,
         state::PowerState,
     },
     engine::{StepContext, StepError, StepReport},
@@ -43,7 +39,9 @@ impl Steps {
                 power: Some(PowerState::Shutdown),
             }))
         };
-        let Some(status) = self.on(id).await? else { return report(GuestStop::WasOff, "was off already") };
+        let Some(status) = self.on(id).await? else {
+            return report(GuestStop::WasOff, "was off already");
+        };
         if shutdown.timeout_ms > 0 && status.power == PowerState::Running {
             if self.shut_down(context, id, shutdown).await? {
                 return report(GuestStop::ByItself, "shut down by itself");
@@ -56,7 +54,12 @@ impl Steps {
     }
 
     /// Asks until the guest is off (`true`) or its time is over.
-    async fn shut_down(&self, context: &StepContext<'_>, id: Uuid, shutdown: Shutdown) -> Result<bool, StepError> {
+    async fn shut_down(
+        &self,
+        context: &StepContext<'_>,
+        id: Uuid,
+        shutdown: Shutdown,
+    ) -> Result<bool, StepError> {
         let deadline = Instant::now() + Duration::from_millis(shutdown.timeout_ms);
         let retry = Duration::from_millis(shutdown.retry_ms.max(1));
         let mut events = self.hypervisor.events();
@@ -94,17 +97,28 @@ impl Steps {
             if Instant::now() >= deadline {
                 return Err(StepError::new(
                     Reason::DeadlineExceeded,
-                    format!("domain {id} is still on {} s after it was ended", DESTROY_LIMIT.as_secs()),
+                    format!(
+                        "domain {id} is still on {} s after it was ended",
+                        DESTROY_LIMIT.as_secs()
+                    ),
                 ));
             }
-            let _ = timeout_at(deadline.min(Instant::now() + LOOK_AGAIN), news_of(&mut events, id)).await;
+            let _ = timeout_at(
+                deadline.min(Instant::now() + LOOK_AGAIN),
+                news_of(&mut events, id),
+            )
+            .await;
         }
         Ok(())
     }
 
     /// The domain's status while it is on.
     async fn on(&self, id: Uuid) -> Result<Option<DomainStatus>, StepError> {
-        Ok(self.hypervisor.domain(id).await?.filter(|status| status.power.is_on()))
+        Ok(self
+            .hypervisor
+            .domain(id)
+            .await?
+            .filter(|status| status.power.is_on()))
     }
 
     pub(super) async fn is_off(&self, id: Uuid) -> Result<bool, StepError> {
@@ -124,8 +138,15 @@ impl Steps {
         Ok(None)
     }
 
-    pub(super) async fn is_defined(&self, id: Uuid, xml: &str, mark: Mark) -> Result<bool, StepError> {
-        let Some(current) = self.xml(id, Definition::Inactive).await? else { return Ok(false) };
+    pub(super) async fn is_defined(
+        &self,
+        id: Uuid,
+        xml: &str,
+        mark: Mark,
+    ) -> Result<bool, StepError> {
+        let Some(current) = self.xml(id, Definition::Inactive).await? else {
+            return Ok(false);
+        };
         Ok(match mark {
             Mark::Plan(_) => carries(&current, mark),
             // Our saved text is libvirt's own, so it prints the same again.
@@ -134,7 +155,11 @@ impl Steps {
     }
 
     /// Takes a definition back: the one before, or none.
-    pub(super) async fn define_again(&self, id: Uuid, before: Option<&str>) -> Result<(), StepError> {
+    pub(super) async fn define_again(
+        &self,
+        id: Uuid,
+        before: Option<&str>,
+    ) -> Result<(), StepError> {
         match before {
             Some(xml) => self.hypervisor.define(xml).await?,
             None => self.hypervisor.undefine(id, Nvram::Remove).await?,
@@ -143,12 +168,25 @@ impl Steps {
     }
 
     pub(super) async fn undefine(&self, id: Uuid, remove_nvram: bool) -> Applied {
-        self.hypervisor.undefine(id, if remove_nvram { Nvram::Remove } else { Nvram::Keep }).await?;
+        self.hypervisor
+            .undefine(
+                id,
+                if remove_nvram {
+                    Nvram::Remove
+                } else {
+                    Nvram::Keep
+                },
+            )
+            .await?;
         Ok(None)
     }
 
     pub(super) async fn is_undefined(&self, id: Uuid) -> Result<bool, StepError> {
-        Ok(self.hypervisor.domain(id).await?.is_none_or(|status| !status.persistent))
+        Ok(self
+            .hypervisor
+            .domain(id)
+            .await?
+            .is_none_or(|status| !status.persistent))
     }
 
     pub(super) async fn start(&self, id: Uuid, mark: Mark) -> Applied {
@@ -165,7 +203,9 @@ impl Steps {
             }
             return Err(StepError::new(
                 Reason::LibvirtRefused,
-                format!("domain {id} runs already, but not as it was to be started: somebody else started it"),
+                format!(
+                    "domain {id} runs already, but not as it was to be started: somebody else started it"
+                ),
             ));
         }
         self.hypervisor.start(id).await?;
@@ -176,7 +216,10 @@ impl Steps {
         if self.on(id).await?.is_none() {
             return Ok(false);
         }
-        Ok(self.xml(id, Definition::Live).await?.is_some_and(|xml| carries(&xml, mark)))
+        Ok(self
+            .xml(id, Definition::Live)
+            .await?
+            .is_some_and(|xml| carries(&xml, mark)))
     }
 
     /// Takes a start back. A guest that somebody else started in its place is not ours to end.
@@ -187,7 +230,12 @@ impl Steps {
         Ok(())
     }
 
-    pub(super) async fn set_user_password(&self, id: Uuid, user: &str, hash: &CryptHash) -> Applied {
+    pub(super) async fn set_user_password(
+        &self,
+        id: Uuid,
+        user: &str,
+        hash: &CryptHash,
+    ) -> Applied {
         self.hypervisor.set_user_password(id, user, hash).await?;
         Ok(None)
     }
@@ -203,7 +251,9 @@ impl Steps {
 
 /// Does the definition carry what the plan expects of it?
 fn carries(xml: &str, expected: Mark) -> bool {
-    let mark = Domain::parse(xml).ok().and_then(|domain| domain.salvor_mark());
+    let mark = Domain::parse(xml)
+        .ok()
+        .and_then(|domain| domain.salvor_mark());
     match expected {
         Mark::Plan(plan) => mark.is_some_and(|mark| mark.plan == plan.to_string()),
         Mark::Own => mark.is_none_or(|mark| mark.role != Role::Rescue),
@@ -215,7 +265,9 @@ async fn news_of(events: &mut tokio::sync::broadcast::Receiver<HypervisorEvent>,
     loop {
         match events.recv().await {
             Ok(HypervisorEvent::Domain { id: about, .. }) if about == id => return,
-            Ok(HypervisorEvent::Link(_) | HypervisorEvent::Resync) | Err(RecvError::Lagged(_)) => return,
+            Ok(HypervisorEvent::Link(_) | HypervisorEvent::Resync) | Err(RecvError::Lagged(_)) => {
+                return;
+            }
             Ok(HypervisorEvent::Domain { .. } | HypervisorEvent::GuestAgent { .. }) => {}
             // Nobody will tell: the caller's own look has to do.
             Err(RecvError::Closed) => std::future::pending().await,

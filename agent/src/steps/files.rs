@@ -23,10 +23,16 @@ impl Steps {
         Ok(None)
     }
 
-    pub(super) async fn copy_file(&self, context: &StepContext<'_>, from: &str, to: &str) -> Applied {
+    pub(super) async fn copy_file(
+        &self,
+        context: &StepContext<'_>,
+        from: &str,
+        to: &str,
+    ) -> Applied {
         let (from, to, cancel) = (PathBuf::from(from), self.own(to)?, context.cancel.clone());
         blocking(move || {
-            files::copy_file_durable(&from, &to, DISK_MODE, &cancel, &mut |_| {}).map_err(StepError::from)
+            files::copy_file_durable(&from, &to, DISK_MODE, &cancel, &mut |_| {})
+                .map_err(StepError::from)
         })
         .await?;
         Ok(None)
@@ -44,7 +50,12 @@ impl Steps {
 
     pub(super) async fn remove_file(&self, path: &str) -> Result<(), StepError> {
         let path = self.own(path)?;
-        blocking(move || files::remove_if_exists(&path).map(|_| ()).map_err(StepError::from)).await
+        blocking(move || {
+            files::remove_if_exists(&path)
+                .map(|_| ())
+                .map_err(StepError::from)
+        })
+        .await
     }
 
     /// Removes a folder, and those above it that are empty then, up to the folder of servers.
@@ -58,13 +69,19 @@ impl Steps {
     fn own(&self, path: &str) -> Result<PathBuf, StepError> {
         let servers = PathBuf::from(self.layout.servers());
         let path = PathBuf::from(path);
-        let plain = path.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
+        let plain = path
+            .components()
+            .all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
         if plain && path.starts_with(&servers) && path != servers {
             return Ok(path);
         }
         Err(StepError::new(
             Reason::Internal,
-            format!("{} is not under {}, so the agent leaves it alone", path.display(), servers.display()),
+            format!(
+                "{} is not under {}, so the agent leaves it alone",
+                path.display(),
+                servers.display()
+            ),
         ))
     }
 }
@@ -72,14 +89,21 @@ impl Steps {
 /// Removes `path` and the folders above it that are empty then, below `top`.
 pub(super) fn remove_tree(path: &Path, top: &Path) -> Result<(), StepError> {
     let failed = |path: &Path, error: &std::io::Error| {
-        StepError::new(Reason::StorageFailed, format!("{} cannot be removed: {error}", path.display()))
+        StepError::new(
+            Reason::StorageFailed,
+            format!("{} cannot be removed: {error}", path.display()),
+        )
     };
     match std::fs::remove_dir_all(path) {
         Ok(()) => {}
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
         Err(error) => return Err(failed(path, &error)),
     }
-    for above in path.ancestors().skip(1).take_while(|above| *above != top && above.starts_with(top)) {
+    for above in path
+        .ancestors()
+        .skip(1)
+        .take_while(|above| *above != top && above.starts_with(top))
+    {
         match std::fs::remove_dir(above) {
             Ok(()) => {}
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
@@ -94,9 +118,12 @@ pub(super) fn remove_tree(path: &Path, top: &Path) -> Result<(), StepError> {
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, StepError> + Send + 'static,
 ) -> Result<T, StepError> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|error| StepError::new(Reason::Internal, format!("a file operation panicked: {error}")))?
+    tokio::task::spawn_blocking(work).await.map_err(|error| {
+        StepError::new(
+            Reason::Internal,
+            format!("a file operation panicked: {error}"),
+        )
+    })?
 }
 
 impl From<FileError> for StepError {
@@ -115,7 +142,10 @@ fn storage_reason(error: &(dyn std::error::Error + 'static)) -> Reason {
     let mut cause = Some(error);
     while let Some(error) = cause {
         let full = |error: &std::io::Error| {
-            matches!(error.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
+            matches!(
+                error.kind(),
+                std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded
+            )
         };
         if error.downcast_ref::<std::io::Error>().is_some_and(full) {
             return Reason::NoSpace;

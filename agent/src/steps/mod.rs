@@ -39,8 +39,18 @@ pub struct Steps {
 impl Steps {
     /// Steps on this host.
     #[must_use]
-    pub fn new(hypervisor: Arc<dyn Hypervisor>, store: Store, qemu_img: QemuImg, layout: Layout) -> Self {
-        Self { hypervisor, store, qemu_img, layout }
+    pub fn new(
+        hypervisor: Arc<dyn Hypervisor>,
+        store: Store,
+        qemu_img: QemuImg,
+        layout: Layout,
+    ) -> Self {
+        Self {
+            hypervisor,
+            store,
+            qemu_img,
+            layout,
+        }
     }
 }
 
@@ -49,10 +59,21 @@ impl StepRunner for Steps {
     async fn apply(&self, context: StepContext<'_>, step: &Step) -> Result<StepReport, StepError> {
         let (server, plan) = (context.plan.server, context.plan.id);
         match step {
-            Step::HoldImage { image, path, size, holder } => self.hold_image(*image, path, *size, holder).await,
+            Step::HoldImage {
+                image,
+                path,
+                size,
+                holder,
+            } => self.hold_image(*image, path, *size, holder).await,
             Step::MakeFolder { path } => self.make_folder(path).await,
-            Step::CreateOverlay { path, backing, backing_format, size } => {
-                self.create_overlay(&context, path, backing, backing_format, *size).await
+            Step::CreateOverlay {
+                path,
+                backing,
+                backing_format,
+                size,
+            } => {
+                self.create_overlay(&context, path, backing, backing_format, *size)
+                    .await
             }
             Step::CopyFile { from, to } => self.copy_file(&context, from, to).await,
             Step::BuildConfigDrive { path, drive } => self.build_config_drive(path, drive).await,
@@ -63,7 +84,9 @@ impl StepRunner for Steps {
             Step::DefineDomain { xml, .. } => self.define(xml).await,
             Step::UndefineDomain { remove_nvram, .. } => self.undefine(server, *remove_nvram).await,
             Step::StartDomain { mark } => self.start(server, *mark).await,
-            Step::SetUserPassword { user, hash } => self.set_user_password(server, user, hash).await,
+            Step::SetUserPassword { user, hash } => {
+                self.set_user_password(server, user, hash).await
+            }
             Step::RemoveFolder { path } => self.remove_folder(path).await,
             Step::ReleaseImage { image, holder } => self.release_image(*image, holder).await,
             Step::DropSavedDefinition => self.drop_saved_definition(server).await,
@@ -74,11 +97,13 @@ impl StepRunner for Steps {
     async fn revert(&self, context: StepContext<'_>, step: &Step) -> Result<(), StepError> {
         let (server, plan) = (context.plan.server, context.plan.id);
         match step {
-            Step::HoldImage { image, holder, .. } => self.release_image(*image, holder).await.map(|_| ()),
-            Step::MakeFolder { path } => self.remove_folder(path).await.map(|_| ()),
-            Step::CreateOverlay { path, .. } | Step::CopyFile { to: path, .. } | Step::BuildConfigDrive { path, .. } => {
-                self.remove_file(path).await
+            Step::HoldImage { image, holder, .. } => {
+                self.release_image(*image, holder).await.map(|_| ())
             }
+            Step::MakeFolder { path } => self.remove_folder(path).await.map(|_| ()),
+            Step::CreateOverlay { path, .. }
+            | Step::CopyFile { to: path, .. }
+            | Step::BuildConfigDrive { path, .. } => self.remove_file(path).await,
             Step::SaveDefinition { .. } => self.drop_definition_of(server, plan).await,
             Step::PowerOff { was_on, .. } => self.power_on_again(server, *was_on).await,
             // The overlays show the same disk as before, however much of them was written.
@@ -89,7 +114,9 @@ impl StepRunner for Steps {
             // The password before is not known, and a rescue guest that takes another one is no worse.
             Step::SetUserPassword { .. } => Ok(()),
             // Clean-up is never taken back.
-            Step::RemoveFolder { .. } | Step::ReleaseImage { .. } | Step::DropSavedDefinition => Ok(()),
+            Step::RemoveFolder { .. } | Step::ReleaseImage { .. } | Step::DropSavedDefinition => {
+                Ok(())
+            }
         }
     }
 
@@ -118,7 +145,11 @@ impl StepRunner for Steps {
 
     async fn ready(&self) {
         let mut link = self.hypervisor.link();
-        if link.wait_for(|state| *state == LinkState::Up).await.is_err() {
+        if link
+            .wait_for(|state| *state == LinkState::Up)
+            .await
+            .is_err()
+        {
             // Nobody will ever say that it is back.
             std::future::pending::<()>().await;
         }
@@ -132,7 +163,10 @@ impl From<HypervisorError> for StepError {
     fn from(error: HypervisorError) -> Self {
         let link_down = matches!(error, HypervisorError::LinkDown { .. });
         let refusal = Refusal::from(error);
-        Self { link_down, ..Self::new(refusal.reason, refusal.message) }
+        Self {
+            link_down,
+            ..Self::new(refusal.reason, refusal.message)
+        }
     }
 }
 
@@ -140,12 +174,16 @@ impl From<StoreError> for StepError {
     fn from(error: StoreError) -> Self {
         match error {
             StoreError::Refused(refusal) => Self::new(refusal.reason, refusal.message),
-            StoreError::Missing { what: "image", id } => {
-                Self::new(Reason::ImageNotFound, format!("image {id} was removed meanwhile"))
-            }
+            StoreError::Missing { what: "image", id } => Self::new(
+                Reason::ImageNotFound,
+                format!("image {id} was removed meanwhile"),
+            ),
             error => {
                 tracing::error!(error = &error as &dyn std::error::Error, "the store failed");
-                Self::new(Reason::Internal, "the agent's store failed; its log has the details")
+                Self::new(
+                    Reason::Internal,
+                    "the agent's store failed; its log has the details",
+                )
             }
         }
     }

@@ -10,18 +10,29 @@ use crate::{
 };
 
 impl Steps {
-    pub(super) async fn hold_image(&self, image: Uuid, path: &str, size: u64, holder: &str) -> Applied {
+    pub(super) async fn hold_image(
+        &self,
+        image: Uuid,
+        path: &str,
+        size: u64,
+        holder: &str,
+    ) -> Applied {
         self.store.hold_image(image, holder.to_owned()).await?;
         // Looked at after it is held: from here on nobody can remove it.
         match tokio::fs::metadata(path).await {
             Ok(metadata) if metadata.is_file() && metadata.len() == size => Ok(None),
             Ok(metadata) => Err(StepError::new(
                 Reason::ImageNotFound,
-                format!("the file {path} of image {image} has {} bytes instead of {size}; import the image again", metadata.len()),
+                format!(
+                    "the file {path} of image {image} has {} bytes instead of {size}; import the image again",
+                    metadata.len()
+                ),
             )),
             Err(error) => Err(StepError::new(
                 Reason::ImageNotFound,
-                format!("the file {path} of image {image} cannot be read ({error}); import the image again"),
+                format!(
+                    "the file {path} of image {image} cannot be read ({error}); import the image again"
+                ),
             )),
         }
     }
@@ -32,11 +43,17 @@ impl Steps {
     }
 
     pub(super) async fn save_definition(&self, server: Uuid, plan: Uuid, xml: &str) -> Applied {
-        self.store.save_definition(server, plan, xml.to_owned()).await?;
+        self.store
+            .save_definition(server, plan, xml.to_owned())
+            .await?;
         Ok(None)
     }
 
-    pub(super) async fn drop_definition_of(&self, server: Uuid, plan: Uuid) -> Result<(), StepError> {
+    pub(super) async fn drop_definition_of(
+        &self,
+        server: Uuid,
+        plan: Uuid,
+    ) -> Result<(), StepError> {
         Ok(self.store.drop_definition(server, Some(plan)).await?)
     }
 

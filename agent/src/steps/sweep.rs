@@ -36,7 +36,9 @@ pub async fn sweep(store: &Store, layout: &Layout) -> StoreResult<Vec<String>> {
         }
     }
     let layout = layout.clone();
-    let removed = tokio::task::spawn_blocking(move || remove_unknown(&layout, &known)).await.unwrap_or_default();
+    let removed = tokio::task::spawn_blocking(move || remove_unknown(&layout, &known))
+        .await
+        .unwrap_or_default();
     Ok(removed)
 }
 
@@ -71,11 +73,18 @@ fn remove(path: &str, servers: &str, removed: &mut Vec<String>) {
             tracing::warn!(path, "removed a folder that no server knows of");
             removed.push(path.to_owned());
         }
-        Err(error) => tracing::error!(path, %error, "a folder that no server knows of cannot be removed"),
+        Err(error) => {
+            tracing::error!(path, %error, "a folder that no server knows of cannot be removed")
+        }
     }
 }
 
 fn uuids_in(folder: &Path) -> Vec<Uuid> {
-    let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
-    entries.flatten().filter_map(|entry| Uuid::parse_str(entry.file_name().to_str()?).ok()).collect()
+    let Ok(entries) = std::fs::read_dir(folder) else {
+        return Vec::new();
+    };
+    entries
+        .flatten()
+        .filter_map(|entry| Uuid::parse_str(entry.file_name().to_str()?).ok())
+        .collect()
 }

@@ -20,12 +20,12 @@ use nix::fcntl::OFlag;
 use sha2::{Digest as _, Sha256};
 use uuid::Uuid;
 
-use crate::cancel::Cancel;
 use super::files::{
     self, BytesDone, DIR_MODE, DISK_MODE, FileError, IMAGE_MODE, cannot, ensure_dir, finish_part,
     remove_if_exists,
 };
 use super::inspect::{self, Content, Format, Inspection, Limits, Unsafe};
+use crate::cancel::Cancel;
 
 /// An upload looks at the free space again after this many bytes.
 const SPACE_CHECK: u64 = 64 << 20;

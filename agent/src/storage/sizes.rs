@@ -28,10 +28,13 @@ pub async fn disk_size(path: &Path, format: &str) -> io::Result<u64> {
             let mut header = [0; 32];
             file.read_exact(&mut header).await?;
             match header.split_at(24) {
-                (start, size) if start.starts_with(QCOW2_MAGIC) => {
-                    Ok(size.iter().fold(0, |value, byte| (value << 8) | u64::from(*byte)))
-                }
-                _ => Err(io::Error::new(io::ErrorKind::InvalidData, "there is no qcow2 header")),
+                (start, size) if start.starts_with(QCOW2_MAGIC) => Ok(size
+                    .iter()
+                    .fold(0, |value, byte| (value << 8) | u64::from(*byte))),
+                _ => Err(io::Error::new(
+                    io::ErrorKind::InvalidData,
+                    "there is no qcow2 header",
+                )),
             }
         }
         _ => Err(io::Error::new(

@@ -64,7 +64,11 @@ pub(super) fn append(
 ) -> StoreResult<i64> {
     connection
         .prepare_cached("INSERT INTO events (at, server, doc) VALUES (?1, ?2, ?3)")?
-        .execute(params![at_ms, server.to_string(), serde_json::to_string(change)?])?;
+        .execute(params![
+            at_ms,
+            server.to_string(),
+            serde_json::to_string(change)?
+        ])?;
     let revision = connection.last_insert_rowid();
     publish.revision = Some(revision);
     Ok(revision)

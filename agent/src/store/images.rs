@@ -20,12 +20,18 @@ impl Store {
             db.change(Durability::Power, |tx, _| {
                 let added = tx.execute(
                     "INSERT OR IGNORE INTO images (id, name, doc) VALUES (?1, ?2, ?3)",
-                    params![image.id.to_string(), image.name, serde_json::to_string(&image)?],
+                    params![
+                        image.id.to_string(),
+                        image.name,
+                        serde_json::to_string(&image)?
+                    ],
                 )?;
                 if added == 0 {
-                    return Err(
-                        Refusal::new(Reason::ImageExists, format!("an image {} exists already", image.id)).into(),
-                    );
+                    return Err(Refusal::new(
+                        Reason::ImageExists,
+                        format!("an image {} exists already", image.id),
+                    )
+                    .into());
                 }
                 Ok(())
             })
@@ -61,9 +67,11 @@ impl Store {
         self.run(move |db| {
             let doc: Option<String> = db
                 .connection
-                .query_row("SELECT doc FROM images WHERE id = ?1", [id.to_string()], |row| {
-                    row.get(0)
-                })
+                .query_row(
+                    "SELECT doc FROM images WHERE id = ?1",
+                    [id.to_string()],
+                    |row| row.get(0),
+                )
                 .optional()?;
             Ok(doc.map(|doc| serde_json::from_str(&doc)).transpose()?)
         })
@@ -77,7 +85,8 @@ impl Store {
     pub async fn remove_image(&self, id: Uuid) -> StoreResult<()> {
         self.run(move |db| {
             db.change(Durability::Power, |tx, _| {
-                let mut statement = tx.prepare_cached("SELECT holder FROM image_holders WHERE image = ?1 LIMIT 5")?;
+                let mut statement =
+                    tx.prepare_cached("SELECT holder FROM image_holders WHERE image = ?1 LIMIT 5")?;
                 let holders = statement
                     .query_map([id.to_string()], |row| row.get::<_, String>(0))?
                     .collect::<Result<Vec<_>, _>>()?;
@@ -89,7 +98,11 @@ impl Store {
                     .into());
                 }
                 if tx.execute("DELETE FROM images WHERE id = ?1", [id.to_string()])? == 0 {
-                    return Err(Refusal::new(Reason::ImageNotFound, format!("there is no image {id}")).into());
+                    return Err(Refusal::new(
+                        Reason::ImageNotFound,
+                        format!("there is no image {id}"),
+                    )
+                    .into());
                 }
                 Ok(())
             })
@@ -152,7 +165,9 @@ impl Store {
             let mut statement = db
                 .connection
                 .prepare_cached("SELECT image, holder FROM image_holders ORDER BY image, holder")?;
-            let rows = statement.query_map([], |row| Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?)))?;
+            let rows = statement.query_map([], |row| {
+                Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?))
+            })?;
             let mut holders = Vec::new();
             for row in rows {
                 let (image, holder) = row?;

@@ -56,7 +56,9 @@ pub enum Accepted {
 pub(super) fn load_servers(connection: &Connection) -> StoreResult<Servers> {
     let mut servers = Servers::default();
     let mut statement = connection.prepare("SELECT ord, doc FROM servers ORDER BY ord")?;
-    let rows = statement.query_map([], |row| Ok((row.get::<_, i64>(0)?, row.get::<_, String>(1)?)))?;
+    let rows = statement.query_map([], |row| {
+        Ok((row.get::<_, i64>(0)?, row.get::<_, String>(1)?))
+    })?;
     for row in rows {
         let (order, doc) = row?;
         let record: ServerRecord = serde_json::from_str(&doc)?;
@@ -91,7 +93,12 @@ fn put_server(
     Ok(record)
 }
 
-fn insert_server(tx: &Connection, publish: &mut Publish, record: ServerRecord, now_ms: i64) -> StoreResult<()> {
+fn insert_server(
+    tx: &Connection,
+    publish: &mut Publish,
+    record: ServerRecord,
+    now_ms: i64,
+) -> StoreResult<()> {
     tx.execute(
         "INSERT INTO servers (id, doc) VALUES (?1, '{}')",
         [record.id.to_string()],
@@ -101,10 +108,24 @@ fn insert_server(tx: &Connection, publish: &mut Publish, record: ServerRecord, n
     Ok(())
 }
 
-fn remove_server(tx: &Connection, publish: &mut Publish, operation: &OperationRecord, now_ms: i64) -> StoreResult<()> {
-    tx.execute("DELETE FROM servers WHERE id = ?1", [operation.server.to_string()])?;
+fn remove_server(
+    tx: &Connection,
+    publish: &mut Publish,
+    operation: &OperationRecord,
+    now_ms: i64,
+) -> StoreResult<()> {
+    tx.execute(
+        "DELETE FROM servers WHERE id = ?1",
+        [operation.server.to_string()],
+    )?;
     publish.remove.push(operation.server);
-    events::append(tx, publish, now_ms, operation.server, &Change::Removed(operation.verb))?;
+    events::append(
+        tx,
+        publish,
+        now_ms,
+        operation.server,
+        &Change::Removed(operation.verb),
+    )?;
     Ok(())
 }
 
@@ -118,7 +139,12 @@ fn put_operation(tx: &Connection, operation: &OperationRecord) -> StoreResult<()
     Ok(())
 }
 
-fn announce(tx: &Connection, publish: &mut Publish, operation: &OperationRecord, now_ms: i64) -> StoreResult<()> {
+fn announce(
+    tx: &Connection,
+    publish: &mut Publish,
+    operation: &OperationRecord,
+    now_ms: i64,
+) -> StoreResult<()> {
     events::append(
         tx,
         publish,
@@ -360,9 +386,11 @@ impl Store {
         self.run(move |db| {
             let doc: Option<String> = db
                 .connection
-                .query_row("SELECT doc FROM operations WHERE id = ?1", [id.to_string()], |row| {
-                    row.get(0)
-                })
+                .query_row(
+                    "SELECT doc FROM operations WHERE id = ?1",
+                    [id.to_string()],
+                    |row| row.get(0),
+                )
                 .optional()?;
             Ok(doc.map(|doc| serde_json::from_str(&doc)).transpose()?)
         })
@@ -405,7 +433,9 @@ impl Store {
             let mut statement = db
                 .connection
                 .prepare_cached("SELECT doc, plan FROM operations WHERE final = 0 ORDER BY ord")?;
-            let rows = statement.query_map([], |row| Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?)))?;
+            let rows = statement.query_map([], |row| {
+                Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?))
+            })?;
             let mut operations = Vec::new();
             for row in rows {
                 let (doc, plan) = row?;
@@ -559,7 +589,9 @@ fn saved_by(connection: &Connection, server: Uuid) -> StoreResult<Option<Uuid>> 
 }
 
 fn repeated(connection: &Connection, request: &Request) -> StoreResult<Option<OperationRecord>> {
-    let Some(id) = &request.id else { return Ok(None) };
+    let Some(id) = &request.id else {
+        return Ok(None);
+    };
     let found: Option<(String, String)> = connection
         .query_row(
             "SELECT body_hash, doc FROM operations WHERE request_id = ?1",
@@ -567,7 +599,9 @@ fn repeated(connection: &Connection, request: &Request) -> StoreResult<Option<Op
             |row| Ok((row.get(0)?, row.get(1)?)),
         )
         .optional()?;
-    let Some((body_hash, doc)) = found else { return Ok(None) };
+    let Some((body_hash, doc)) = found else {
+        return Ok(None);
+    };
     if body_hash != request.body_hash {
         return Err(Refusal::new(
             Reason::RequestIdReused,
@@ -579,7 +613,11 @@ fn repeated(connection: &Connection, request: &Request) -> StoreResult<Option<Op
 }
 
 /// Is the server still what was planned for, and its lane free?
-fn check_lane(plan: &Plan, planned_for: Option<&ServerRecord>, current: Option<&ServerRecord>) -> Result<(), Refusal> {
+fn check_lane(
+    plan: &Plan,
+    planned_for: Option<&ServerRecord>,
+    current: Option<&ServerRecord>,
+) -> Result<(), Refusal> {
     match (planned_for, current) {
         (None, None) => Ok(()),
         (None, Some(_)) => Err(Refusal::new(
@@ -604,7 +642,10 @@ fn check_lane(plan: &Plan, planned_for: Option<&ServerRecord>, current: Option<&
             if planned.vm_state != current.vm_state || plan_of(planned) != plan_of(current) {
                 return Err(Refusal::new(
                     Reason::ServerBusy,
-                    format!("server {} changed while the action was planned; try again", plan.server),
+                    format!(
+                        "server {} changed while the action was planned; try again",
+                        plan.server
+                    ),
                 ));
             }
             Ok(())

@@ -39,7 +39,9 @@ pub enum StoreError {
     #[error("a document of the store is damaged")]
     Document(#[from] serde_json::Error),
     /// The store was written by a newer agent.
-    #[error("the store has schema version {found}, newer than the {known} that this agent knows; use the newer agent")]
+    #[error(
+        "the store has schema version {found}, newer than the {known} that this agent knows; use the newer agent"
+    )]
     Newer {
         /// Version of the store.
         found: i64,
@@ -165,18 +167,29 @@ impl Store {
     /// One server.
     #[must_use]
     pub fn server(&self, id: Uuid) -> Option<Arc<ServerRecord>> {
-        let servers = self.servers.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let servers = self
+            .servers
+            .read()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         servers.by_id.get(&id).map(|(_, record)| Arc::clone(record))
     }
 
     /// Servers in order of their making, beginning after the number `after`, each with its number.
     #[must_use]
     pub fn servers_after(&self, after: i64) -> Vec<(i64, Arc<ServerRecord>)> {
-        let servers = self.servers.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let servers = self
+            .servers
+            .read()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         servers
             .by_order
             .range((std::ops::Bound::Excluded(after), std::ops::Bound::Unbounded))
-            .filter_map(|(order, id)| servers.by_id.get(id).map(|(_, record)| (*order, Arc::clone(record))))
+            .filter_map(|(order, id)| {
+                servers
+                    .by_id
+                    .get(id)
+                    .map(|(_, record)| (*order, Arc::clone(record)))
+            })
             .collect()
     }
 
@@ -246,7 +259,10 @@ impl Db {
 
     fn publish(&mut self, publish: Publish) {
         {
-            let mut servers = self.servers.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let mut servers = self
+                .servers
+                .write()
+                .unwrap_or_else(std::sync::PoisonError::into_inner);
             for (order, record) in publish.put {
                 servers.by_order.insert(order, record.id);
                 servers.by_id.insert(record.id, (order, Arc::new(record)));
@@ -265,7 +281,10 @@ impl Db {
 
     /// A copy of a server's record and its order.
     fn server(&self, id: Uuid) -> Option<(i64, ServerRecord)> {
-        let servers = self.servers.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let servers = self
+            .servers
+            .read()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         servers
             .by_id
             .get(&id)

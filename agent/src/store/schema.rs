@@ -61,7 +61,10 @@ pub(super) fn open(path: &Path) -> StoreResult<Connection> {
     if found > known {
         return Err(StoreError::Newer { found, known });
     }
-    for (version, migration) in (0i64..).zip(MIGRATIONS).skip_while(|(version, _)| *version < found) {
+    for (version, migration) in (0i64..)
+        .zip(MIGRATIONS)
+        .skip_while(|(version, _)| *version < found)
+    {
         let transaction = connection.transaction()?;
         transaction.execute_batch(migration)?;
         transaction.pragma_update(None, "user_version", version + 1)?;
@@ -73,7 +76,9 @@ pub(super) fn open(path: &Path) -> StoreResult<Connection> {
 /// This host's uuid; made when first asked for.
 pub(super) fn host_id(connection: &Connection) -> StoreResult<Uuid> {
     let stored: Option<String> = connection
-        .query_row("SELECT value FROM meta WHERE key = 'host_id'", [], |row| row.get(0))
+        .query_row("SELECT value FROM meta WHERE key = 'host_id'", [], |row| {
+            row.get(0)
+        })
         .optional()?;
     if let Some(id) = stored.and_then(|id| Uuid::parse_str(&id).ok()) {
         return Ok(id);

@@ -213,6 +213,9 @@ mod tests {
     fn an_element_is_added_to_an_unindented_one_without_blanks() {
         let mut disk = Element::parse("<disk><target dev='vda'/></disk>").unwrap();
         disk.append(Element::new("readonly"));
-        assert_eq!(disk.to_string(), "<disk><target dev='vda'/><readonly/></disk>");
+        assert_eq!(
+            disk.to_string(),
+            "<disk><target dev='vda'/><readonly/></disk>"
+        );
     }
 }

@@ -151,7 +151,9 @@ impl Element {
                     let parent = open.last_mut().ok_or(XmlError::Malformed {
                         what: "CDATA outside the root element",
                     })?;
-                    parent.children.push(Node::CData(data.xml10_content().into_owned()));
+                    parent
+                        .children
+                        .push(Node::CData(data.xml10_content().into_owned()));
                 }
                 Event::Comment(comment) => {
                     let comment = comment.xml10_content().into_owned();
@@ -214,7 +216,9 @@ fn element(start: &BytesStart<'_>) -> Result<Element, XmlError> {
             })?;
         // References may have brought in what the raw text did not contain.
         check_text(&value)?;
-        element.attributes.push((name.to_owned(), value.into_owned()));
+        element
+            .attributes
+            .push((name.to_owned(), value.into_owned()));
     }
     Ok(element)
 }
@@ -253,10 +257,12 @@ fn push_text(text: &str, open: &mut [Element]) -> Result<(), XmlError> {
 
 /// The character a reference stands for.
 fn resolve(reference: &BytesRef<'_>) -> Result<char, XmlError> {
-    let c = reference.resolve_char_ref().map_err(|source| XmlError::Syntax {
-        position: 0,
-        source: Box::new(source),
-    })?;
+    let c = reference
+        .resolve_char_ref()
+        .map_err(|source| XmlError::Syntax {
+            position: 0,
+            source: Box::new(source),
+        })?;
     let c = match (c, &**reference) {
         (Some(c), _) => c,
         (None, "amp") => '&',
@@ -300,7 +306,10 @@ mod tests {
     fn no_entity_is_ever_expanded() {
         let bomb = "<!DOCTYPE d [<!ENTITY a 'aaaa'>]><d>&a;</d>";
         assert!(matches!(Element::parse(bomb), Err(XmlError::DocumentType)));
-        assert!(matches!(Element::parse("<d>&a;</d>"), Err(XmlError::Entity { .. })));
+        assert!(matches!(
+            Element::parse("<d>&a;</d>"),
+            Err(XmlError::Entity { .. })
+        ));
         assert!(Element::parse("<d a='&a;'/>").is_err());
     }
 
@@ -353,6 +362,9 @@ mod tests {
         let deeper = format!("<a>{deep}</a>");
         assert!(matches!(Element::parse(&deeper), Err(XmlError::TooDeep)));
         let long = format!("<a>{}</a>", "x".repeat(MAX_BYTES));
-        assert!(matches!(Element::parse(&long), Err(XmlError::TooLarge { .. })));
+        assert!(matches!(
+            Element::parse(&long),
+            Err(XmlError::TooLarge { .. })
+        ));
     }
 }

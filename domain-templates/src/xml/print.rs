@@ -111,21 +111,24 @@ mod tests {
     }
 
     fn named(children: impl Strategy<Value = Vec<Node>>) -> impl Strategy<Value = Element> {
-        let attributes = prop::collection::btree_map("[a-z_][a-zé0-9.-]{0,4}(:[a-z]{1,3})?", text(), 0..4);
-        ("[a-z_][a-zé0-9.-]{0,6}(:[a-z]{1,4})?", attributes, children).prop_map(|(name, attributes, nodes)| {
-            let mut element = Element {
-                name,
-                attributes: attributes.into_iter().collect(),
-                children: Vec::new(),
-            };
-            for node in nodes {
-                match (element.children.last_mut(), node) {
-                    (Some(Node::Text(before)), Node::Text(text)) => before.push_str(&text),
-                    (_, node) => element.children.push(node),
+        let attributes =
+            prop::collection::btree_map("[a-z_][a-zé0-9.-]{0,4}(:[a-z]{1,3})?", text(), 0..4);
+        ("[a-z_][a-zé0-9.-]{0,6}(:[a-z]{1,4})?", attributes, children).prop_map(
+            |(name, attributes, nodes)| {
+                let mut element = Element {
+                    name,
+                    attributes: attributes.into_iter().collect(),
+                    children: Vec::new(),
+                };
+                for node in nodes {
+                    match (element.children.last_mut(), node) {
+                        (Some(Node::Text(before)), Node::Text(text)) => before.push_str(&text),
+                        (_, node) => element.children.push(node),
+                    }
                 }
-            }
-            element
-        })
+                element
+            },
+        )
     }
 
     fn tree() -> impl Strategy<Value = Element> {

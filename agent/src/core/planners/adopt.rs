@@ -16,7 +16,10 @@ use crate::core::{
 /// Makes the record of a domain that exists.
 pub(super) fn plan(args: &AdoptArgs, facts: &Facts) -> Result<Plan, Refusal> {
     let Some(domain) = &facts.domain else {
-        return Err(Refusal::new(Reason::DomainNotFound, "libvirt has no such domain"));
+        return Err(Refusal::new(
+            Reason::DomainNotFound,
+            "libvirt has no such domain",
+        ));
     };
     if !domain.persistent {
         return Err(Refusal::new(

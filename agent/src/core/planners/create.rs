@@ -2,8 +2,8 @@
 //! Create: a server from an image.
 
 use salvor_domain_templates::{
-    Bus, DiskFormat, Domain, DomainKind, NicSource, NicSpec, ServerDisk, ServerFirmware, ServerSpec, Templates,
-    render_server,
+    Bus, DiskFormat, Domain, DomainKind, NicSource, NicSpec, ServerDisk, ServerFirmware,
+    ServerSpec, Templates, render_server,
 };
 use uuid::Uuid;
 
@@ -23,11 +23,18 @@ const GIB: u64 = 1 << 30;
 /// What the files of a new server take at once; its disk grows as the guest writes.
 const FILES_NEED: u64 = 16 << 20;
 
-pub(super) fn plan(args: &CreateArgs, facts: &Facts, templates: &Templates) -> Result<Plan, Refusal> {
+pub(super) fn plan(
+    args: &CreateArgs,
+    facts: &Facts,
+    templates: &Templates,
+) -> Result<Plan, Refusal> {
     if let Some(domain) = &facts.domain {
         return Err(Refusal::new(
             Reason::ServerExists,
-            format!("libvirt has a domain {} with uuid {} already", domain.name, domain.id),
+            format!(
+                "libvirt has a domain {} with uuid {} already",
+                domain.name, domain.id
+            ),
         ));
     }
     let image = image(facts)?;
@@ -92,8 +99,12 @@ pub(super) fn plan(args: &CreateArgs, facts: &Facts, templates: &Templates) -> R
         },
         emulator: None,
     };
-    let xml = render_server(templates, &spec)
-        .map_err(|error| Refusal::new(Reason::DomainInvalid, format!("the domain cannot be rendered: {error}")))?;
+    let xml = render_server(templates, &spec).map_err(|error| {
+        Refusal::new(
+            Reason::DomainInvalid,
+            format!("the domain cannot be rendered: {error}"),
+        )
+    })?;
     let rendered = Domain::parse(&xml).map_err(|error| {
         Refusal::new(
             Reason::DomainInvalid,
@@ -103,11 +114,17 @@ pub(super) fn plan(args: &CreateArgs, facts: &Facts, templates: &Templates) -> R
 
     let mut builder = Builder::new(Verb::Create, args.id, facts);
     builder.plan.initial = Some(Box::new(record(args, facts, &rendered)));
-    builder.plan.password_delivery.push(PasswordDelivery::ConfigDrive);
+    builder
+        .plan
+        .password_delivery
+        .push(PasswordDelivery::ConfigDrive);
     if host.free_bytes < size {
         builder.plan.warnings.push(Warning {
             name: WarningName::SpaceMayRunOut,
-            message: format!("the disk may grow to {size} bytes, and {} are free", host.free_bytes),
+            message: format!(
+                "the disk may grow to {size} bytes, and {} are free",
+                host.free_bytes
+            ),
         });
     }
     builder.step(
@@ -174,7 +191,10 @@ pub(super) fn plan(args: &CreateArgs, facts: &Facts, templates: &Templates) -> R
 /// The image, which must be there with its file.
 pub(super) fn image(facts: &Facts) -> Result<&ImageFacts, Refusal> {
     let Some(image) = &facts.image else {
-        return Err(Refusal::new(Reason::ImageNotFound, "the image store has no such image"));
+        return Err(Refusal::new(
+            Reason::ImageNotFound,
+            "the image store has no such image",
+        ));
     };
     if !image.present {
         return Err(Refusal::new(
@@ -225,7 +245,10 @@ fn interfaces(args: &CreateArgs) -> Vec<NicSpec> {
         .iter()
         .zip(0u8..)
         .map(|(nic, index)| NicSpec {
-            mac: nic.mac.clone().unwrap_or_else(|| derived_mac(args.id, index)),
+            mac: nic
+                .mac
+                .clone()
+                .unwrap_or_else(|| derived_mac(args.id, index)),
             source: match &nic.connection {
                 NicConnection::Bridge(name) => NicSource::Bridge(name.clone()),
                 NicConnection::Network(name) => NicSource::Network(name.clone()),

@@ -48,7 +48,10 @@ pub(super) fn plan(server: &ServerRecord, facts: &Facts) -> Plan {
         if !kept.is_empty() {
             builder.plan.warnings.push(Warning {
                 name: WarningName::DisksKept,
-                message: format!("the server was adopted, so its disks stay: {}", kept.join(", ")),
+                message: format!(
+                    "the server was adopted, so its disks stay: {}",
+                    kept.join(", ")
+                ),
             });
         }
     }

@@ -60,7 +60,10 @@ pub fn plan(
             | Action::Unrescue(_)
             | Action::DeliverPassword,
             None,
-        ) => Err(Refusal::new(Reason::ServerNotFound, "there is no such server")),
+        ) => Err(Refusal::new(
+            Reason::ServerNotFound,
+            "there is no such server",
+        )),
     }
 }
 
@@ -159,7 +162,9 @@ fn summaries(domain: &Domain) -> (Vec<DiskSummary>, Vec<NicSummary>) {
 fn source_name(source: &DiskSource) -> String {
     match source {
         DiskSource::File(path) | DiskSource::Block(path) => path.clone(),
-        DiskSource::Network { protocol, name } => format!("{protocol}:{}", name.as_deref().unwrap_or_default()),
+        DiskSource::Network { protocol, name } => {
+            format!("{protocol}:{}", name.as_deref().unwrap_or_default())
+        }
         DiskSource::Volume { pool, volume } => format!("{pool}/{volume}"),
         DiskSource::Other(kind) => kind.clone(),
         DiskSource::None => String::new(),

@@ -22,7 +22,10 @@ pub(super) fn start(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refusa
 /// Shuts the guest down, or ends it. A domain that is gone is off.
 pub(super) fn stop(server: &ServerRecord, shutdown: Shutdown, facts: &Facts) -> Plan {
     let mut builder = Builder::new(Verb::Stop, server.id, facts);
-    let was_on = facts.domain.as_ref().is_some_and(|domain| domain.power.is_on());
+    let was_on = facts
+        .domain
+        .as_ref()
+        .is_some_and(|domain| domain.power.is_on());
     builder.step(Phase::Switch, Step::PowerOff { shutdown, was_on });
     builder.becomes(VmState::Stopped, RescueChange::Keep)
 }

@@ -21,8 +21,8 @@ use crate::core::{
     plan::{ConfigDriveSpec, Mark, Phase, Plan, RescueChange, Step},
     reason::{Reason, Refusal, Warning, WarningName},
     record::{
-        Overlay, PasswordDelivery, Protection, RescueBus, RescueDevice, RescueDisk, RescueMode, RescueRecord,
-        ServerRecord,
+        Overlay, PasswordDelivery, Protection, RescueBus, RescueDevice, RescueDisk, RescueMode,
+        RescueRecord, ServerRecord,
     },
     state::VmState,
 };
@@ -93,7 +93,9 @@ pub(super) fn plan(
         rescue_disk: DiskSpec {
             path: rescue_disk.clone(),
             format: match (choice.device, image.record.format) {
-                (RescueDevice::Disk, _) | (RescueDevice::Cdrom, ImageFormat::Qcow2) => DiskFormat::Qcow2,
+                (RescueDevice::Disk, _) | (RescueDevice::Cdrom, ImageFormat::Qcow2) => {
+                    DiskFormat::Qcow2
+                }
                 (RescueDevice::Cdrom, ImageFormat::Raw | ImageFormat::Iso) => DiskFormat::Raw,
             },
             bus: choice.bus.map(template_bus),
@@ -106,7 +108,8 @@ pub(super) fn plan(
         nvram: nvram.as_ref().map(|nvram| nvram.copy.clone()),
         config_drive: Some(config_drive.clone()),
     };
-    let rendering = render_rescue(templates, &domain.xml, &spec).map_err(|error| unrenderable(&error))?;
+    let rendering =
+        render_rescue(templates, &domain.xml, &spec).map_err(|error| unrenderable(&error))?;
     let bus = placed_bus(&rendering)?;
 
     let holder = rescue_holder(server.id, facts.plan);
@@ -119,7 +122,12 @@ pub(super) fn plan(
             holder,
         },
     );
-    builder.step(Phase::Prepare, Step::MakeFolder { path: folder.clone() });
+    builder.step(
+        Phase::Prepare,
+        Step::MakeFolder {
+            path: folder.clone(),
+        },
+    );
     if choice.device == RescueDevice::Disk {
         builder.step(
             Phase::Prepare,
@@ -201,10 +209,16 @@ pub(super) fn plan(
         },
     );
 
-    builder.plan.password_delivery.push(PasswordDelivery::ConfigDrive);
+    builder
+        .plan
+        .password_delivery
+        .push(PasswordDelivery::ConfigDrive);
     let has_agent_channel = parsed.has_guest_agent_channel();
     if has_agent_channel {
-        builder.plan.password_delivery.push(PasswordDelivery::GuestAgent);
+        builder
+            .plan
+            .password_delivery
+            .push(PasswordDelivery::GuestAgent);
     }
     let record = RescueRecord {
         plan: facts.plan,
@@ -220,7 +234,10 @@ pub(super) fn plan(
         expiry_overlay: args.timeout_overlay,
         folder,
         disks: rendering.disks.into_iter().map(placed_disk).collect(),
-        overlays: overlays.into_iter().map(|((_, overlay), _)| overlay).collect(),
+        overlays: overlays
+            .into_iter()
+            .map(|((_, overlay), _)| overlay)
+            .collect(),
         commit_started: false,
         password_delivered: vec![PasswordDelivery::ConfigDrive],
         password_for_agent: has_agent_channel.then(|| args.password.clone()),
@@ -252,7 +269,10 @@ pub(super) fn deliver_password(server: &ServerRecord, facts: &Facts) -> Result<P
             hash,
         },
     );
-    Ok(builder.becomes(server.vm_state, RescueChange::Delivered(PasswordDelivery::GuestAgent)))
+    Ok(builder.becomes(
+        server.vm_state,
+        RescueChange::Delivered(PasswordDelivery::GuestAgent),
+    ))
 }
 
 /// Is there a way back, and would the rescue boot what it is meant to?
@@ -300,27 +320,39 @@ fn choose(server: &ServerRecord, args: &RescueArgs, image: &ImageFacts) -> Resul
         })?),
     };
     let iso = image.record.format == ImageFormat::Iso;
-    let device = args
-        .device
-        .or(image_device)
-        .unwrap_or(if iso { RescueDevice::Cdrom } else { RescueDevice::Disk });
+    let device = args.device.or(image_device).unwrap_or(if iso {
+        RescueDevice::Cdrom
+    } else {
+        RescueDevice::Disk
+    });
     // A medium that cannot be moved about, or a system with the same filesystem ids as the original:
     // both are better kept apart from the original disks' places.
     let apart = image_bus.is_some()
         || image_device.is_some()
         || device == RescueDevice::Cdrom
         || server.image_id == Some(image.record.id);
-    let mode = args
-        .mode
-        .unwrap_or(if apart { RescueMode::Stable } else { RescueMode::Classic });
+    let mode = args.mode.unwrap_or(if apart {
+        RescueMode::Stable
+    } else {
+        RescueMode::Classic
+    });
     let bus = args.bus.or(image_bus);
     if device == RescueDevice::Cdrom && bus == Some(RescueBus::Virtio) {
-        return Err(Refusal::field("bus", "virtio has no cdrom; use sata, scsi, ide or usb"));
+        return Err(Refusal::field(
+            "bus",
+            "virtio has no cdrom; use sata, scsi, ide or usb",
+        ));
     }
     Ok(Choice { mode, bus, device })
 }
 
-fn warn(server: &ServerRecord, image: &ImageFacts, facts: &Facts, mode: RescueMode, warnings: &mut Vec<Warning>) {
+fn warn(
+    server: &ServerRecord,
+    image: &ImageFacts,
+    facts: &Facts,
+    mode: RescueMode,
+    warnings: &mut Vec<Warning>,
+) {
     if server.image_id == Some(image.record.id) {
         warnings.push(Warning {
             name: WarningName::RescueImageIsServerImage,
@@ -342,7 +374,11 @@ fn warn(server: &ServerRecord, image: &ImageFacts, facts: &Facts, mode: RescueMo
 }
 
 /// When the rescue ends by itself.
-fn expiry(args: &RescueArgs, facts: &Facts, warnings: &mut Vec<Warning>) -> Result<Option<i64>, Refusal> {
+fn expiry(
+    args: &RescueArgs,
+    facts: &Facts,
+    warnings: &mut Vec<Warning>,
+) -> Result<Option<i64>, Refusal> {
     let undecided = args.protection == Protection::Overlay && args.timeout_overlay.is_none();
     let timeout_ms = match args.timeout_ms {
         Some(timeout) if timeout > 0 && undecided => {
@@ -365,18 +401,20 @@ fn expiry(args: &RescueArgs, facts: &Facts, warnings: &mut Vec<Warning>) -> Resu
     if timeout_ms == 0 {
         return Ok(None);
     }
-    Ok(Some(
-        facts
-            .host
-            .now_ms
-            .saturating_add(i64::try_from(timeout_ms).unwrap_or(i64::MAX)),
-    ))
+    Ok(Some(facts.host.now_ms.saturating_add(
+        i64::try_from(timeout_ms).unwrap_or(i64::MAX),
+    )))
 }
 
 /// Overlays to be made: each with its disk's target, and the virtual size in bytes.
 type Overlays = Vec<((String, Overlay), u64)>;
 
-fn overlays(parsed: &Domain, wanted: Protection, domain: &DomainFacts, folder: &str) -> Result<Overlays, Refusal> {
+fn overlays(
+    parsed: &Domain,
+    wanted: Protection,
+    domain: &DomainFacts,
+    folder: &str,
+) -> Result<Overlays, Refusal> {
     if wanted != Protection::Overlay {
         return Ok(Vec::new());
     }
@@ -396,8 +434,13 @@ fn overlays(parsed: &Domain, wanted: Protection, domain: &DomainFacts, folder: &
         };
         let base = match &disk.source {
             DiskSource::File(path) | DiskSource::Block(path) => path.clone(),
-            DiskSource::Network { .. } | DiskSource::Volume { .. } | DiskSource::Other(_) | DiskSource::None => {
-                return Err(refuse("it is neither a file nor a block device of this host"));
+            DiskSource::Network { .. }
+            | DiskSource::Volume { .. }
+            | DiskSource::Other(_)
+            | DiskSource::None => {
+                return Err(refuse(
+                    "it is neither a file nor a block device of this host",
+                ));
             }
         };
         if disk.shareable {
@@ -426,7 +469,11 @@ fn overlays(parsed: &Domain, wanted: Protection, domain: &DomainFacts, folder: &
     Ok(overlays)
 }
 
-fn protection(parsed: &Domain, wanted: Protection, overlays: &Overlays) -> BTreeMap<String, DiskChange> {
+fn protection(
+    parsed: &Domain,
+    wanted: Protection,
+    overlays: &Overlays,
+) -> BTreeMap<String, DiskChange> {
     match wanted {
         Protection::ReadWrite => BTreeMap::new(),
         Protection::Overlay => overlays
@@ -443,7 +490,9 @@ fn protection(parsed: &Domain, wanted: Protection, overlays: &Overlays) -> BTree
         Protection::ReadOnly => parsed
             .disks()
             .iter()
-            .filter(|disk| matches!(disk.device, DiskDevice::Disk | DiskDevice::Lun) && !disk.readonly)
+            .filter(|disk| {
+                matches!(disk.device, DiskDevice::Disk | DiskDevice::Lun) && !disk.readonly
+            })
             .map(|disk| (disk.target.clone(), DiskChange::ReadOnly))
             .collect(),
     }
@@ -512,9 +561,14 @@ fn unrenderable(error: &TemplateError) -> Refusal {
         | TemplateError::OverlayUnsupported { .. }
         | TemplateError::NvramWithoutUefi
         | TemplateError::NoSuchDisk { .. } => Reason::DomainUnsupported,
-        TemplateError::Layout(_) | TemplateError::Text { .. } | TemplateError::Unusable { .. } => Reason::DomainInvalid,
+        TemplateError::Layout(_) | TemplateError::Text { .. } | TemplateError::Unusable { .. } => {
+            Reason::DomainInvalid
+        }
     };
-    Refusal::new(reason, format!("the rescue domain cannot be made: {}", chain(error)))
+    Refusal::new(
+        reason,
+        format!("the rescue domain cannot be made: {}", chain(error)),
+    )
 }
 
 /// An error with its causes, in one line.

@@ -11,7 +11,11 @@ use crate::core::{
     state::VmState,
 };
 
-pub(super) fn plan(server: &ServerRecord, args: &UnrescueArgs, facts: &Facts) -> Result<Plan, Refusal> {
+pub(super) fn plan(
+    server: &ServerRecord,
+    args: &UnrescueArgs,
+    facts: &Facts,
+) -> Result<Plan, Refusal> {
     let (Some(rescue), Some(saved)) = (&server.rescue, &facts.saved_xml) else {
         return Err(Refusal::new(
             Reason::NotRescued,
@@ -71,14 +75,23 @@ pub(super) fn plan(server: &ServerRecord, args: &UnrescueArgs, facts: &Facts) ->
     );
     builder.step(Phase::CleanUp, Step::DropSavedDefinition);
     Ok(builder.becomes(
-        if start { VmState::Active } else { VmState::Stopped },
+        if start {
+            VmState::Active
+        } else {
+            VmState::Stopped
+        },
         RescueChange::End,
     ))
 }
 
 /// Are the overlays to be committed?
-fn overlay_decision(server: &ServerRecord, wanted: Option<OverlayDisposition>) -> Result<bool, Refusal> {
-    let Some(rescue) = &server.rescue else { return Ok(false) };
+fn overlay_decision(
+    server: &ServerRecord,
+    wanted: Option<OverlayDisposition>,
+) -> Result<bool, Refusal> {
+    let Some(rescue) = &server.rescue else {
+        return Ok(false);
+    };
     if rescue.overlays.is_empty() {
         return match wanted {
             None => Ok(false),

@@ -33,7 +33,9 @@ pub(super) fn volume_id(source: &Source<'_>) -> Result<Option<String>, Unsafe> {
 
 /// Checks the volume against the file and returns its id.
 pub(super) fn inspect(source: &Source<'_>) -> Result<String, Unsafe> {
-    let descriptor = primary(source)?.ok_or(Unsafe::NotAsDeclared { declared: Format::Iso })?;
+    let descriptor = primary(source)?.ok_or(Unsafe::NotAsDeclared {
+        declared: Format::Iso,
+    })?;
     // Numbers are stored twice, little-endian first; the first is read.
     let blocks = field(&descriptor, 80).map_or(0, u32::from_le_bytes);
     let block = field(&descriptor, 128).map_or(0, u16::from_le_bytes);

@@ -85,7 +85,8 @@ const VDI: (usize, [u8; 4]) = (64, [0x7f, 0x10, 0xda, 0xbe]);
 
 /// Trailers are one sector long.
 const TRAILER: u64 = 512;
-const AT_TRAILER: [(&[u8], Container); 2] = [(b"conectix", Container::Vhd), (b"koly", Container::Dmg)];
+const AT_TRAILER: [(&[u8], Container); 2] =
+    [(b"conectix", Container::Vhd), (b"koly", Container::Dmg)];
 
 /// How much of a text file is searched for what makes it a VMDK descriptor.
 const DESCRIPTOR: usize = 4096;

@@ -92,7 +92,9 @@ impl std::str::FromStr for Format {
             "raw" => Ok(Self::Raw),
             "qcow2" => Ok(Self::Qcow2),
             "iso" => Ok(Self::Iso),
-            _ => Err(UnknownFormat { word: word.to_owned() }),
+            _ => Err(UnknownFormat {
+                word: word.to_owned(),
+            }),
         }
     }
 }

@@ -143,21 +143,31 @@ impl Header {
             return Err(invalid("cluster_bits", self.cluster_bits));
         }
         if self.incompatible & EXTENDED_L2 != 0 && self.cluster_bits < 14 {
-            return Err(invalid("cluster_bits with extended L2 entries", self.cluster_bits));
+            return Err(invalid(
+                "cluster_bits with extended L2 entries",
+                self.cluster_bits,
+            ));
         }
         if self.refcount_order > 6 {
             return Err(invalid("refcount_order", self.refcount_order));
         }
         let length = self.header_length;
         let aligned = length == V3_HEADER || length.is_multiple_of(8);
-        if self.version == 3 && (length < V3_HEADER || u64::from(length) > self.cluster() || !aligned) {
+        if self.version == 3
+            && (length < V3_HEADER || u64::from(length) > self.cluster() || !aligned)
+        {
             return Err(invalid("header_length", length));
         }
         if self.compression > 1 {
-            return Err(Unsafe::Compression { kind: self.compression });
+            return Err(Unsafe::Compression {
+                kind: self.compression,
+            });
         }
         if (self.incompatible & COMPRESSION != 0) != (self.compression != 0) {
-            return Err(invalid("compression_type against its feature bit", self.compression));
+            return Err(invalid(
+                "compression_type against its feature bit",
+                self.compression,
+            ));
         }
         if self.size == 0 {
             return Err(Unsafe::VirtualEmpty);
@@ -218,7 +228,10 @@ impl Header {
 
         let refcounts = u64::from(self.refcount_table_clusters).saturating_mul(self.cluster());
         if refcounts == 0 || refcounts > MOST_REFCOUNT_TABLE.max(self.cluster()) {
-            return Err(invalid("refcount_table_clusters", self.refcount_table_clusters));
+            return Err(invalid(
+                "refcount_table_clusters",
+                self.refcount_table_clusters,
+            ));
         }
         self.check_place("the refcount table", self.refcount_table_offset)?;
         source.need("the refcount table", self.refcount_table_offset, refcounts)?;
@@ -288,7 +301,11 @@ impl Header {
     }
 
     fn l2_entry_size(&self) -> usize {
-        if self.incompatible & EXTENDED_L2 != 0 { 16 } else { 8 }
+        if self.incompatible & EXTENDED_L2 != 0 {
+            16
+        } else {
+            8
+        }
     }
 
     fn l2_entries(&self) -> u64 {

@@ -48,7 +48,12 @@ impl<'a> Source<'a> {
     }
 
     /// Reads exactly `length` bytes at `offset`.
-    pub(super) fn read(&self, what: &'static str, offset: u64, length: usize) -> Result<Vec<u8>, Unsafe> {
+    pub(super) fn read(
+        &self,
+        what: &'static str,
+        offset: u64,
+        length: usize,
+    ) -> Result<Vec<u8>, Unsafe> {
         self.need(what, offset, length as u64)?;
         let bytes = self.read_up_to(offset, length)?;
         if bytes.len() < length {
@@ -84,5 +89,8 @@ impl<'a> Source<'a> {
 
 /// A fixed-size field of `bytes`; `None` past the end.
 pub(super) fn field<const N: usize>(bytes: &[u8], offset: usize) -> Option<[u8; N]> {
-    bytes.get(offset..)?.get(..N).and_then(|field| field.try_into().ok())
+    bytes
+        .get(offset..)?
+        .get(..N)
+        .and_then(|field| field.try_into().ok())
 }

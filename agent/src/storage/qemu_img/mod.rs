@@ -274,7 +274,8 @@ impl QemuImg {
         if_exists: IfExists,
     ) -> Result<(), QemuImgError> {
         let arguments = words(&["-q", "-f", disk.format.driver()]);
-        self.create(job, arguments, disk.path, Some(size), if_exists).await
+        self.create(job, arguments, disk.path, Some(size), if_exists)
+            .await
     }
 
     async fn create(
@@ -319,7 +320,12 @@ impl QemuImg {
     ///
     /// # Errors
     /// [`QemuImgError`]; the base may then hold part of the changes.
-    pub async fn commit(&self, job: &Job<'_>, overlay: &Path, base: &Path) -> Result<(), QemuImgError> {
+    pub async fn commit(
+        &self,
+        job: &Job<'_>,
+        overlay: &Path,
+        base: &Path,
+    ) -> Result<(), QemuImgError> {
         let mut arguments = words(&["-p", "-t", "writeback", "-d", "-f", "qcow2", "-b"]);
         arguments.push(name(base)?);
         arguments.push(name(overlay)?);
@@ -350,7 +356,12 @@ impl QemuImg {
     ///
     /// # Errors
     /// [`QemuImgError`].
-    pub async fn resize(&self, job: &Job<'_>, disk: Disk<'_>, size: u64) -> Result<(), QemuImgError> {
+    pub async fn resize(
+        &self,
+        job: &Job<'_>,
+        disk: Disk<'_>,
+        size: u64,
+    ) -> Result<(), QemuImgError> {
         let mut arguments = words(&["-q", "-f", disk.format.driver()]);
         arguments.push(name(disk.path)?);
         arguments.push(OsString::from(size.to_string()));
@@ -398,7 +409,9 @@ fn name(path: &Path) -> Result<OsString, QemuImgError> {
 
 async fn make_room(path: &Path, if_exists: IfExists) -> Result<(), QemuImgError> {
     match (tokio::fs::symlink_metadata(path).await, if_exists) {
-        (Ok(_), IfExists::Fail) => Err(QemuImgError::Exists { path: path.to_owned() }),
+        (Ok(_), IfExists::Fail) => Err(QemuImgError::Exists {
+            path: path.to_owned(),
+        }),
         (Ok(_), IfExists::Replace) => remove(path).await,
         // Absent, or not to be seen: then qemu-img will say why.
         (Err(_), _) => Ok(()),

@@ -1,5 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
 
 use std::io::Write as _;
 use std::os::unix::ffi::OsStringExt as _;
@@ -47,7 +52,11 @@ async fn overlays_state_the_backing_file_and_its_format() {
     let (base, disk) = (dir.path().join("base"), dir.path().join("disk"));
     let tool = QemuImg::default();
     // The content of the raw base looks like qcow2; nothing may fall for it.
-    std::fs::write(&base, [b"QFI\xfb\0\0\0\x03".as_slice(), &[0; 65528]].concat()).unwrap();
+    std::fs::write(
+        &base,
+        [b"QFI\xfb\0\0\0\x03".as_slice(), &[0; 65528]].concat(),
+    )
+    .unwrap();
     tool.create_overlay(&job(), &disk, raw(&base), Some(MIB), IfExists::Fail)
         .await
         .unwrap();
@@ -72,7 +81,9 @@ async fn an_existing_file_is_kept_unless_it_is_to_be_replaced() {
     let path = dir.path().join("disk");
     std::fs::write(&path, "precious").unwrap();
     let tool = QemuImg::default();
-    let refused = tool.create_empty(&job(), qcow2(&path), MIB, IfExists::Fail).await;
+    let refused = tool
+        .create_empty(&job(), qcow2(&path), MIB, IfExists::Fail)
+        .await;
     assert!(matches!(refused, Err(QemuImgError::Exists { .. })));
     assert_eq!(std::fs::read(&path).unwrap(), b"precious");
 
@@ -81,7 +92,10 @@ async fn an_existing_file_is_kept_unless_it_is_to_be_replaced() {
         .await
         .unwrap();
     assert_eq!(std::io::read_to_string(open).unwrap(), "precious");
-    assert_eq!(tool.info(&job(), qcow2(&path)).await.unwrap().virtual_size, MIB);
+    assert_eq!(
+        tool.info(&job(), qcow2(&path)).await.unwrap().virtual_size,
+        MIB
+    );
 }
 
 #[tokio::test]
@@ -90,7 +104,10 @@ async fn commit_can_be_repeated_and_leaves_the_overlay() {
     let (base, overlay) = (dir.path().join("base"), dir.path().join("overlay"));
     let tool = QemuImg::default();
     for format in [Format::Raw, Format::Qcow2] {
-        let base = Disk { path: &base, format };
+        let base = Disk {
+            path: &base,
+            format,
+        };
         tool.create_empty(&job(), base, 4 * MIB, IfExists::Replace)
             .await
             .unwrap();
@@ -148,8 +165,13 @@ async fn resize_grows_and_never_shrinks() {
     let tool = QemuImg::default();
     for format in [Format::Raw, Format::Qcow2] {
         let path = dir.path().join(format.as_str());
-        let disk = Disk { path: &path, format };
-        tool.create_empty(&job(), disk, MIB, IfExists::Fail).await.unwrap();
+        let disk = Disk {
+            path: &path,
+            format,
+        };
+        tool.create_empty(&job(), disk, MIB, IfExists::Fail)
+            .await
+            .unwrap();
         tool.resize(&job(), disk, 2 * MIB).await.unwrap();
         assert!(tool.resize(&job(), disk, MIB).await.is_err());
         assert_eq!(tool.info(&job(), disk).await.unwrap().virtual_size, 2 * MIB);
@@ -277,7 +299,13 @@ async fn a_late_qemu_img_is_killed_with_its_children_and_its_file_removed() {
         )
         .await
         .unwrap_err();
-    assert!(matches!(error, QemuImgError::Deadline { command: "create", .. }));
+    assert!(matches!(
+        error,
+        QemuImgError::Deadline {
+            command: "create",
+            ..
+        }
+    ));
     assert!(!disk.exists());
     // The grandchild is init's to collect; that it was killed is what counts.
     let stat = std::fs::read_to_string(
@@ -292,7 +320,10 @@ async fn a_late_qemu_img_is_killed_with_its_children_and_its_file_removed() {
 async fn a_cancelled_qemu_img_is_killed_at_once() {
     let dir = tempfile::tempdir().unwrap();
     let pid = dir.path().join("pid");
-    let body = format!("echo $$ > {0}.new; mv {0}.new {0}; exec sleep 1000", pid.display());
+    let body = format!(
+        "echo $$ > {0}.new; mv {0}.new {0}; exec sleep 1000",
+        pid.display()
+    );
     let tool = script(dir.path(), &body);
     let (stop, signal) = watch::channel(false);
     let job = Job {
@@ -312,7 +343,10 @@ async fn a_cancelled_qemu_img_is_killed_at_once() {
     })
     .await
     .unwrap();
-    assert!(matches!(result, Err(QemuImgError::Cancelled { command: "resize" })));
+    assert!(matches!(
+        result,
+        Err(QemuImgError::Cancelled { command: "resize" })
+    ));
     assert!(is_gone(&pid));
     // And what was cancelled before it began does not begin.
     std::fs::remove_file(&pid).unwrap();

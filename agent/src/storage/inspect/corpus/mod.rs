@@ -1,6 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The corpus of hostile and broken images, made here byte by byte, and of good ones from qemu-img.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
 
 use std::fs::File;
 use std::io::Write as _;
@@ -142,7 +147,8 @@ fn absurd_sparse_files_are_refused_by_size() {
 #[test]
 fn only_regular_files_are_inspected() {
     for path in ["/dev/null", "/"] {
-        let refusal = inspect(&File::open(path).unwrap(), Format::Raw, &Limits::default()).unwrap_err();
+        let refusal =
+            inspect(&File::open(path).unwrap(), Format::Raw, &Limits::default()).unwrap_err();
         assert_eq!(refusal.name(), "not-regular", "{path}");
     }
 }

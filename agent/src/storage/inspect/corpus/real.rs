@@ -8,8 +8,15 @@ use super::*;
 
 /// Runs a tool of the host that the tests need; its absence is a failure, not a reason to skip.
 fn run(program: &str, arguments: &[&str], path: &Path) {
-    let output = Command::new(program).args(arguments).arg(path).output().expect(program);
-    assert!(output.status.success(), "{program} {arguments:?}: {output:?}");
+    let output = Command::new(program)
+        .args(arguments)
+        .arg(path)
+        .output()
+        .expect(program);
+    assert!(
+        output.status.success(),
+        "{program} {arguments:?}: {output:?}"
+    );
 }
 
 #[test]
@@ -83,14 +90,21 @@ fn real_bad_images_are_refused() {
     let base = dir.path().join("base.raw");
     std::fs::write(&base, vec![0; 64 * KIB]).unwrap();
     let backing = base.to_str().unwrap();
-    let data = format!("data_file={},data_file_raw=on", dir.path().join("d").display());
+    let data = format!(
+        "data_file={},data_file_raw=on",
+        dir.path().join("d").display()
+    );
     let cases: [(&str, Vec<&str>, &str); 4] = [
         (
             "overlay",
             vec!["-f", "qcow2", "-b", backing, "-F", "raw"],
             "backing-file",
         ),
-        ("data", vec!["-f", "qcow2", "-o", &data], "external-data-file"),
+        (
+            "data",
+            vec!["-f", "qcow2", "-o", &data],
+            "external-data-file",
+        ),
         ("vmdk", vec!["-f", "vmdk"], "unsupported-container"),
         (
             "vhd",
@@ -109,7 +123,11 @@ fn real_bad_images_are_refused() {
             .unwrap();
         assert!(output.status.success(), "{name}: {output:?}");
         let file = File::open(&image).unwrap();
-        let declared = if name == "vhd" { Format::Raw } else { Format::Qcow2 };
+        let declared = if name == "vhd" {
+            Format::Raw
+        } else {
+            Format::Qcow2
+        };
         let refusal = inspect(&file, declared, &Limits::default()).unwrap_err();
         assert_eq!(refusal.name(), reason, "{name}");
     }

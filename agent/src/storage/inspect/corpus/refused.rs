@@ -82,8 +82,18 @@ fn every_bad_image_of_the_corpus_is_refused_for_its_own_reason() {
             Qcow2,
             "unknown-features",
         ),
-        ("dirty", qcow2_with(|image| put64(image, 72, 1)), Qcow2, "dirty"),
-        ("corrupt", qcow2_with(|image| put64(image, 72, 2)), Qcow2, "corrupt"),
+        (
+            "dirty",
+            qcow2_with(|image| put64(image, 72, 1)),
+            Qcow2,
+            "dirty",
+        ),
+        (
+            "corrupt",
+            qcow2_with(|image| put64(image, 72, 2)),
+            Qcow2,
+            "corrupt",
+        ),
         (
             "encrypted with AES",
             qcow2_with(|image| put32(image, 32, 1)),
@@ -309,8 +319,18 @@ fn every_bad_image_of_the_corpus_is_refused_for_its_own_reason() {
         // Truncation.
         ("only the magic", qcow2()[..4].to_vec(), Qcow2, "truncated"),
         ("half a header", qcow2()[..100].to_vec(), Qcow2, "truncated"),
-        ("only the header", qcow2()[..104].to_vec(), Qcow2, "truncated"),
-        ("without its data", qcow2()[..5 * 64 * KIB].to_vec(), Qcow2, "truncated"),
+        (
+            "only the header",
+            qcow2()[..104].to_vec(),
+            Qcow2,
+            "truncated",
+        ),
+        (
+            "without its data",
+            qcow2()[..5 * 64 * KIB].to_vec(),
+            Qcow2,
+            "truncated",
+        ),
         // Disguises.
         ("qcow2 declared raw", qcow2(), Raw, "qcow2-in-disguise"),
         ("qcow2 declared iso", qcow2(), Iso, "qcow2-in-disguise"),
@@ -334,8 +354,18 @@ fn every_bad_image_of_the_corpus_is_refused_for_its_own_reason() {
         ),
         ("raw declared qcow2", vec![0; KIB], Qcow2, "not-as-declared"),
         ("iso declared qcow2", iso(), Qcow2, "not-as-declared"),
-        ("raw declared iso", vec![0; 64 * KIB], Iso, "not-as-declared"),
-        ("short raw declared iso", vec![1; 100], Iso, "not-as-declared"),
+        (
+            "raw declared iso",
+            vec![0; 64 * KIB],
+            Iso,
+            "not-as-declared",
+        ),
+        (
+            "short raw declared iso",
+            vec![1; 100],
+            Iso,
+            "not-as-declared",
+        ),
         // Containers.
         (
             "VMDK descriptor with an external extent",

@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Protecting an original disk while its server is rescued.
+//!
+//! Owns: which disks can be read-only or have an overlay, and what changes in their elements.
+//! Does not know: where disks go, or how overlays are made.
+
+use crate::disk::{Disk, DiskDevice, DiskSource};
+use crate::rescue::TemplateError;
+use crate::xml::Element;
+
+/// Makes the disk read-only.
+pub(crate) fn by_readonly(disk: &Disk, element: &mut Element) -> Result<(), TemplateError> {
+    if let Some(bus) = disk
+        .known_bus()
+        .filter(|bus| disk.device == DiskDevice::Disk && !bus.has_readonly_disks())
+    {
+        return Err(TemplateError::ReadOnlyUnsupported {
+            target: disk.target.clone(),
+            bus,
+        });
+    }
+    if element.child("readonly").is_none() && disk.device != DiskDevice::Cdrom {
+        element.append(Element::new("readonly"));
+    }
+    Ok(())
+}
+
+/// Puts the overlay in the disk's place; its target, serial number, cache mode and the like stay.
+pub(crate) fn by_overlay(
+    disk: &Disk,
+    element: &mut Element,
+    overlay: &str,
+) -> Result<(), TemplateError> {
+    let source = element.child("source");
+    let has = |name: &str| {
+        element.child(name).is_some() || source.is_some_and(|source| source.child(name).is_some())
+    };
+    let why = match (&disk.source, disk.device) {
+        (_, DiskDevice::Cdrom | DiskDevice::Floppy) => Some("it is removable media; leave it out"),
+        (_, DiskDevice::Lun) => Some("it is a LUN passed through; use READ_ONLY or READ_WRITE"),
+        (DiskSource::None, _) => Some("it has no source"),
+        (DiskSource::File(_) | DiskSource::Block(_), _) if has("encryption") => {
+            Some("it is encrypted by QEMU; use READ_ONLY or READ_WRITE")
+        }
+        (DiskSource::File(_) | DiskSource::Block(_), _) if has("slices") => {
+            Some("it is a slice of a file; use READ_ONLY or READ_WRITE")
+        }
+        (DiskSource::File(_) | DiskSource::Block(_), _) => None,
+        _ => Some(
+            "it is neither a file nor a block device of this host; use READ_ONLY or READ_WRITE",
+        ),
+    };
+    if let Some(why) = why {
+        return Err(TemplateError::OverlayUnsupported {
+            target: disk.target.clone(),
+            why,
+        });
+    }
+    element.set_attribute("type", "file");
+    element.remove_elements(|child| child.name == "backingStore");
+    // A new <source>: labels, locks and reservations of the old one belong to the old file.
+    element.replace(Element::new("source").with("file", overlay));
+    match element.child_mut("driver") {
+        Some(driver) => driver.set_attribute("type", "qcow2"),
+        None => element.append(
+            Element::new("driver")
+                .with("name", "qemu")
+                .with("type", "qcow2"),
+        ),
+    }
+    Ok(())
+}
