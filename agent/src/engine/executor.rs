@@ -138,7 +138,12 @@ impl Execution {
             self.operation.ended_at_ms = Some(now_ms());
         }
         self.store
-            .commit(Arc::clone(&self.plan), self.operation.clone(), now_ms())
+            .commit(
+                Arc::clone(&self.plan),
+                self.operation.clone(),
+                self.power,
+                now_ms(),
+            )
             .await?;
         self.publish();
         // The outcome stands: whatever happens here can no longer take it back.
@@ -446,7 +451,7 @@ async fn try_once(
             if look_first && runner.observe(context.clone(), step).await? {
                 return Ok(StepReport {
                     message: "was done already".to_owned(),
-                    guest_stop: None,
+                    ..StepReport::default()
                 });
             }
             runner.apply(context, step).await

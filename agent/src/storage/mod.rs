@@ -12,6 +12,7 @@
 //! Records of images and servers are the store's; here are only the files. Formats come from those
 //! records and are never guessed from what a guest wrote.
 
+pub mod config_drive;
 pub mod files;
 pub mod images;
 pub mod inspect;
