@@ -4,6 +4,7 @@
 //! Arrows point one way: `api` → `engine` → `steps` → {`libvirt`, `storage`} and everyone → `core`.
 //! Nothing in `core` points out. `docs/ARCHITECTURE.md` follows one request through all of it.
 
+pub mod config;
 pub mod core;
 pub mod hypervisor;
 pub mod libvirt;
