@@ -9,3 +9,4 @@ pub mod core;
 pub mod hypervisor;
 pub mod libvirt;
 pub mod storage;
+pub mod telemetry;

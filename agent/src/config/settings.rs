@@ -23,6 +23,8 @@ pub(super) struct Setting {
     /// Its name within the table.
     pub(super) key: &'static str,
     /// What it is for, line by line.
+    // Only the reference page shows it, and that is made by a test.
+    #[cfg_attr(not(test), allow(dead_code))]
     pub(super) help: &'static [&'static str],
 }
 
