@@ -6,6 +6,7 @@
 
 pub mod config;
 pub mod core;
+pub mod daemon;
 pub mod hypervisor;
 pub mod libvirt;
 pub mod storage;

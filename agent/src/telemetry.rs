@@ -38,7 +38,7 @@ pub enum TelemetryError {
     Twice(#[from] TryInitError),
 }
 
-/// Sets the process's log up. `overriding` is the value of [`FILTER_VARIABLE`].
+/// Sets the process's log up, panics included. `overriding` is the value of [`FILTER_VARIABLE`].
 ///
 /// # Errors
 /// `overriding` is no filter, or there is a log already.
@@ -55,6 +55,10 @@ pub fn init(config: &LogConfig, overriding: Option<&str>) -> Result<(), Telemetr
     } else {
         json_subscriber(filter, io::stderr).try_init()?;
     }
+    std::panic::set_hook(Box::new(|panic| {
+        let at = panic.location().map(ToString::to_string);
+        tracing::error!(at, "a bug: {}", panic.payload_as_str().unwrap_or("panic"));
+    }));
     Ok(())
 }
 

@@ -53,6 +53,14 @@ pub struct Loaded {
     origins: BTreeMap<String, usize>,
 }
 
+impl Loaded {
+    /// The file that was read; `None` when everything is a default.
+    #[must_use]
+    pub fn path(&self) -> Option<&Path> {
+        self.path.as_deref()
+    }
+}
+
 /// Why there is no configuration.
 #[derive(Debug, Error)]
 pub enum ConfigError {
