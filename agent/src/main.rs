@@ -22,7 +22,19 @@ const USAGE: u8 = 64;
 /// Wrong configuration (`EX_CONFIG` of sysexits.h).
 const CONFIG: u8 = 78;
 
-const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (API salvor.compute.v1)");
+const VERSION: &str = if cfg!(feature = "failpoints") {
+    concat!(
+        env!("CARGO_PKG_VERSION"),
+        " (API salvor.compute.v1; test build with failpoints)"
+    )
+} else if cfg!(debug_assertions) {
+    concat!(
+        env!("CARGO_PKG_VERSION"),
+        " (API salvor.compute.v1; debug build)"
+    )
+} else {
+    concat!(env!("CARGO_PKG_VERSION"), " (API salvor.compute.v1)")
+};
 
 /// The Salvor compute agent: turns gRPC requests into libvirt operations on this host's guests.
 #[derive(Debug, Parser)]
@@ -94,7 +106,7 @@ fn run(loaded: &Loaded) -> ExitCode {
         return failed(CONFIG, &error);
     }
     match loaded.path() {
-        Some(path) => tracing::info!(?path, "configuration read"),
+        Some(path) => tracing::info!(path = %path.display(), "configuration read"),
         None => tracing::info!("{DEFAULT_CONFIG} does not exist: every setting has its default"),
     }
     match daemon::run(&loaded.config) {

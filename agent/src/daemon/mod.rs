@@ -156,7 +156,7 @@ async fn live(config: &Config) -> Result<(), DaemonError> {
         version = env!("CARGO_PKG_VERSION"),
         pid = std::process::id(),
         %boot,
-        state_dir = ?config.state_dir,
+        state_dir = %config.state_dir.display(),
         "salvord starts"
     );
 
@@ -173,7 +173,7 @@ async fn live(config: &Config) -> Result<(), DaemonError> {
         group: config.socket_group.as_deref(),
     })?;
     notifier.ready("serving");
-    tracing::info!(listen = ?config.listen, "ready");
+    tracing::info!(listen = %config.listen.display(), "ready");
 
     let serving = Serving {
         listener,

@@ -110,9 +110,124 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use std::io;
+    use std::sync::Arc;
     use std::time::Instant;
 
+    use tempfile::TempDir;
+    use tokio::task::JoinHandle;
+    use tokio::time::timeout;
+    use tonic::service::Routes;
+    use tonic::transport::{Channel, Endpoint};
+    use tonic_health::pb::HealthCheckRequest;
+    use tonic_health::pb::health_check_response::ServingStatus as Status;
+    use tonic_health::pb::health_client::HealthClient;
+
     use super::*;
+    use crate::daemon::NotifyEnvironment;
+    use crate::daemon::signals::ByHand;
+
+    const PATIENCE: Duration = Duration::from_secs(10);
+
+    /// A server whose work comes to rest when a test says so.
+    struct Fixture {
+        _dir: TempDir,
+        client: HealthClient<Channel>,
+        signals: ByHand,
+        drain: Drain,
+        rest: Option<oneshot::Sender<()>>,
+        server: JoinHandle<Result<(), tonic::transport::Error>>,
+    }
+
+    async fn serving() -> Fixture {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let (signals, drain) = ByHand::new();
+        let (rest, resting) = oneshot::channel();
+        let services = Services {
+            routes: Routes::default(),
+            at_rest: Box::pin(async {
+                let _ = resting.await;
+            }),
+            progress: Arc::new(|| true),
+        };
+        let notifier = Notifier::connect(&NotifyEnvironment::default()).unwrap();
+        let serving = Serving {
+            listener,
+            services,
+            drain: drain.clone(),
+            notifier,
+        };
+        let server = tokio::spawn(serve(serving, PATIENCE));
+        let endpoint = Endpoint::from_shared(format!("unix:{}", path.display())).unwrap();
+        let client = HealthClient::new(endpoint.connect().await.unwrap());
+        Fixture {
+            _dir: dir,
+            client,
+            signals,
+            drain,
+            rest: Some(rest),
+            server,
+        }
+    }
+
+    fn everything() -> HealthCheckRequest {
+        HealthCheckRequest {
+            service: String::new(),
+        }
+    }
+
+    #[tokio::test]
+    async fn requests_are_answered_while_work_comes_to_rest_and_then_it_ends() {
+        let mut fixture = serving().await;
+        let mut watch = fixture
+            .client
+            .watch(everything())
+            .await
+            .unwrap()
+            .into_inner();
+        assert_eq!(
+            watch.message().await.unwrap().unwrap().status(),
+            Status::Serving
+        );
+
+        fixture.signals.ask().await;
+        assert_eq!(
+            watch.message().await.unwrap().unwrap().status(),
+            Status::NotServing
+        );
+        let answer = fixture
+            .client
+            .check(everything())
+            .await
+            .unwrap()
+            .into_inner();
+        assert_eq!(answer.status(), Status::NotServing);
+        assert!(!fixture.server.is_finished());
+
+        drop(fixture.rest.take());
+        // The watch is still open: it is cut off.
+        timeout(PATIENCE, fixture.server)
+            .await
+            .unwrap()
+            .unwrap()
+            .unwrap();
+        assert!(!fixture.drain.accepts_work());
+    }
+
+    #[tokio::test]
+    async fn work_that_does_not_come_to_rest_is_left_when_time_is_over() {
+        let fixture = serving().await;
+        fixture.signals.ask().await;
+        timeout(PATIENCE, fixture.drain.draining()).await.unwrap();
+        assert!(!fixture.server.is_finished());
+        fixture.signals.ask().await;
+        timeout(PATIENCE, fixture.server)
+            .await
+            .unwrap()
+            .unwrap()
+            .unwrap();
+    }
 
     #[tokio::test]
     async fn a_failed_accept_does_not_end_the_server_and_does_not_spin() {

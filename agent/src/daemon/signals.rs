@@ -90,6 +90,22 @@ pub(super) fn handle(timeout: Duration) -> io::Result<Drain> {
     Ok(drain_on(signals, timeout))
 }
 
+/// A drain that a test moves on: the first message drains, the second ends.
+#[cfg(test)]
+pub(super) struct ByHand(mpsc::Sender<Signal>);
+
+#[cfg(test)]
+impl ByHand {
+    pub(super) fn new() -> (Self, Drain) {
+        let (sender, signals) = mpsc::channel(8);
+        (Self(sender), drain_on(signals, Duration::from_secs(3600)))
+    }
+
+    pub(super) async fn ask(&self) {
+        let _ = self.0.send(Signal::Terminate).await;
+    }
+}
+
 fn drain_on(signals: mpsc::Receiver<Signal>, timeout: Duration) -> Drain {
     let (sender, phase) = watch::channel(Phase::Running);
     tokio::spawn(drive(signals, timeout, sender));

@@ -84,7 +84,7 @@ impl Drop for SocketGuard {
         if fs::symlink_metadata(&self.path).is_ok_and(ours)
             && let Err(error) = fs::remove_file(&self.path)
         {
-            tracing::warn!(path = ?self.path, %error, "the socket could not be removed");
+            tracing::warn!(path = %self.path.display(), %error, "the socket could not be removed");
         }
     }
 }
