@@ -148,12 +148,14 @@ impl Agent {
     /// The next message to the service manager.
     fn told(&self) -> String {
         let mut buffer = [0; 1024];
-        let length = self.manager.recv(&mut buffer).unwrap_or_else(|error| {
-            panic!(
-                "{error}; the log:\n{}",
-                fs::read_to_string(&self.log).unwrap_or_default()
-            )
-        });
+        let length = loop {
+            match self.manager.recv(&mut buffer) {
+                Ok(length) => break length,
+                // A socket with a timeout is interrupted whenever the process was stopped (signal(7)).
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) => panic!("{error}; the log:\n{}", self.log()),
+            }
+        };
         String::from_utf8_lossy(buffer.get(..length).unwrap()).into_owned()
     }
 

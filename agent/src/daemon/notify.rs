@@ -150,7 +150,13 @@ mod tests {
 
     fn received(socket: &UnixDatagram) -> String {
         let mut buffer = [0; 512];
-        let length = socket.recv(&mut buffer).unwrap();
+        let length = loop {
+            match socket.recv(&mut buffer) {
+                // A socket with a timeout is interrupted whenever the process was stopped (signal(7)).
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                received => break received.unwrap(),
+            }
+        };
         String::from_utf8_lossy(buffer.get(..length).unwrap()).into_owned()
     }
 
