@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The Salvor compute agent as a library: `salvord` is a thin shell round it, and tests use the parts.
 //!
-//! Arrows point one way: `api` → `dispatch` → `engine` → `steps` → {`libvirt`, `storage`} and everyone
-//! → `core`. Nothing in `core` points out. `docs/ARCHITECTURE.md` follows one request through all of it.
+//! Arrows point one way: `daemon` → `api` → `dispatch` → `engine` → `steps` → {`libvirt`, `storage`} and
+//! everyone → `core`. Nothing in `core` points out. `docs/ARCHITECTURE.md` follows one request through
+//! all of it.
 
 pub mod cancel;
+pub mod config;
 pub mod core;
+pub mod daemon;
 pub mod dispatch;
 pub mod engine;
 pub mod hypervisor;
@@ -14,3 +17,4 @@ pub mod observe;
 pub mod steps;
 pub mod storage;
 pub mod store;
+pub mod telemetry;
