@@ -177,12 +177,11 @@ impl Engine {
         *self.count.borrow()
     }
 
-    /// Waits until no operation is under way, at most so long; says how many still are. Those go on
-    /// when the agent is started again.
-    pub async fn drain(&self, limit: Duration) -> usize {
+    /// Waits until no operation is under way.
+    pub async fn at_rest(&self) {
         let mut count = self.count.subscribe();
-        let _ = tokio::time::timeout(limit, count.wait_for(|count| *count == 0)).await;
-        self.under_way()
+        // The engine itself keeps the sender, so there is no other end of this wait.
+        let _ = count.wait_for(|count| *count == 0).await;
     }
 
     fn active(&self) -> std::sync::MutexGuard<'_, HashMap<Uuid, Active>> {

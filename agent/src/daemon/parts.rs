@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Puts the agent's parts together: store, libvirt, steps, engine, dispatcher, observer, API.
+
+use std::{path::Path, sync::Arc, time::Duration};
+
+use tokio::sync::watch;
+use tonic::service::Routes;
+
+use super::{DaemonError, Drain, Services, check_templates, load_templates};
+use crate::{
+    api,
+    config::{Config, ByteSize},
+    core::{action::Shutdown, layout::Layout},
+    dispatch::{Dispatcher, Settings},
+    engine::{Engine, Probe, now_ms},
+    hypervisor::Hypervisor,
+    libvirt::{self, Libvirt},
+    observe::Observer,
+    steps::{self, Steps},
+    storage::{
+        files::{self, DIR_MODE},
+        images::ImageFiles,
+        qemu_img::{self, QemuImg},
+    },
+    store::Store,
+};
+
+/// The store's file in the state folder.
+const STORE_FILE: &str = "salvor.db";
+
+/// Operations that ended long ago are forgotten so often.
+const FORGET_EVERY: Duration = Duration::from_secs(3600);
+
+/// Opens everything, takes up what was under way, and begins to observe.
+pub(super) async fn assemble(config: &Config, drain: &Drain) -> Result<Services, DaemonError> {
+    let layout = Layout::new(config.state_dir.to_string_lossy());
+    for folder in [layout.images(), layout.servers()] {
+        files::ensure_dir(Path::new(&folder), DIR_MODE).map_err(DaemonError::State)?;
+    }
+    let templates = load_templates(config.templates_dir.as_deref())?;
+    if let Some(folder) = &config.templates_dir {
+        let checked = check_templates(&templates)?;
+        tracing::info!(templates_dir = %folder.display(), rendered = checked.rendered, "templates checked");
+    }
+    let store = open_store(config).await?;
+    let hypervisor: Arc<dyn Hypervisor> = Arc::new(open_libvirt(config)?);
+    let images = ImageFiles::new(layout.images().into());
+    let removed = images.sweep().map_err(DaemonError::State)?;
+    if !removed.is_empty() {
+        tracing::info!(count = removed.len(), "removed images that were not wholly imported");
+    }
+    steps::sweep(&store, &layout).await?;
+
+    let chosen = config.virt_type.choose();
+    tracing::info!(virt_type = chosen.domain_type.as_str(), why = %chosen.why, "domain type of new servers");
+    let qemu_img = QemuImg {
+        limits: qemu_img::Limits { address_space: config.storage.qemu_img_memory.bytes(), ..qemu_img::Limits::default() },
+        ..QemuImg::default()
+    };
+    let steps = Steps::new(Arc::clone(&hypervisor), store.clone(), qemu_img, layout.clone());
+    let engine = Engine::new(store.clone(), Arc::new(steps), probe()?);
+    let draining = draining(drain);
+    let dispatcher = Dispatcher::new(
+        store.clone(),
+        engine.clone(),
+        Arc::clone(&hypervisor),
+        Arc::new(templates),
+        settings(config, layout, chosen.domain_type.as_str()),
+        draining.clone(),
+    );
+    let recovered = engine.recover().await?;
+    if recovered > 0 {
+        tracing::warn!(operations = recovered, "took up operations that were under way");
+    }
+    let observer = Observer::new(store.clone(), Arc::clone(&hypervisor), dispatcher.clone(), config.libvirt.resync_interval);
+    tokio::spawn(observer.run(draining.clone()));
+    tokio::spawn(forget_operations(store.clone(), config.operations.keep, draining.clone()));
+
+    let at_rest = engine.clone();
+    Ok(Services {
+        routes: routes(config, store, engine, dispatcher, hypervisor, images, draining)?,
+        at_rest: Box::pin(async move { at_rest.at_rest().await }),
+        progress: Arc::new(|| true),
+    })
+}
+
+async fn open_store(config: &Config) -> Result<Store, DaemonError> {
+    let path = config.state_dir.join(STORE_FILE);
+    let keep = config.events.keep;
+    // Definitions carry what libvirt keeps in them, passwords of consoles included: the file is made
+    // before SQLite makes it readable for others, and its log files take its mode.
+    tokio::task::spawn_blocking(move || {
+        files::create_private(&path).map_err(DaemonError::State)?;
+        Ok(Store::open(&path, keep)?)
+    })
+    .await
+    .map_err(|_| DaemonError::Panicked { part: "store" })?
+}
+
+fn open_libvirt(config: &Config) -> Result<Libvirt, DaemonError> {
+    let from = &config.libvirt;
+    Ok(Libvirt::open(libvirt::Config {
+        call_timeout: from.call_timeout,
+        start_timeout: from.start_timeout,
+        destroy_timeout: from.destroy_timeout,
+        keepalive_interval: from.keepalive_interval,
+        keepalive_count: from.keepalive_count,
+        ..libvirt::Config::new(from.uri.clone())
+    })?)
+}
+
+fn settings(config: &Config, layout: Layout, virt_type: &str) -> Settings {
+    let millis = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+    Settings {
+        layout,
+        virt_type: virt_type.to_owned(),
+        reserve_bytes: config.storage.reserve.bytes(),
+        rescue_timeout_ms: config.rescue.timeout.map_or(0, millis),
+        default_rescue_image: config.rescue.default_image.clone(),
+        shutdown: Shutdown {
+            timeout_ms: millis(config.shutdown.timeout),
+            retry_ms: millis(config.shutdown.retry_interval),
+        },
+    }
+}
+
+/// The agent's phase as the parts need it: is it still taking work?
+fn draining(drain: &Drain) -> watch::Receiver<bool> {
+    let (sender, receiver) = watch::channel(false);
+    let drain = drain.clone();
+    tokio::spawn(async move {
+        drain.draining().await;
+        sender.send_replace(true);
+        // The value must outlive its receivers, which end with the process.
+        sender.closed().await;
+    });
+    receiver
+}
+
+async fn forget_operations(store: Store, keep: Duration, mut stop: watch::Receiver<bool>) {
+    loop {
+        let keep_ms = i64::try_from(keep.as_millis()).unwrap_or(i64::MAX);
+        if let Err(error) = store.forget_operations(now_ms().saturating_sub(keep_ms)).await {
+            tracing::error!(error = &error as &dyn std::error::Error, "old operations cannot be forgotten");
+        }
+        if tokio::time::timeout(FORGET_EVERY, stop.wait_for(|stop| *stop)).await.is_ok() {
+            return;
+        }
+    }
+}
+
+#[cfg(not(feature = "failpoints"))]
+#[allow(clippy::unnecessary_wraps, reason = "the build for tests can fail here")]
+fn probe() -> Result<Arc<dyn Probe>, DaemonError> {
+    Ok(Arc::new(crate::engine::NoProbe))
+}
+
+#[cfg(feature = "failpoints")]
+fn probe() -> Result<Arc<dyn Probe>, DaemonError> {
+    let probe = crate::engine::EnvProbe::from_env().map_err(|part| DaemonError::Failpoint { part })?;
+    Ok(Arc::new(probe))
+}

@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The domain templates in force, and whether they can be used.
+
+use std::{collections::BTreeMap, fs, io, path::{Path, PathBuf}};
+
+use salvor_domain_templates::{Templates, TemplatesError, fixtures};
+
+use crate::libvirt::check_schema;
+use crate::telemetry::chain;
+
+/// A template larger than this is none.
+const MAX_BYTES: u64 = 1 << 20;
+
+/// Why the templates cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum TemplatesDirError {
+    /// The folder or a file in it cannot be read.
+    #[error("{} cannot be read", path.display())]
+    Read {
+        /// The folder or file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A file is too large to be a template.
+    #[error("{} is larger than 1 MiB, so it is no template", path.display())]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+    },
+    /// They are no templates.
+    #[error("the templates cannot be used")]
+    Templates(#[from] TemplatesError),
+    /// They do not give usable domains.
+    #[error("the templates do not give usable domains:\n{}", failures.join("\n"))]
+    Unusable {
+        /// Each domain that failed, and why.
+        failures: Vec<String>,
+    },
+}
+
+/// The templates: the built-in ones, with those of `folder` (`server.xml`, `rescue.xml`) in their place.
+///
+/// # Errors
+/// [`TemplatesDirError`], but [`TemplatesDirError::Unusable`].
+pub fn load_templates(folder: Option<&Path>) -> Result<Templates, TemplatesDirError> {
+    let Some(folder) = folder else { return Ok(Templates::builtin()?) };
+    let failed = |path: &Path| {
+        let path = path.to_owned();
+        move |source| TemplatesDirError::Read { path, source }
+    };
+    let mut overrides = BTreeMap::new();
+    for entry in fs::read_dir(folder).map_err(failed(folder))? {
+        let path = entry.map_err(failed(folder))?.path();
+        let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };
+        if !path.extension().is_some_and(|extension| extension == "xml") {
+            continue;
+        }
+        if fs::metadata(&path).map_err(failed(&path))?.len() > MAX_BYTES {
+            return Err(TemplatesDirError::TooLarge { path });
+        }
+        overrides.insert(name.to_owned(), fs::read_to_string(&path).map_err(failed(&path))?);
+    }
+    Ok(Templates::with_overrides(overrides)?)
+}
+
+/// What a check looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Checked {
+    /// So many domains were rendered.
+    pub rendered: usize,
+    /// So many of them were held against libvirt's schema.
+    pub validated: usize,
+}
+
+/// Renders every template with a matrix of servers and rescues, and holds what comes out against
+/// libvirt's schema.
+///
+/// # Errors
+/// [`TemplatesDirError::Unusable`] with every domain that failed.
+pub fn check_templates(templates: &Templates) -> Result<Checked, TemplatesDirError> {
+    let mut checked = Checked { rendered: 0, validated: 0 };
+    let mut failures = Vec::new();
+    for rendered in fixtures::matrix(templates) {
+        checked.rendered += 1;
+        match rendered.result {
+            Ok(xml) if rendered.in_schema => match check_schema(&xml) {
+                Ok(()) => checked.validated += 1,
+                Err(error) => failures.push(format!("  {}: {}", rendered.name, chain(&error))),
+            },
+            Ok(_) => {}
+            Err(error) => failures.push(format!("  {}: {}", rendered.name, chain(&error))),
+        }
+    }
+    if failures.is_empty() { Ok(checked) } else { Err(TemplatesDirError::Unusable { failures }) }
+}
