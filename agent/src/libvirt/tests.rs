@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The layer on libvirt's test driver: the whole seam without a daemon. What needs a real one (lost
 //! connections, frozen guests) is tested in the workspace's test crate.
-#![allow(clippy::unwrap_used, clippy::panic)]
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
 use std::sync::mpsc;
 use std::time::Instant;
@@ -62,7 +62,8 @@ async fn a_domain_goes_through_its_life_and_events_tell_of_it() {
     assert!(inactive.contains(&id.to_string()));
     let live = libvirt.domain_xml(id, Definition::Live).await;
     assert!(matches!(live, Err(HypervisorError::NoDomain { .. })));
-    assert!(is_refused(&libvirt.shutdown(id).await, "not running"));
+    let off = libvirt.shutdown(id).await;
+    assert!(is_refused(&off, "running"), "{off:?}");
 
     libvirt.start(id).await.unwrap();
     assert_eq!(power(&libvirt, id).await.0, PowerState::Running);
@@ -283,11 +284,15 @@ async fn asking_twenty_thousand_times_does_not_grow_the_process() {
         }
     };
     ask(CALLS / 10).await;
-    let before = resident_kib();
-    ask(CALLS).await;
-    let grown = resident_kib().saturating_sub(before);
-    // One leaked state record for each call would be 14 MiB and more.
-    assert!(grown < 8 * 1024, "{grown} KiB");
+    let mut least = u64::MAX;
+    // Other tests of this process grow it too, but not in every round; a leak does.
+    for _ in 0..4 {
+        let before = resident_kib();
+        ask(CALLS / 4).await;
+        least = least.min(resident_kib().saturating_sub(before));
+    }
+    // One leaked state record for each call would be 3.5 MiB a round and more.
+    assert!(least < 1024, "{least} KiB");
 }
 
 #[test]
