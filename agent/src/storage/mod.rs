@@ -13,6 +13,7 @@
 //! records and are never guessed from what a guest wrote.
 
 mod cancel;
+pub mod config_drive;
 pub mod files;
 pub mod images;
 pub mod inspect;
