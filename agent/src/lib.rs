@@ -7,4 +7,5 @@
 pub mod core;
 pub mod hypervisor;
 pub mod libvirt;
+pub mod secret;
 pub mod storage;
