@@ -14,6 +14,7 @@ pub mod engine;
 pub mod hypervisor;
 pub mod libvirt;
 pub mod observe;
+pub mod secret;
 pub mod steps;
 pub mod storage;
 pub mod store;

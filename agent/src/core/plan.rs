@@ -34,7 +34,7 @@ named_states! {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConfigDriveSpec {
     /// The instance id that cloud-init sees. A new one makes it configure anew.
-    pub instance_id: String,
+    pub instance_id: Uuid,
     /// Host name.
     pub hostname: String,
     /// Name of the server.

@@ -18,7 +18,7 @@ use crate::{
     },
     engine::now_ms,
     hypervisor::Definition,
-    storage::{disk_size, free_space, image_path},
+    storage::{disk_size, files::free_space, image_path},
 };
 
 impl Dispatcher {

@@ -19,4 +19,4 @@ pub mod inspect;
 pub mod qemu_img;
 mod sizes;
 
-pub use sizes::{disk_size, free_space, image_path};
+pub use sizes::{disk_size, image_path};

@@ -49,9 +49,3 @@ pub async fn disk_size(path: &Path, format: &str) -> io::Result<u64> {
 pub fn image_path(layout: &Layout, image: &ImageRecord) -> String {
     format!("{}/{}.{}", layout.images(), image.id, image.format)
 }
-
-/// Free bytes.
-pub fn free_space(path: &Path) -> io::Result<u64> {
-    let stat = nix::sys::statvfs::statvfs(path)?;
-    Ok(stat.blocks_available().saturating_mul(stat.fragment_size()))
-}

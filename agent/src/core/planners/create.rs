@@ -156,7 +156,7 @@ pub(super) fn plan(
         Step::BuildConfigDrive {
             path: config_drive,
             drive: Box::new(ConfigDriveSpec {
-                instance_id: args.id.to_string(),
+                instance_id: args.id,
                 hostname: args.hostname.clone(),
                 name: args.name.clone(),
                 public_keys: args.public_keys.clone(),

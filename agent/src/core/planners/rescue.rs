@@ -165,7 +165,7 @@ pub(super) fn plan(
             path: config_drive,
             drive: Box::new(ConfigDriveSpec {
                 // A new id for each rescue: cloud-init configures a disk anew only for a new instance.
-                instance_id: facts.plan.to_string(),
+                instance_id: facts.plan,
                 hostname: if server.hostname.is_empty() {
                     "rescue".to_owned()
                 } else {

@@ -292,7 +292,7 @@ async fn a_late_qemu_img_is_killed_with_its_children_and_its_file_removed() {
     let tool = script(dir.path(), &body);
     let error = tool
         .create_empty(
-            &Job::within(Duration::from_millis(500)),
+            &Job::within(Duration::from_secs(2)),
             qcow2(&disk),
             MIB,
             IfExists::Fail,
