@@ -14,9 +14,7 @@ pub(crate) use self::{
         AdoptArgs, CreateArgs, ListServers, RescueArgs, ServerArg, ServerCommand, StopArgs,
         UnrescueArgs,
     },
-    values::{
-        ImageFormatArg, Interfaces, OriginArg, PowerStateArg, VmStateArg, key_value,
-    },
+    values::{ImageFormatArg, key_value},
 };
 use crate::{errors::EXIT_CODES, units};
 

@@ -4,7 +4,6 @@
 use std::{
     error::Error as _,
     fmt, fs,
-    future::Future,
     io,
     os::unix::fs::{FileTypeExt as _, MetadataExt as _},
     path::{Path, PathBuf},
@@ -224,10 +223,9 @@ pub(crate) fn is_away(status: &Status) -> bool {
 ///
 /// # Errors
 /// The agent's status, or the last broken one after half a minute.
-pub(crate) async fn repeat<T, F>(mut call: impl FnMut() -> F) -> Result<T, Status>
-where
-    F: Future<Output = Result<tonic::Response<T>, Status>>,
-{
+pub(crate) async fn repeat<T>(
+    call: impl AsyncFn() -> Result<tonic::Response<T>, Status>,
+) -> Result<T, Status> {
     let deadline = Instant::now() + REPEAT_FOR;
     let mut pause = BackOff::default();
     loop {

@@ -3,7 +3,7 @@
 
 use std::{io, time::Duration};
 
-use salvor_proto::google::{longrunning::Operation, rpc};
+use salvor_proto::google::rpc;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, RpcStatusExt as _, StatusExt as _};
 
@@ -60,6 +60,12 @@ pub(crate) enum Failure {
         name: String,
         /// The time that was waited.
         after: Duration,
+    },
+    /// It had ended as asked when it was to be cancelled.
+    #[error("{name} ended as asked before it could be cancelled")]
+    TooLate {
+        /// Name of the operation.
+        name: String,
     },
     /// Interrupted while an operation was waited for.
     #[error("interrupted")]
@@ -129,6 +135,7 @@ impl Failure {
             Self::Output(cause) if cause.kind() == io::ErrorKind::BrokenPipe => DONE,
             Self::Operation { .. }
             | Self::StillRunning { .. }
+            | Self::TooLate { .. }
             | Self::File { .. }
             | Self::Protocol(_)
             | Self::Output(_)
@@ -184,6 +191,7 @@ impl Failure {
             }
             Self::Usage(_)
             | Self::PlanRefused
+            | Self::TooLate { .. }
             | Self::File { .. }
             | Self::Protocol(_)
             | Self::Output(_) => vec![self.to_string()],

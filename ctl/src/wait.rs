@@ -17,8 +17,8 @@ use tokio::time::{Instant, sleep_until};
 pub(crate) use progress::Progress;
 
 use crate::{
-    connect::{Agent, BackOff, ask_within, broken, is_away, is_broken},
-    errors::Failure,
+    connect::{Agent, BackOff, ask_within, is_away, is_broken},
+    errors::{Failure, broken},
     output::{Ui, show},
     units::{show_duration, to_api},
 };

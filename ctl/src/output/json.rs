@@ -4,7 +4,7 @@
 
 use prost::{Message, Name};
 use prost_reflect::{
-    DescriptorPool, DynamicMessage, SerializeOptions, Value, prost_types::FileDescriptorSet,
+    DescriptorPool, DynamicMessage, ReflectMessage as _, SerializeOptions, Value, prost_types::FileDescriptorSet,
 };
 
 use super::text::is_harmful;

@@ -109,6 +109,13 @@ impl Ui {
             warn(text);
         }
     }
+
+    /// As [`Self::note`], where no bar is drawn that shows it anyway.
+    pub(crate) fn note_unless_live(&self, text: &str) {
+        if !self.live() {
+            self.note(text);
+        }
+    }
 }
 
 /// Tells something on standard error, cleaned.
