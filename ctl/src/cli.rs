@@ -286,7 +286,10 @@ pub(crate) enum PlanCommand {
 /// Reads the socket's path; `unix:PATH` is how the agent's configuration has it.
 fn socket(text: &str) -> Result<PathBuf, &'static str> {
     let path = text.strip_prefix("unix:").unwrap_or(text);
-    let path = path.strip_prefix("//").filter(|rest| rest.starts_with('/')).unwrap_or(path);
+    let path = path
+        .strip_prefix("//")
+        .filter(|rest| rest.starts_with('/'))
+        .unwrap_or(path);
     if path.is_empty() {
         return Err("it is empty; name the agent's Unix socket");
     }

@@ -3,8 +3,7 @@
 
 use std::{
     error::Error as _,
-    fmt, fs,
-    io,
+    fmt, fs, io,
     os::unix::fs::{FileTypeExt as _, MetadataExt as _},
     path::{Path, PathBuf},
     time::Duration,
@@ -107,7 +106,9 @@ impl ConnectError {
 
 /// The group of the socket, by name if the host knows one.
 fn owner(socket: &Path) -> Option<String> {
-    let metadata = fs::metadata(socket).ok().filter(|file| file.file_type().is_socket())?;
+    let metadata = fs::metadata(socket)
+        .ok()
+        .filter(|file| file.file_type().is_socket())?;
     let gid = metadata.gid().to_string();
     let groups = fs::read_to_string("/etc/group").unwrap_or_default();
     let name = groups.lines().find_map(|line| {
@@ -142,8 +143,14 @@ impl Agent {
                 async move { UnixStream::connect(path).await.map(TokioIo::new) }
             }))
             .await
-            .map_err(|error| ConnectError { socket: socket.to_owned(), cause: io_cause(&error) })?;
-        Ok(Self { channel, socket: socket.to_owned() })
+            .map_err(|error| ConnectError {
+                socket: socket.to_owned(),
+                cause: io_cause(&error),
+            })?;
+        Ok(Self {
+            channel,
+            socket: socket.to_owned(),
+        })
     }
 
     /// The socket.

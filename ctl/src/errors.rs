@@ -113,7 +113,10 @@ impl From<Status> for Failure {
 
 /// Is libvirt away, and not the agent?
 pub(crate) fn is_libvirt(status: &Status) -> bool {
-    status.get_error_details().error_info().is_some_and(|info| info.reason == "LIBVIRT_UNAVAILABLE")
+    status
+        .get_error_details()
+        .error_info()
+        .is_some_and(|info| info.reason == "LIBVIRT_UNAVAILABLE")
 }
 
 impl Failure {
@@ -163,13 +166,14 @@ impl Failure {
                 }
                 .get_error_details();
                 let mut lines = explain(Code::from(error.code), &error.message, &details);
-                lines.push(hint(&format!("`salvor operation show {name}` shows every step.")));
+                lines.push(hint(&format!(
+                    "`salvor operation show {name}` shows every step."
+                )));
                 lines
             }
-            Self::StillRunning { name, .. } => vec![
-                format!("{name} is {self}; it goes on"),
-                hint(&go_on(name)),
-            ],
+            Self::StillRunning { name, .. } => {
+                vec![format!("{name} is {self}; it goes on"), hint(&go_on(name))]
+            }
             Self::Interrupted { name } => {
                 vec![format!("interrupted; {name} goes on"), hint(&go_on(name))]
             }
@@ -211,7 +215,9 @@ fn hint(text: &str) -> String {
 }
 
 fn go_on(name: &str) -> String {
-    format!("`salvor operation wait {name}` waits for it, `salvor operation cancel {name}` cancels it.")
+    format!(
+        "`salvor operation wait {name}` waits for it, `salvor operation cancel {name}` cancels it."
+    )
 }
 
 /// A status that this side made, in words.
@@ -235,10 +241,19 @@ fn explain(code: Code, message: &str, details: &ErrorDetails) -> Vec<String> {
     } else {
         message.to_owned()
     }];
-    for violation in details.bad_request().map_or(&[][..], |bad| &bad.field_violations) {
-        lines.push(format!("  field {}: {}", violation.field, violation.description));
+    for violation in details
+        .bad_request()
+        .map_or(&[][..], |bad| &bad.field_violations)
+    {
+        lines.push(format!(
+            "  field {}: {}",
+            violation.field, violation.description
+        ));
     }
-    for violation in details.precondition_failure().map_or(&[][..], |failure| &failure.violations) {
+    for violation in details
+        .precondition_failure()
+        .map_or(&[][..], |failure| &failure.violations)
+    {
         // An agent often says here what its message says already.
         if violation.description != message {
             lines.push(format!(
@@ -247,14 +262,23 @@ fn explain(code: Code, message: &str, details: &ErrorDetails) -> Vec<String> {
             ));
         }
     }
-    for violation in details.quota_failure().map_or(&[][..], |failure| &failure.violations) {
-        lines.push(format!("  limit of {}: {}", violation.subject, violation.description));
+    for violation in details
+        .quota_failure()
+        .map_or(&[][..], |failure| &failure.violations)
+    {
+        lines.push(format!(
+            "  limit of {}: {}",
+            violation.subject, violation.description
+        ));
     }
     let Some(info) = details.error_info() else {
         return lines;
     };
-    let mut about: Vec<_> =
-        info.metadata.iter().map(|(key, value)| format!("{key}={value}")).collect();
+    let mut about: Vec<_> = info
+        .metadata
+        .iter()
+        .map(|(key, value)| format!("{key}={value}"))
+        .collect();
     about.sort();
     lines.push(if about.is_empty() {
         format!("  reason: {}", info.reason)

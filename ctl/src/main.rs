@@ -33,7 +33,10 @@ fn main() -> ExitCode {
         }
     };
     // One thread: the command line waits for one answer at a time.
-    match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+    match tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+    {
         Ok(runtime) => {
             let code = runtime.block_on(commands::run(cli));
             // A read of a slow file must not hold up the end.

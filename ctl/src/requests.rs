@@ -28,9 +28,14 @@ fn admin_pass(asked: bool) -> Result<Option<String>, Failure> {
         return Ok(None);
     }
     let mut line = String::new();
-    io::stdin().lock().take(LONGEST_PASSWORD + 1).read_line(&mut line).map_err(|cause| {
-        Failure::File { what: "cannot read the password from standard input".to_owned(), cause }
-    })?;
+    io::stdin()
+        .lock()
+        .take(LONGEST_PASSWORD + 1)
+        .read_line(&mut line)
+        .map_err(|cause| Failure::File {
+            what: "cannot read the password from standard input".to_owned(),
+            cause,
+        })?;
     let password = line.strip_suffix('\n').unwrap_or(&line);
     let password = password.strip_suffix('\r').unwrap_or(password);
     if password.is_empty() {
@@ -51,9 +56,15 @@ fn read(path: &Path) -> Result<Vec<u8>, Failure> {
     let mut bytes = Vec::new();
     File::open(path)
         .and_then(|file| file.take(LARGEST_FILE + 1).read_to_end(&mut bytes))
-        .map_err(|cause| Failure::File { what: format!("cannot read {}", path.display()), cause })?;
+        .map_err(|cause| Failure::File {
+            what: format!("cannot read {}", path.display()),
+            cause,
+        })?;
     if bytes.len() > usize::try_from(LARGEST_FILE).unwrap_or(usize::MAX) {
-        return Err(Failure::Usage(format!("{} is larger than 1 MiB", path.display())));
+        return Err(Failure::Usage(format!(
+            "{} is larger than 1 MiB",
+            path.display()
+        )));
     }
     Ok(bytes)
 }
@@ -70,7 +81,9 @@ fn public_keys(arguments: &[String]) -> Result<HashMap<String, String>, Failure>
             }
         };
         let Ok(key) = String::from_utf8(read(Path::new(file))?) else {
-            return Err(Failure::Usage(format!("--key: {file} is no SSH public key: it is not text")));
+            return Err(Failure::Usage(format!(
+                "--key: {file} is no SSH public key: it is not text"
+            )));
         };
         if key.contains("PRIVATE KEY") {
             return Err(Failure::Usage(format!(
@@ -121,7 +134,12 @@ pub(crate) fn create(args: &CreateArgs) -> Result<v1::CreateServerRequest, Failu
         interfaces: args.interfaces.0.clone(),
         hostname: args.hostname.clone().unwrap_or_default(),
         public_keys: public_keys(&args.keys)?,
-        user_data: args.user_data.as_deref().map(read).transpose()?.unwrap_or_default(),
+        user_data: args
+            .user_data
+            .as_deref()
+            .map(read)
+            .transpose()?
+            .unwrap_or_default(),
         metadata: map("--metadata", &args.metadata)?,
         machine: args.machine.clone().unwrap_or_default(),
         firmware: args.firmware.api(),
@@ -141,17 +159,26 @@ pub(crate) fn adopt(args: &AdoptArgs) -> v1::AdoptServerRequest {
 
 /// The request of `release`.
 pub(crate) fn release(args: &ServerArg) -> v1::ReleaseServerRequest {
-    v1::ReleaseServerRequest { request_id: String::new(), server: args.server.clone() }
+    v1::ReleaseServerRequest {
+        request_id: String::new(),
+        server: args.server.clone(),
+    }
 }
 
 /// The request of `delete`.
 pub(crate) fn delete(args: &ServerArg) -> v1::DeleteServerRequest {
-    v1::DeleteServerRequest { request_id: String::new(), server: args.server.clone() }
+    v1::DeleteServerRequest {
+        request_id: String::new(),
+        server: args.server.clone(),
+    }
 }
 
 /// The request of `start`.
 pub(crate) fn start(args: &ServerArg) -> v1::StartServerRequest {
-    v1::StartServerRequest { request_id: String::new(), server: args.server.clone() }
+    v1::StartServerRequest {
+        request_id: String::new(),
+        server: args.server.clone(),
+    }
 }
 
 /// The request of `stop`.

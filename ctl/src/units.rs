@@ -39,13 +39,17 @@ fn number_and_unit<'a>(
     text: &'a str,
     example: &'static str,
 ) -> Result<(u64, &'a str, &'a str), UnitError> {
-    let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let end = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
     let (digits, rest) = text.split_at(end);
     if digits.is_empty() {
         return Err(UnitError::NoNumber(text.to_owned(), example));
     }
     let number = digits.parse().map_err(|_| UnitError::TooLarge)?;
-    let end = rest.find(|c: char| c.is_ascii_digit()).unwrap_or(rest.len());
+    let end = rest
+        .find(|c: char| c.is_ascii_digit())
+        .unwrap_or(rest.len());
     let (unit, rest) = rest.split_at(end);
     Ok((number, unit, rest))
 }
@@ -80,7 +84,9 @@ pub(crate) fn duration(text: &str) -> Result<Duration, UnitError> {
             return Err(UnitError::Order);
         }
         before = milliseconds;
-        let part = number.checked_mul(milliseconds).ok_or(UnitError::TooLarge)?;
+        let part = number
+            .checked_mul(milliseconds)
+            .ok_or(UnitError::TooLarge)?;
         total = total
             .checked_add(Duration::from_millis(part))
             .filter(|total| total.as_secs() <= LONGEST)
@@ -194,20 +200,21 @@ pub(crate) fn show_duration(duration: Duration) -> String {
 pub(crate) fn show_time(time: Option<&Timestamp>) -> String {
     match time {
         // Years 0001 to 9999, the range that protocol buffers define.
-        Some(time) if (-62_135_596_800..=253_402_300_799).contains(&time.seconds) => {
-            Timestamp { seconds: time.seconds, nanos: 0 }.to_string()
+        Some(time) if (-62_135_596_800..=253_402_300_799).contains(&time.seconds) => Timestamp {
+            seconds: time.seconds,
+            nanos: 0,
         }
+        .to_string(),
         _ => "-".to_owned(),
     }
 }
 
 /// How long ago `time` was; `None` if it is out of range. What lies ahead counts as now: clocks differ.
 fn since(time: &Timestamp, now: SystemTime) -> Option<Duration> {
-    let at = UNIX_EPOCH
-        .checked_add(Duration::new(
-            u64::try_from(time.seconds).ok()?,
-            u32::try_from(time.nanos).ok()?,
-        ))?;
+    let at = UNIX_EPOCH.checked_add(Duration::new(
+        u64::try_from(time.seconds).ok()?,
+        u32::try_from(time.nanos).ok()?,
+    ))?;
     Some(now.duration_since(at).unwrap_or_default())
 }
 
@@ -222,7 +229,10 @@ pub(crate) fn show_age(time: Option<&Timestamp>) -> String {
 /// The time from `start` to `end`; `None` if either is absent or they are in the wrong order.
 pub(crate) fn between(start: Option<&Timestamp>, end: Option<&Timestamp>) -> Option<Duration> {
     let at = |time: &Timestamp| -> Option<Duration> {
-        Some(Duration::new(u64::try_from(time.seconds).ok()?, u32::try_from(time.nanos).ok()?))
+        Some(Duration::new(
+            u64::try_from(time.seconds).ok()?,
+            u32::try_from(time.nanos).ok()?,
+        ))
     };
     at(end?)?.checked_sub(at(start?)?)
 }
@@ -260,16 +270,25 @@ mod tests {
             ("250ms", 250),
             (" 5min ", 300_000),
         ] {
-            assert_eq!(duration(text).unwrap(), Duration::from_millis(milliseconds), "{text}");
+            assert_eq!(
+                duration(text).unwrap(),
+                Duration::from_millis(milliseconds),
+                "{text}"
+            );
         }
     }
 
     #[test]
     fn what_is_no_duration_is_refused_with_what_to_write() {
-        for text in ["", "s", "-5s", "1.5h", "5", "1h30", "5y", "5s1h", "1s1s", "1s 2ms"] {
+        for text in [
+            "", "s", "-5s", "1.5h", "5", "1h30", "5y", "5s1h", "1s1s", "1s 2ms",
+        ] {
             assert!(duration(text).is_err(), "{text}");
         }
-        assert_eq!(duration("30").unwrap_err().to_string(), "30 needs a unit; write for instance 30s");
+        assert_eq!(
+            duration("30").unwrap_err().to_string(),
+            "30 needs a unit; write for instance 30s"
+        );
         assert_eq!(duration("99999999999999999999s"), Err(UnitError::TooLarge));
         assert_eq!(duration("18446744073709551615d"), Err(UnitError::TooLarge));
         assert_eq!(duration("4000d"), Err(UnitError::TooLarge));
@@ -332,11 +351,26 @@ mod tests {
 
     #[test]
     fn times_are_utc_to_the_second() {
-        let time = Timestamp { seconds: 1_700_000_000, nanos: 5 };
+        let time = Timestamp {
+            seconds: 1_700_000_000,
+            nanos: 5,
+        };
         assert_eq!(show_time(Some(&time)), "2023-11-14T22:13:20Z");
         assert_eq!(show_time(None), "-");
-        assert_eq!(show_time(Some(&Timestamp { seconds: i64::MAX, nanos: 0 })), "-");
-        assert_eq!(show_age(Some(&Timestamp { seconds: i64::MAX, nanos: -1 })), "-");
+        assert_eq!(
+            show_time(Some(&Timestamp {
+                seconds: i64::MAX,
+                nanos: 0
+            })),
+            "-"
+        );
+        assert_eq!(
+            show_age(Some(&Timestamp {
+                seconds: i64::MAX,
+                nanos: -1
+            })),
+            "-"
+        );
         let now = UNIX_EPOCH + Duration::from_secs(1_700_000_003);
         assert_eq!(since(&time, now).map(|age| age.as_secs()), Some(2));
         assert_eq!(since(&time, UNIX_EPOCH), Some(Duration::ZERO));

@@ -55,9 +55,10 @@ pub(crate) async fn until_done(
     };
     progress.leave();
     let end = end.and_then(|()| match &operation.result {
-        Some(Outcome::Error(error)) => {
-            Err(Failure::Operation { name: operation.name.clone(), error: error.clone() })
-        }
+        Some(Outcome::Error(error)) => Err(Failure::Operation {
+            name: operation.name.clone(),
+            error: error.clone(),
+        }),
         _ => Ok(()),
     });
     Waited { operation, end }
@@ -82,12 +83,21 @@ async fn follow(
         let begun = Instant::now();
         let left = deadline.saturating_duration_since(begun);
         if left.is_zero() {
-            return Err(Failure::StillRunning { name: operation.name.clone(), after: limit });
+            return Err(Failure::StillRunning {
+                name: operation.name.clone(),
+                after: limit,
+            });
         }
         let turn = look.min(left);
-        let request =
-            WaitOperationRequest { name: operation.name.clone(), timeout: Some(to_api(turn)) };
-        match agent.operations().wait_operation(ask_within(request, turn + GRACE)).await {
+        let request = WaitOperationRequest {
+            name: operation.name.clone(),
+            timeout: Some(to_api(turn)),
+        };
+        match agent
+            .operations()
+            .wait_operation(ask_within(request, turn + GRACE))
+            .await
+        {
             Ok(answer) => {
                 *operation = answer.into_inner();
                 if let Some((since, _)) = away.take() {

@@ -95,7 +95,12 @@ pub(crate) struct ServerArg {
 #[derive(Debug, Args)]
 pub(crate) struct ListServers {
     /// Servers whose name contains this.
-    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        value_name = "TEXT",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub(crate) name: String,
     /// Servers with this status (ACTIVE, RESCUE, …). Can be given more than once.
     #[arg(long = "status", value_name = "STATUS")]

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Values of arguments, and the API's values that they stand for.
 
-use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches, ValueEnum, error::ErrorKind};
+use clap::{
+    Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches, ValueEnum, error::ErrorKind,
+};
 use salvor_proto::v1::{self, network_interface_spec::Connection};
 
 /// Defines an argument's values, their help and their values in the API.
@@ -193,7 +195,11 @@ fn interface(
     connection: fn(String) -> Connection,
 ) -> Result<v1::NetworkInterfaceSpec, String> {
     let mut parts = text.split(',');
-    let name = if named { parts.next().unwrap_or_default() } else { "" };
+    let name = if named {
+        parts.next().unwrap_or_default()
+    } else {
+        ""
+    };
     if named && (name.is_empty() || name.contains('=')) {
         return Err("it must begin with a name; write NAME[,mac=MAC][,model=MODEL]".to_owned());
     }
@@ -214,11 +220,20 @@ fn interface(
 impl Args for Interfaces {
     fn augment_args(command: Command) -> Command {
         let argument = |name: &'static str| {
-            Arg::new(name).long(name).action(ArgAction::Append).value_name("NAME[,mac=MAC][,model=MODEL]")
+            Arg::new(name)
+                .long(name)
+                .action(ArgAction::Append)
+                .value_name("NAME[,mac=MAC][,model=MODEL]")
         };
         command
-            .arg(argument("network").help("Interface on a network of libvirt. Can be given more than once"))
-            .arg(argument("bridge").help("Interface on a bridge of the host. Can be given more than once"))
+            .arg(
+                argument("network")
+                    .help("Interface on a network of libvirt. Can be given more than once"),
+            )
+            .arg(
+                argument("bridge")
+                    .help("Interface on a bridge of the host. Can be given more than once"),
+            )
             .arg(
                 argument("user-network")
                     .value_name("mac=MAC,model=MODEL")
@@ -241,10 +256,11 @@ impl FromArgMatches for Interfaces {
             let values = matches.get_many::<String>(argument).into_iter().flatten();
             let places = matches.indices_of(argument).into_iter().flatten();
             for (place, value) in places.zip(values) {
-                let spec = interface(value, argument != "user-network", connection).map_err(|why| {
-                    let why = format!("invalid value '{value}' for '--{argument}': {why}\n");
-                    clap::Error::raw(ErrorKind::ValueValidation, why)
-                })?;
+                let spec =
+                    interface(value, argument != "user-network", connection).map_err(|why| {
+                        let why = format!("invalid value '{value}' for '--{argument}': {why}\n");
+                        clap::Error::raw(ErrorKind::ValueValidation, why)
+                    })?;
                 found.push((place, spec));
             }
         }
@@ -283,7 +299,13 @@ mod tests {
         let shown: Vec<_> = found
             .0
             .iter()
-            .map(|spec| (spec.connection.clone().unwrap(), spec.mac.as_str(), spec.model.as_str()))
+            .map(|spec| {
+                (
+                    spec.connection.clone().unwrap(),
+                    spec.mac.as_str(),
+                    spec.model.as_str(),
+                )
+            })
             .collect();
         assert_eq!(
             shown,
@@ -299,7 +321,11 @@ mod tests {
 
     #[test]
     fn an_interface_without_a_name_or_with_unknown_parts_is_refused() {
-        for arguments in [["--bridge", "mac=1"], ["--bridge", ""], ["--network", "a,b=c"]] {
+        for arguments in [
+            ["--bridge", "mac=1"],
+            ["--bridge", ""],
+            ["--network", "a,b=c"],
+        ] {
             let refused = parsed(&arguments).unwrap_err();
             assert_eq!(refused.exit_code(), 2, "{arguments:?}");
         }

@@ -58,19 +58,21 @@ impl Reply {
     ) -> Result<(), Failure> {
         match self {
             Self::Action(operation, _) => session.ui.result(operation, text),
-            Self::Create(response) => session
-                .ui
-                .result(response, |response| text(&response.operation.clone().unwrap_or_default())),
-            Self::Rescue(response) => session
-                .ui
-                .result(response, |response| text(&response.operation.clone().unwrap_or_default())),
+            Self::Create(response) => session.ui.result(response, |response| {
+                text(&response.operation.clone().unwrap_or_default())
+            }),
+            Self::Rescue(response) => session.ui.result(response, |response| {
+                text(&response.operation.clone().unwrap_or_default())
+            }),
         }
     }
 }
 
 /// The request id to use: the one that was given, or a new one.
 pub(super) fn request_id(how: &How) -> String {
-    how.request_id.unwrap_or_else(uuid::Uuid::new_v4).to_string()
+    how.request_id
+        .unwrap_or_else(uuid::Uuid::new_v4)
+        .to_string()
 }
 
 /// Waits for an answer unless somebody presses Ctrl-C: then the request may have been accepted
@@ -118,22 +120,33 @@ pub(super) async fn finish(
         } else if !ui.is_json() {
             // At once: whatever happens while the operation is waited for, it is not lost.
             let mut fields = Fields::new();
-            fields.add("admin password", password).add("delivered by", show::deliveries(ways));
+            fields
+                .add("admin password", password)
+                .add("delivered by", show::deliveries(ways));
             ui.text(&fields.render())?;
             ui.note("This password is not shown again: the agent keeps only its hash.");
         }
     }
-    let operation = reply.operation().ok_or(Failure::Protocol("answered without an operation"))?;
+    let operation = reply
+        .operation()
+        .ok_or(Failure::Protocol("answered without an operation"))?;
     if how.no_wait {
         return reply.write(session, |operation| {
             let mut fields = Fields::new();
             let server = show::metadata(operation).server_id;
-            fields.add("operation", &operation.name).add("server", server);
+            fields
+                .add("operation", &operation.name)
+                .add("server", server);
             fields.render()
         });
     }
-    let waited =
-        until_done(&session.agent, ui, operation.clone(), how.patience.wait_timeout).await;
+    let waited = until_done(
+        &session.agent,
+        ui,
+        operation.clone(),
+        how.patience.wait_timeout,
+    )
+    .await;
     *operation = waited.operation;
     match waited.end {
         Ok(()) => reply.write(session, show::outcome),

@@ -34,13 +34,20 @@ pub(super) async fn run(session: &Session, command: ImageCommand) -> Result<(), 
         ImageCommand::Show { image } => {
             let request = v1::GetImageRequest { image };
             let call = repeat(async || agent.images().get_image(ask(request.clone())).await);
-            let image = call.await?.image.ok_or(Failure::Protocol("answered without the image"))?;
+            let image = call
+                .await?
+                .image
+                .ok_or(Failure::Protocol("answered without the image"))?;
             session.ui.result(&image, show::image)
         }
         ImageCommand::Delete { image } => {
             // No second try: after a broken connection it could only say that there is no such image.
             let request = v1::DeleteImageRequest { image };
-            let answer = agent.images().delete_image(ask(request)).await?.into_inner();
+            let answer = agent
+                .images()
+                .delete_image(ask(request))
+                .await?
+                .into_inner();
             session.ui.result(&answer, |_| String::new())
         }
     }
@@ -48,11 +55,20 @@ pub(super) async fn run(session: &Session, command: ImageCommand) -> Result<(), 
 
 /// Every page as one answer.
 async fn list(session: &Session) -> Result<(), Failure> {
-    let mut request = v1::ListImagesRequest { page_size: PAGE, page_token: String::new() };
+    let mut request = v1::ListImagesRequest {
+        page_size: PAGE,
+        page_token: String::new(),
+    };
     let mut all = v1::ListImagesResponse::default();
     loop {
-        let page =
-            repeat(async || session.agent.images().list_images(ask(request.clone())).await).await?;
+        let page = repeat(async || {
+            session
+                .agent
+                .images()
+                .list_images(ask(request.clone()))
+                .await
+        })
+        .await?;
         all.images.extend(page.images);
         if page.next_page_token.is_empty() {
             return session.ui.result(&all, show::images);
@@ -67,7 +83,12 @@ async fn list(session: &Session) -> Result<(), Failure> {
 async fn import(session: &Session, args: ImportArgs) -> Result<(), Failure> {
     let name = match &args.name {
         Some(name) => name.clone(),
-        None => args.file.file_stem().unwrap_or_default().to_string_lossy().into_owned(),
+        None => args
+            .file
+            .file_stem()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned(),
     };
     let spec = v1::ImageSpec {
         id: args.id.map(|id| id.to_string()).unwrap_or_default(),
@@ -93,10 +114,15 @@ async fn from_host(
     limit: Duration,
 ) -> Result<v1::Image, Failure> {
     let Some(path) = file.to_str() else {
-        return Err(Failure::Usage(format!("{} is not valid UTF-8", file.display())));
+        return Err(Failure::Usage(format!(
+            "{} is not valid UTF-8",
+            file.display()
+        )));
     };
-    let request =
-        v1::ImportImageFromPathRequest { spec: Some(spec), path: path.to_owned() };
+    let request = v1::ImportImageFromPathRequest {
+        spec: Some(spec),
+        path: path.to_owned(),
+    };
     let mut stream = session
         .agent
         .images()
@@ -151,7 +177,10 @@ async fn send(
             }
         },
     };
-    answer?.into_inner().image.ok_or(Failure::Protocol("answered without the image"))
+    answer?
+        .into_inner()
+        .image
+        .ok_or(Failure::Protocol("answered without the image"))
 }
 
 /// Puts the file into the stream and returns its length. The stream stays open.
@@ -162,16 +191,29 @@ async fn feed(
     bar: &Bytes,
 ) -> io::Result<u64> {
     let gone = |_| io::Error::other("the agent no longer takes it");
-    parts.send(v1::ImportImageRequest { part: Some(Part::Spec(spec)) }).await.map_err(gone)?;
+    parts
+        .send(v1::ImportImageRequest {
+            part: Some(Part::Spec(spec)),
+        })
+        .await
+        .map_err(gone)?;
     file.set_max_buf_size(CHUNK);
     let mut sent = 0_u64;
     loop {
         let mut chunk = Vec::with_capacity(CHUNK);
-        let read = (&mut file).take(CHUNK as u64).read_to_end(&mut chunk).await?;
+        let read = (&mut file)
+            .take(CHUNK as u64)
+            .read_to_end(&mut chunk)
+            .await?;
         if read == 0 {
             return Ok(sent);
         }
-        parts.send(v1::ImportImageRequest { part: Some(Part::Chunk(chunk)) }).await.map_err(gone)?;
+        parts
+            .send(v1::ImportImageRequest {
+                part: Some(Part::Chunk(chunk)),
+            })
+            .await
+            .map_err(gone)?;
         sent = sent.saturating_add(read as u64);
         bar.at(sent, 0);
     }
@@ -183,8 +225,11 @@ struct Bytes(ProgressBar);
 
 impl Bytes {
     fn new(ui: &Ui, total: u64) -> Self {
-        let target =
-            if ui.live() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+        let target = if ui.live() {
+            ProgressDrawTarget::stderr()
+        } else {
+            ProgressDrawTarget::hidden()
+        };
         let bar = ProgressBar::with_draw_target(Some(total), target);
         let template = "{bar:30} {percent:>3}% of {total_bytes}, {bytes_per_sec}, {eta} left";
         if let Ok(style) = ProgressStyle::with_template(template) {

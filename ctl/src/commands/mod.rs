@@ -45,7 +45,10 @@ async fn dispatch(cli: Cli) -> Result<(), Failure> {
     let ui = Ui::new(&cli.global)?;
     let socket = cli.global.socket;
     let connect = async |ui| -> Result<Session, Failure> {
-        Ok(Session { agent: Agent::connect(&socket).await?, ui })
+        Ok(Session {
+            agent: Agent::connect(&socket).await?,
+            ui,
+        })
     };
     match cli.command {
         Command::Completion { shell } => completion(&ui, shell),
@@ -64,7 +67,10 @@ async fn host(session: &Session, command: HostCommand) -> Result<(), Failure> {
     match command {
         HostCommand::Show => {
             let answer = repeat(async || agent.host().get_host(ask(v1::GetHostRequest {})).await);
-            let host = answer.await?.host.ok_or(Failure::Protocol("answered without the host"))?;
+            let host = answer
+                .await?
+                .host
+                .ok_or(Failure::Protocol("answered without the host"))?;
             session.ui.result(&host, show::host)
         }
         HostCommand::Unmanaged => {

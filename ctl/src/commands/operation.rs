@@ -25,33 +25,54 @@ const PAGE: i32 = 500;
 pub(super) async fn run(session: &Session, command: OperationCommand) -> Result<(), Failure> {
     match command {
         OperationCommand::List { filter } => list(session, filter).await,
-        OperationCommand::Show { operation } => {
-            session.ui.result(&get(session, &operation).await?, show::operation)
-        }
-        OperationCommand::Wait { operation, patience } => {
+        OperationCommand::Show { operation } => session
+            .ui
+            .result(&get(session, &operation).await?, show::operation),
+        OperationCommand::Wait {
+            operation,
+            patience,
+        } => {
             let operation = get(session, &operation).await?;
-            let waited =
-                until_done(&session.agent, &session.ui, operation, patience.wait_timeout).await;
+            let waited = until_done(
+                &session.agent,
+                &session.ui,
+                operation,
+                patience.wait_timeout,
+            )
+            .await;
             if waited.end.is_ok() || session.ui.is_json() {
                 session.ui.result(&waited.operation, show::outcome)?;
             }
             waited.end
         }
-        OperationCommand::Cancel { operation, no_wait, patience } => {
-            cancel(session, full_name(&operation), no_wait, patience).await
-        }
+        OperationCommand::Cancel {
+            operation,
+            no_wait,
+            patience,
+        } => cancel(session, full_name(&operation), no_wait, patience).await,
     }
 }
 
 /// The name of an operation, of which the constant beginning may be left out.
 fn full_name(operation: &str) -> String {
-    if operation.contains('/') { operation.to_owned() } else { format!("operations/{operation}") }
+    if operation.contains('/') {
+        operation.to_owned()
+    } else {
+        format!("operations/{operation}")
+    }
 }
 
 async fn get(session: &Session, operation: &str) -> Result<Operation, Failure> {
-    let request = GetOperationRequest { name: full_name(operation) };
-    let call =
-        repeat(async || session.agent.operations().get_operation(ask(request.clone())).await);
+    let request = GetOperationRequest {
+        name: full_name(operation),
+    };
+    let call = repeat(async || {
+        session
+            .agent
+            .operations()
+            .get_operation(ask(request.clone()))
+            .await
+    });
     Ok(call.await?)
 }
 
@@ -62,13 +83,25 @@ async fn cancel(
     patience: Patience,
 ) -> Result<(), Failure> {
     let request = CancelOperationRequest { name: name.clone() };
-    repeat(async || session.agent.operations().cancel_operation(ask(request.clone())).await)
-        .await?;
+    repeat(async || {
+        session
+            .agent
+            .operations()
+            .cancel_operation(ask(request.clone()))
+            .await
+    })
+    .await?;
     let operation = get(session, &name).await?;
     if no_wait {
         return session.ui.result(&operation, show::operation);
     }
-    let waited = until_done(&session.agent, &session.ui, operation, patience.wait_timeout).await;
+    let waited = until_done(
+        &session.agent,
+        &session.ui,
+        operation,
+        patience.wait_timeout,
+    )
+    .await;
     session.ui.result(&waited.operation, show::operation)?;
     match waited.end {
         Err(Failure::Operation { .. })
@@ -83,12 +116,21 @@ async fn cancel(
 
 /// Every page as one answer.
 async fn list(session: &Session, filter: String) -> Result<(), Failure> {
-    let mut request = ListOperationsRequest { filter, page_size: PAGE, ..Default::default() };
+    let mut request = ListOperationsRequest {
+        filter,
+        page_size: PAGE,
+        ..Default::default()
+    };
     let mut all = ListOperationsResponse::default();
     loop {
-        let page =
-            repeat(async || session.agent.operations().list_operations(ask(request.clone())).await)
-                .await?;
+        let page = repeat(async || {
+            session
+                .agent
+                .operations()
+                .list_operations(ask(request.clone()))
+                .await
+        })
+        .await?;
         all.operations.extend(page.operations);
         all.unreachable.extend(page.unreachable);
         if page.next_page_token.is_empty() {

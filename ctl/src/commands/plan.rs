@@ -25,11 +25,25 @@ pub(super) async fn run(session: &Session, command: PlanCommand) -> Result<(), F
         PlanCommand::Rescue(args) => Action::Rescue(requests::rescue(&args)?),
         PlanCommand::Unrescue(args) => Action::Unrescue(requests::unrescue(&args)),
     };
-    let request = v1::PlanActionRequest { action: Some(action) };
-    let plan = repeat(async || session.agent.servers().plan_action(ask(request.clone())).await);
+    let request = v1::PlanActionRequest {
+        action: Some(action),
+    };
+    let plan = repeat(async || {
+        session
+            .agent
+            .servers()
+            .plan_action(ask(request.clone()))
+            .await
+    });
     let plan = plan.await?;
-    session.ui.result(&plan, |plan| text(plan, session.ui.colour()))?;
-    if plan.accepted { Ok(()) } else { Err(Failure::PlanRefused) }
+    session
+        .ui
+        .result(&plan, |plan| text(plan, session.ui.colour()))?;
+    if plan.accepted {
+        Ok(())
+    } else {
+        Err(Failure::PlanRefused)
+    }
 }
 
 fn text(plan: &v1::PlanActionResponse, colour: bool) -> String {
@@ -39,11 +53,19 @@ fn text(plan: &v1::PlanActionResponse, colour: bool) -> String {
     } else {
         text.push_str("The action would be refused:\n");
         for refusal in &plan.refusals {
-            text.push_str(&format!("  {}: {}\n", clean(&refusal.reason), clean(&refusal.message)));
+            text.push_str(&format!(
+                "  {}: {}\n",
+                clean(&refusal.reason),
+                clean(&refusal.message)
+            ));
         }
     }
     for warning in &plan.warnings {
-        text.push_str(&format!("Warning: {} ({})\n", clean(&warning.message), clean(&warning.name)));
+        text.push_str(&format!(
+            "Warning: {} ({})\n",
+            clean(&warning.message),
+            clean(&warning.name)
+        ));
     }
     if !plan.steps.is_empty() {
         let mut table = Table::new(&["#", "PHASE", "STEP", "AT MOST", "WHAT"]);
@@ -52,7 +74,11 @@ fn text(plan: &v1::PlanActionResponse, colour: bool) -> String {
                 number.to_string(),
                 step.phase.clone(),
                 step.kind.clone(),
-                step.deadline.as_ref().and_then(from_api).map(show_duration).unwrap_or_default(),
+                step.deadline
+                    .as_ref()
+                    .and_then(from_api)
+                    .map(show_duration)
+                    .unwrap_or_default(),
                 step.description.clone(),
             ]);
         }
@@ -61,11 +87,18 @@ fn text(plan: &v1::PlanActionResponse, colour: bool) -> String {
     if !plan.files.is_empty() {
         text.push_str("\nFiles:\n");
         for file in &plan.files {
-            text.push_str(&format!("  {:<8}{}\n", clean(&file.effect), clean(&file.path)));
+            text.push_str(&format!(
+                "  {:<8}{}\n",
+                clean(&file.effect),
+                clean(&file.path)
+            ));
         }
     }
     if !plan.domain_diff.is_empty() {
-        text.push_str(&format!("\nDomain definition:\n{}", diff(&plan.domain_diff, colour)));
+        text.push_str(&format!(
+            "\nDomain definition:\n{}",
+            diff(&plan.domain_diff, colour)
+        ));
     }
     text
 }
@@ -100,7 +133,10 @@ mod tests {
     #[test]
     fn a_diff_is_coloured_only_if_wanted_and_always_cleaned() {
         let given = "--- a\n+++ b\n@@ -1 +1 @@\n-\tx\x1b[2J\n+y\n z\n";
-        assert_eq!(diff(given, false), "--- a\n+++ b\n@@ -1 +1 @@\n-\tx\\u{1b}[2J\n+y\n z\n");
+        assert_eq!(
+            diff(given, false),
+            "--- a\n+++ b\n@@ -1 +1 @@\n-\tx\\u{1b}[2J\n+y\n z\n"
+        );
         assert_eq!(
             diff(given, true),
             "\x1b[1m--- a\x1b[0m\n\x1b[1m+++ b\x1b[0m\n\x1b[36m@@ -1 +1 @@\x1b[0m\n\

@@ -34,30 +34,55 @@ pub(super) async fn run(session: &Session, command: ServerCommand) -> Result<(),
     let (how, reply, password) = match command {
         ServerCommand::List(args) => return list(session, args).await,
         ServerCommand::Show(args) => {
-            let request = v1::GetServerRequest { server: args.server };
-            let answer =
-                repeat(async || session.agent.servers().get_server(ask(request.clone())).await);
-            let server =
-                answer.await?.server.ok_or(Failure::Protocol("answered without the server"))?;
+            let request = v1::GetServerRequest {
+                server: args.server,
+            };
+            let answer = repeat(async || {
+                session
+                    .agent
+                    .servers()
+                    .get_server(ask(request.clone()))
+                    .await
+            });
+            let server = answer
+                .await?
+                .server
+                .ok_or(Failure::Protocol("answered without the server"))?;
             return session.ui.result(&server, show::server);
         }
         ServerCommand::Create { args, how } => {
             let request = requests::create(&args)?;
             let password = known(request.admin_pass.as_ref());
-            (how, Reply::Create(send!(session, how, create_server, request)?), password)
+            (
+                how,
+                Reply::Create(send!(session, how, create_server, request)?),
+                password,
+            )
         }
         ServerCommand::Rescue { args, how } => {
             let request = requests::rescue(&args)?;
             let password = known(request.admin_pass.as_ref());
-            (how, Reply::Rescue(send!(session, how, rescue_server, request)?), password)
+            (
+                how,
+                Reply::Rescue(send!(session, how, rescue_server, request)?),
+                password,
+            )
         }
         ServerCommand::Adopt { args, how } => {
             let answer = send!(session, how, adopt_server, requests::adopt(&args))?;
-            (how, action(answer.operation, answer.warnings)?, Password::Known)
+            (
+                how,
+                action(answer.operation, answer.warnings)?,
+                Password::Known,
+            )
         }
         ServerCommand::Delete { args, how } => {
             let answer = send!(session, how, delete_server, requests::delete(&args))?;
-            (how, action(answer.operation, answer.warnings)?, Password::Known)
+            (
+                how,
+                action(answer.operation, answer.warnings)?,
+                Password::Known,
+            )
         }
         ServerCommand::Release { args, how } => {
             let answer = send!(session, how, release_server, requests::release(&args))?;
@@ -80,7 +105,11 @@ pub(super) async fn run(session: &Session, command: ServerCommand) -> Result<(),
 }
 
 fn known(given: Option<&String>) -> Password {
-    if given.is_some() { Password::Known } else { Password::Generated }
+    if given.is_some() {
+        Password::Known
+    } else {
+        Password::Generated
+    }
 }
 
 fn action(operation: Option<Operation>, warnings: Vec<v1::Warning>) -> Result<Reply, Failure> {
@@ -101,9 +130,14 @@ async fn list(session: &Session, args: ListServers) -> Result<(), Failure> {
     };
     let mut all = v1::ListServersResponse::default();
     loop {
-        let page =
-            repeat(async || session.agent.servers().list_servers(ask(request.clone())).await)
-                .await?;
+        let page = repeat(async || {
+            session
+                .agent
+                .servers()
+                .list_servers(ask(request.clone()))
+                .await
+        })
+        .await?;
         all.servers.extend(page.servers);
         if page.next_page_token.is_empty() {
             return session.ui.result(&all, show::servers);

@@ -32,7 +32,10 @@ pub(super) async fn run(session: &Session, args: WatchArgs) -> Result<(), Failur
     // Set while the agent is away.
     let mut away: Option<(Instant, BackOff)> = None;
     loop {
-        let mut seen = Seen { after, heard: false };
+        let mut seen = Seen {
+            after,
+            heard: false,
+        };
         let broke = follow(session, &args.servers, &mut seen).await;
         after = seen.after;
         let status = match broke {
@@ -49,7 +52,9 @@ pub(super) async fn run(session: &Session, args: WatchArgs) -> Result<(), Failur
             } else {
                 format!("the agent is away: {}", status.message())
             };
-            session.ui.note(&format!("{why}; taking the watch up again when it is back"));
+            session
+                .ui
+                .note(&format!("{why}; taking the watch up again when it is back"));
             (Instant::now() + args.wait_timeout, BackOff::default())
         });
         if !pause.wait(*deadline).await {
@@ -69,8 +74,10 @@ enum Never {}
 
 /// Writes events until the stream breaks.
 async fn follow(session: &Session, servers: &[String], seen: &mut Seen) -> Result<Never, Failure> {
-    let request =
-        v1::WatchEventsRequest { after_revision: seen.after, servers: servers.to_vec() };
+    let request = v1::WatchEventsRequest {
+        after_revision: seen.after,
+        servers: servers.to_vec(),
+    };
     let silent = |_| Status::unavailable("it has been silent for a minute");
     let mut watch = session.agent.watch();
     let call = timeout(SILENCE, watch.watch_events(Request::new(request)));
@@ -111,7 +118,11 @@ fn line(event: &v1::Event) -> String {
                 "" => String::new(),
                 task => format!(" ({task})"),
             };
-            let power = server.power.as_ref().map(|power| power_word(power.state)).unwrap_or_default();
+            let power = server
+                .power
+                .as_ref()
+                .map(|power| power_word(power.state))
+                .unwrap_or_default();
             format!("{}: {}{task}, power {power}", server.name, server.status)
         }
         Some(Change::ServerRemoved(removed)) => format!("removed by {}", removed.action),
@@ -129,14 +140,19 @@ fn line(event: &v1::Event) -> String {
 
 fn operation_text(operation: &Operation) -> String {
     let metadata = metadata(operation);
-    let state = operation_word(metadata.state).to_lowercase().replace('_', " ");
+    let state = operation_word(metadata.state)
+        .to_lowercase()
+        .replace('_', " ");
     let mut text = format!("{} {state}", metadata.action);
     if let Some(Outcome::Error(error)) = &operation.result {
         return format!("{text}: {}", error.message);
     }
     // The step that something happened to last.
     let moved = (1_usize..).zip(&metadata.steps).filter(|(_, step)| {
-        !matches!(step.state(), v1::StepState::Pending | v1::StepState::Unspecified)
+        !matches!(
+            step.state(),
+            v1::StepState::Pending | v1::StepState::Unspecified
+        )
     });
     if let Some((number, step)) = moved.last().filter(|_| !operation.done) {
         text.push_str(&format!(

@@ -4,7 +4,8 @@
 
 use prost::{Message, Name};
 use prost_reflect::{
-    DescriptorPool, DynamicMessage, ReflectMessage as _, SerializeOptions, Value, prost_types::FileDescriptorSet,
+    DescriptorPool, DynamicMessage, ReflectMessage as _, SerializeOptions, Value,
+    prost_types::FileDescriptorSet,
 };
 
 use super::text::is_harmful;
@@ -41,7 +42,9 @@ impl Json {
         let mut pool = DescriptorPool::decode(salvor_proto::DESCRIPTORS)?;
         // What a google.rpc.Status carries as details.
         let mut details = FileDescriptorSet::decode(tonic_types::pb::FILE_DESCRIPTOR_SET)?;
-        details.file.retain(|file| pool.get_file_by_name(file.name()).is_none());
+        details
+            .file
+            .retain(|file| pool.get_file_by_name(file.name()).is_none());
         pool.add_file_descriptor_set(details)?;
         Ok(Self { pool })
     }
@@ -56,20 +59,24 @@ impl Json {
         compact: bool,
     ) -> Result<String, JsonError> {
         let name = M::full_name();
-        let descriptor =
-            self.pool.get_message_by_name(&name).ok_or(JsonError::NoDescriptor(name))?;
-        let mut dynamic =
-            DynamicMessage::decode(descriptor, message.encode_to_vec().as_slice())?;
+        let descriptor = self
+            .pool
+            .get_message_by_name(&name)
+            .ok_or(JsonError::NoDescriptor(name))?;
+        let mut dynamic = DynamicMessage::decode(descriptor, message.encode_to_vec().as_slice())?;
         self.leave_out_unknown(&mut dynamic);
-        let options =
-            SerializeOptions::new().skip_default_fields(false).use_proto_field_name(true);
+        let options = SerializeOptions::new()
+            .skip_default_fields(false)
+            .use_proto_field_name(true);
         let mut bytes = Vec::new();
         if compact {
             dynamic
                 .serialize_with_options(&mut serde_json::Serializer::new(&mut bytes), &options)?;
         } else {
-            dynamic
-                .serialize_with_options(&mut serde_json::Serializer::pretty(&mut bytes), &options)?;
+            dynamic.serialize_with_options(
+                &mut serde_json::Serializer::pretty(&mut bytes),
+                &options,
+            )?;
         }
         Ok(escape(&String::from_utf8_lossy(&bytes)))
     }
@@ -83,9 +90,9 @@ impl Json {
                 Value::Message(inner) if self.is_unknown(inner) => gone.push(field),
                 Value::Message(inner) => self.leave_out_unknown(inner),
                 Value::List(items) => {
-                    items.retain(|item| {
-                        !matches!(item, Value::Message(inner) if self.is_unknown(inner))
-                    });
+                    items.retain(
+                        |item| !matches!(item, Value::Message(inner) if self.is_unknown(inner)),
+                    );
                     for item in items {
                         if let Value::Message(inner) = item {
                             self.leave_out_unknown(inner);
@@ -150,9 +157,16 @@ mod tests {
 
     #[test]
     fn fields_have_their_names_from_the_proto_and_defaults_are_there() {
-        let json = parsed(&v1::Server { domain_name: "d".into(), revision: 7, ..Default::default() });
+        let json = parsed(&v1::Server {
+            domain_name: "d".into(),
+            revision: 7,
+            ..Default::default()
+        });
         assert_eq!(json["domain_name"], "d");
-        assert_eq!(json["revision"], "7", "64-bit numbers are strings in proto3 JSON");
+        assert_eq!(
+            json["revision"], "7",
+            "64-bit numbers are strings in proto3 JSON"
+        );
         assert_eq!(json["vm_state"], "VM_STATE_UNSPECIFIED");
         assert_eq!(json["disks"], Parsed::Array(Vec::new()));
         assert!(json.get("rescue").is_none(), "an absent message is absent");
@@ -165,19 +179,26 @@ mod tests {
             ..Default::default()
         })
         .unwrap();
-        let unknown =
-            prost_types::Any { type_url: "type.googleapis.com/new.Thing".into(), value: vec![1] };
+        let unknown = prost_types::Any {
+            type_url: "type.googleapis.com/new.Thing".into(),
+            value: vec![1],
+        };
         let reason = prost_types::Any {
             type_url: "type.googleapis.com/google.rpc.ErrorInfo".into(),
-            value: tonic_types::pb::ErrorInfo { reason: "WHY".into(), ..Default::default() }
-                .encode_to_vec(),
+            value: tonic_types::pb::ErrorInfo {
+                reason: "WHY".into(),
+                ..Default::default()
+            }
+            .encode_to_vec(),
         };
         let json = parsed(&google::longrunning::Operation {
             metadata: Some(known),
-            result: Some(google::longrunning::operation::Result::Error(google::rpc::Status {
-                details: vec![unknown, reason],
-                ..Default::default()
-            })),
+            result: Some(google::longrunning::operation::Result::Error(
+                google::rpc::Status {
+                    details: vec![unknown, reason],
+                    ..Default::default()
+                },
+            )),
             ..Default::default()
         });
         assert_eq!(json["metadata"]["action"], "rescue");
@@ -188,7 +209,10 @@ mod tests {
     #[test]
     fn strings_keep_their_value_but_nothing_a_terminal_obeys() {
         let name = "a\u{9b}2J\u{202e}\u{7f}\x1b\u{e0041}東";
-        let server = v1::Server { name: name.into(), ..Default::default() };
+        let server = v1::Server {
+            name: name.into(),
+            ..Default::default()
+        };
         let text = Json::new().unwrap().write(&server, true).unwrap();
         assert!(!text.contains(is_harmful), "{text}");
         assert_eq!(parsed(&server)["name"], name);

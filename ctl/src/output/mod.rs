@@ -100,7 +100,9 @@ impl Ui {
     /// [`Failure::Output`] if standard output is gone.
     pub(crate) fn text(&self, text: &str) -> Result<(), Failure> {
         let mut out = io::stdout().lock();
-        out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(Failure::Output)
+        out.write_all(text.as_bytes())
+            .and_then(|()| out.flush())
+            .map_err(Failure::Output)
     }
 
     /// Tells something on standard error, unless the program is to be quiet.

@@ -38,7 +38,9 @@ pub(crate) fn operation_word(state: i32) -> String {
 
 /// A step state's word.
 pub(crate) fn step_word(state: i32) -> String {
-    word!(StepState, "STEP_STATE_", state).to_lowercase().replace('_', " ")
+    word!(StepState, "STEP_STATE_", state)
+        .to_lowercase()
+        .replace('_', " ")
 }
 
 /// The ways by which a password is delivered.
@@ -46,7 +48,9 @@ pub(crate) fn deliveries(ways: &[i32]) -> String {
     let ways: Vec<_> = ways
         .iter()
         .map(|&way| {
-            word!(AdminPassDelivery, "ADMIN_PASS_DELIVERY_", way).to_lowercase().replace('_', " ")
+            word!(AdminPassDelivery, "ADMIN_PASS_DELIVERY_", way)
+                .to_lowercase()
+                .replace('_', " ")
         })
         .collect();
     ways.join(", ")
@@ -54,7 +58,9 @@ pub(crate) fn deliveries(ways: &[i32]) -> String {
 
 /// The power state in a table: `RUNNING`, `UNKNOWN (was RUNNING)`.
 fn power_cell(power: Option<&v1::PowerObservation>) -> String {
-    let Some(power) = power else { return String::new() };
+    let Some(power) = power else {
+        return String::new();
+    };
     let word = power_word(power.state);
     if power.state == i32::from(v1::PowerState::Unknown) {
         match power_word(power.last_known_state) {
@@ -71,7 +77,11 @@ fn power_line(power: &v1::PowerObservation) -> String {
     let word = power_word(power.state);
     if power.state == i32::from(v1::PowerState::Unknown) {
         let last = power_word(power.last_known_state);
-        let why = if power.reason.is_empty() { "libvirt cannot be asked" } else { &power.reason };
+        let why = if power.reason.is_empty() {
+            "libvirt cannot be asked"
+        } else {
+            &power.reason
+        };
         return if last.is_empty() {
             format!("{word} ({why}); never seen")
         } else {
@@ -80,27 +90,41 @@ fn power_line(power: &v1::PowerObservation) -> String {
             format!("{word} ({why}); last known {last}, {age} ({time})")
         };
     }
-    let reason =
-        if power.reason.is_empty() { String::new() } else { format!(" ({})", power.reason) };
+    let reason = if power.reason.is_empty() {
+        String::new()
+    } else {
+        format!(" ({})", power.reason)
+    };
     let how = match v1::ObservationSource::try_from(power.source) {
         Ok(v1::ObservationSource::Event) => ", reported by libvirt",
         Ok(v1::ObservationSource::Poll) => ", asked of libvirt",
         Ok(v1::ObservationSource::Inferred) => ", inferred",
         _ => "",
     };
-    format!("{word}{reason}, seen {}{how}", show_age(power.observe_time.as_ref()))
+    format!(
+        "{word}{reason}, seen {}{how}",
+        show_age(power.observe_time.as_ref())
+    )
 }
 
 /// Pairs in order of their keys.
 fn pairs(map: &HashMap<String, String>) -> Vec<String> {
-    let mut pairs: Vec<_> = map.iter().map(|(key, value)| format!("{key}={value}")).collect();
+    let mut pairs: Vec<_> = map
+        .iter()
+        .map(|(key, value)| format!("{key}={value}"))
+        .collect();
     pairs.sort();
     pairs
 }
 
 /// Words with blanks between them; empty ones are left out.
 fn words(words: &[&str]) -> String {
-    words.iter().filter(|word| !word.is_empty()).copied().collect::<Vec<_>>().join(" ")
+    words
+        .iter()
+        .filter(|word| !word.is_empty())
+        .copied()
+        .collect::<Vec<_>>()
+        .join(" ")
 }
 
 /// `salvor server list`.
@@ -133,8 +157,14 @@ pub(crate) fn server(server: &v1::Server) -> String {
         .add("task", &server.task_state)
         .add("operation", &server.operation)
         .add("vm state", word!(VmState, "VM_STATE_", server.vm_state))
-        .add("power", server.power.as_ref().map(power_line).unwrap_or_default())
-        .add("origin", word!(ServerOrigin, "SERVER_ORIGIN_", server.origin).to_lowercase())
+        .add(
+            "power",
+            server.power.as_ref().map(power_line).unwrap_or_default(),
+        )
+        .add(
+            "origin",
+            word!(ServerOrigin, "SERVER_ORIGIN_", server.origin).to_lowercase(),
+        )
         .add("domain", &server.domain_name)
         .add("image", &server.image_id)
         .add("host name", &server.hostname);
@@ -143,20 +173,45 @@ pub(crate) fn server(server: &v1::Server) -> String {
             0 => String::new(),
             disk => format!(", disk {disk} GiB"),
         };
-        fields.add("size", format!("vcpus {}, memory {} MiB{disk}", flavor.vcpus, flavor.memory_mib));
+        fields.add(
+            "size",
+            format!(
+                "vcpus {}, memory {} MiB{disk}",
+                flavor.vcpus, flavor.memory_mib
+            ),
+        );
     }
     for disk in &server.disks {
-        let source = if disk.source.is_empty() { "no medium" } else { &disk.source };
+        let source = if disk.source.is_empty() {
+            "no medium"
+        } else {
+            &disk.source
+        };
         let marks = words(&[
             if disk.root { "root" } else { "" },
             if disk.read_only { "read-only" } else { "" },
         ]);
-        fields.add("disk", words(&[&disk.target, &disk.bus, &disk.device, source, &disk.format, &marks]));
+        fields.add(
+            "disk",
+            words(&[
+                &disk.target,
+                &disk.bus,
+                &disk.device,
+                source,
+                &disk.format,
+                &marks,
+            ]),
+        );
     }
     for interface in &server.interfaces {
         fields.add(
             "interface",
-            words(&[&interface.mac, &interface.kind, &interface.source, &interface.model]),
+            words(&[
+                &interface.mac,
+                &interface.kind,
+                &interface.source,
+                &interface.model,
+            ]),
         );
     }
     if let Some(rescue) = &server.rescue {
@@ -195,7 +250,11 @@ fn rescue_fields(fields: &mut Fields, rescue: &v1::RescueInfo) {
         )
         .add(
             "rescue disks",
-            lower(word!(DiskProtection, "DISK_PROTECTION_", rescue.disk_protection)),
+            lower(word!(
+                DiskProtection,
+                "DISK_PROTECTION_",
+                rescue.disk_protection
+            )),
         )
         .add("rescued at", show_time(rescue.start_time.as_ref()))
         .add(
@@ -208,14 +267,20 @@ fn rescue_fields(fields: &mut Fields, rescue: &v1::RescueInfo) {
         .add("power before", power_word(rescue.power_before))
         .add("password by", deliveries(&rescue.admin_pass_delivered));
     if rescue.commit_started {
-        fields.add("overlays", "a commit has begun and failed; only --overlay commit is possible");
+        fields.add(
+            "overlays",
+            "a commit has begun and failed; only --overlay commit is possible",
+        );
     }
     for disk in &rescue.disks {
         let origin = match disk.original_target.as_str() {
             "" => String::new(),
             target => format!("(original {target})"),
         };
-        fields.add("rescue disk", words(&[&disk.target, &disk.bus, &disk.role, &origin, &disk.source]));
+        fields.add(
+            "rescue disk",
+            words(&[&disk.target, &disk.bus, &disk.role, &origin, &disk.source]),
+        );
     }
 }
 
@@ -241,7 +306,10 @@ pub(crate) fn image(image: &v1::Image) -> String {
     fields
         .add("id", &image.id)
         .add("name", &image.name)
-        .add("format", word!(ImageFormat, "IMAGE_FORMAT_", image.format).to_lowercase())
+        .add(
+            "format",
+            word!(ImageFormat, "IMAGE_FORMAT_", image.format).to_lowercase(),
+        )
         .add("size", show_bytes(image.size_bytes))
         .add("disk size", show_bytes(image.virtual_size_bytes))
         .add("sha256", &image.sha256);
@@ -260,31 +328,77 @@ pub(crate) fn host(host: &v1::Host) -> String {
     fields
         .add("host", &host.hostname)
         .add("id", &host.id)
-        .add("agent", format!("salvord {}, up since {}", host.agent_version, show_time(host.start_time.as_ref())))
+        .add(
+            "agent",
+            format!(
+                "salvord {}, up since {}",
+                host.agent_version,
+                show_time(host.start_time.as_ref())
+            ),
+        )
         .add("boot id", &host.boot_id);
     if let Some(link) = &host.libvirt {
-        let since = format!("since {} ({})", show_time(link.since.as_ref()), show_age(link.since.as_ref()));
+        let since = format!(
+            "since {} ({})",
+            show_time(link.since.as_ref()),
+            show_age(link.since.as_ref())
+        );
         let state = if link.up {
             format!("up {since}")
         } else {
-            format!("DOWN {since}: {}", if link.reason.is_empty() { "no reason known" } else { &link.reason })
+            format!(
+                "DOWN {since}: {}",
+                if link.reason.is_empty() {
+                    "no reason known"
+                } else {
+                    &link.reason
+                }
+            )
         };
         fields.add("libvirt", state).add("libvirt uri", &link.uri);
     }
     fields
         .add("libvirt version", &host.libvirt_version)
-        .add("hypervisor", words(&["QEMU", &host.hypervisor_version, &host.virt_type]))
-        .add("capacity", format!("{} CPUs ({}), memory {} MiB", host.cpus, host.arch, host.memory_mib))
+        .add(
+            "hypervisor",
+            words(&["QEMU", &host.hypervisor_version, &host.virt_type]),
+        )
+        .add(
+            "capacity",
+            format!(
+                "{} CPUs ({}), memory {} MiB",
+                host.cpus, host.arch, host.memory_mib
+            ),
+        )
         .add(
             "disk",
-            format!("{} free of {}", show_bytes(host.disk_free_bytes), show_bytes(host.disk_total_bytes)),
+            format!(
+                "{} free of {}",
+                show_bytes(host.disk_free_bytes),
+                show_bytes(host.disk_total_bytes)
+            ),
         )
         .add("servers", host.servers.to_string())
-        .add("operations", format!("{} under way", host.running_operations));
+        .add(
+            "operations",
+            format!("{} under way", host.running_operations),
+        );
     for call in &host.stuck_calls {
-        let age = call.age.as_ref().and_then(from_api).map(show_duration).unwrap_or_default();
-        let about = if call.domain_id.is_empty() { String::new() } else { format!("for {}", call.domain_id) };
-        fields.add("stuck call", words(&[&call.call, &about, &format!("({age})")]));
+        let age = call
+            .age
+            .as_ref()
+            .and_then(from_api)
+            .map(show_duration)
+            .unwrap_or_default();
+        let about = if call.domain_id.is_empty() {
+            String::new()
+        } else {
+            format!("for {}", call.domain_id)
+        };
+        fields.add(
+            "stuck call",
+            words(&[&call.call, &about, &format!("({age})")]),
+        );
     }
     fields.add("revision", host.revision.to_string());
     fields.render()
@@ -298,7 +412,12 @@ pub(crate) fn unmanaged(list: &v1::ListUnmanagedDomainsResponse) -> String {
             domain.id.clone(),
             domain.name.clone(),
             power_word(domain.power_state),
-            if domain.persistent { "yes" } else { "no: transient" }.to_owned(),
+            if domain.persistent {
+                "yes"
+            } else {
+                "no: transient"
+            }
+            .to_owned(),
         ]);
     }
     table.render()
@@ -306,7 +425,11 @@ pub(crate) fn unmanaged(list: &v1::ListUnmanagedDomainsResponse) -> String {
 
 /// The metadata of an operation on a server; default if it has none.
 pub(crate) fn metadata(operation: &Operation) -> v1::OperationMetadata {
-    operation.metadata.as_ref().and_then(|any| any.to_msg().ok()).unwrap_or_default()
+    operation
+        .metadata
+        .as_ref()
+        .and_then(|any| any.to_msg().ok())
+        .unwrap_or_default()
 }
 
 /// The result of an operation on a server that ended as asked.
@@ -318,8 +441,18 @@ pub(crate) fn action_result(operation: &Operation) -> Option<v1::ActionResult> {
 }
 
 /// `salvor operation list`.
-pub(crate) fn operations(list: &salvor_proto::google::longrunning::ListOperationsResponse) -> String {
-    let mut table = Table::new(&["OPERATION", "ACTION", "SERVER", "STATE", "STEPS", "BEGAN", "TOOK"]);
+pub(crate) fn operations(
+    list: &salvor_proto::google::longrunning::ListOperationsResponse,
+) -> String {
+    let mut table = Table::new(&[
+        "OPERATION",
+        "ACTION",
+        "SERVER",
+        "STATE",
+        "STEPS",
+        "BEGAN",
+        "TOOK",
+    ]);
     for operation in &list.operations {
         let metadata = metadata(operation);
         let done = i32::from(v1::StepState::Done);
@@ -330,7 +463,11 @@ pub(crate) fn operations(list: &salvor_proto::google::longrunning::ListOperation
             operation_word(metadata.state),
             format!(
                 "{}/{}",
-                metadata.steps.iter().filter(|step| step.state == done).count(),
+                metadata
+                    .steps
+                    .iter()
+                    .filter(|step| step.state == done)
+                    .count(),
                 metadata.steps.len()
             ),
             show_time(metadata.create_time.as_ref()),
@@ -411,7 +548,10 @@ pub(crate) fn outcome(operation: &Operation) -> String {
             fields
                 .add("server", format!("{} ({})", server.name, server.id))
                 .add("status", &server.status)
-                .add("power", server.power.as_ref().map(power_line).unwrap_or_default());
+                .add(
+                    "power",
+                    server.power.as_ref().map(power_line).unwrap_or_default(),
+                );
             if let Some(rescue) = &server.rescue {
                 rescue_fields(&mut fields, rescue);
             }

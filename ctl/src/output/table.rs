@@ -15,12 +15,20 @@ pub(crate) struct Table {
 impl Table {
     /// A table with these column names.
     pub(crate) fn new(header: &[&str]) -> Self {
-        Self { rows: vec![header.iter().map(|&name| name.to_owned()).collect()] }
+        Self {
+            rows: vec![header.iter().map(|&name| name.to_owned()).collect()],
+        }
     }
 
     /// Adds a row. An empty cell is shown as `-`, so that columns can be counted.
     pub(crate) fn row<const N: usize>(&mut self, cells: [String; N]) {
-        let shown = |cell: String| if cell.is_empty() { "-".to_owned() } else { cell };
+        let shown = |cell: String| {
+            if cell.is_empty() {
+                "-".to_owned()
+            } else {
+                cell
+            }
+        };
         self.rows.push(cells.into_iter().map(shown).collect());
     }
 
@@ -38,8 +46,11 @@ impl Table {
         }
         let mut text = String::new();
         for row in &self.rows {
-            let cells: Vec<String> =
-                row.iter().zip(&widths).map(|(cell, &columns)| pad(cell, columns)).collect();
+            let cells: Vec<String> = row
+                .iter()
+                .zip(&widths)
+                .map(|(cell, &columns)| pad(cell, columns))
+                .collect();
             text.push_str(cells.join(GAP).trim_end());
             text.push('\n');
         }
@@ -70,12 +81,21 @@ impl Fields {
 
     /// The lines, each ended.
     pub(crate) fn render(&self) -> String {
-        let widest = self.lines.iter().map(|(key, _)| width(&clean(key)) + 1).max().unwrap_or(0);
+        let widest = self
+            .lines
+            .iter()
+            .map(|(key, _)| width(&clean(key)) + 1)
+            .max()
+            .unwrap_or(0);
         let mut text = String::new();
         let mut above = "";
         for (key, value) in &self.lines {
             // A key that repeats is a list: it is written once.
-            let shown = if key == above { String::new() } else { format!("{key}:") };
+            let shown = if key == above {
+                String::new()
+            } else {
+                format!("{key}:")
+            };
             text.push_str(&pad(&shown, widest));
             text.push_str(GAP);
             text.push_str(&clean(value));
@@ -106,7 +126,11 @@ mod tests {
     #[test]
     fn a_repeated_key_is_written_once_and_an_empty_value_not_at_all() {
         let mut fields = Fields::new();
-        fields.add("id", "1").add("disk", "vda").add("disk", "vdb").add("none", "");
+        fields
+            .add("id", "1")
+            .add("disk", "vda")
+            .add("disk", "vdb")
+            .add("none", "");
         assert_eq!(fields.render(), "id:    1\ndisk:  vda\n       vdb\n");
     }
 }

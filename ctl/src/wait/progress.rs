@@ -108,7 +108,10 @@ impl Seen {
     /// What has changed with the operation as a whole.
     fn changes(&mut self, now: &OperationMetadata) -> Vec<String> {
         let mut lines = Vec::new();
-        if self.recoveries.is_some_and(|before| now.recoveries > before) {
+        if self
+            .recoveries
+            .is_some_and(|before| now.recoveries > before)
+        {
             lines.push("the agent was restarted and goes on with the operation".to_owned());
         }
         self.recoveries = Some(now.recoveries);
@@ -160,7 +163,12 @@ impl Live {
             self.bars.push(self.lines.add(ProgressBar::new_spinner()));
         }
         let total = now.steps.len();
-        let widest = now.steps.iter().map(|step| width(&clean(title(step)))).max().unwrap_or(0);
+        let widest = now
+            .steps
+            .iter()
+            .map(|step| width(&clean(title(step))))
+            .max()
+            .unwrap_or(0);
         for ((number, step), bar) in (1_usize..).zip(&now.steps).zip(&self.bars) {
             let turning = matches!(step.state(), StepState::Running | StepState::Reverting);
             let sign = match step.state() {
@@ -178,7 +186,10 @@ impl Live {
                 StepState::Pending | StepState::Unspecified => String::new(),
                 _ => clean(&state_text(step, SystemTime::now())).into_owned(),
             };
-            bar.set_message(format!("{number:>2}/{total} {}  {state}", pad(title(step), widest)));
+            bar.set_message(format!(
+                "{number:>2}/{total} {}  {state}",
+                pad(title(step), widest)
+            ));
             if turning {
                 bar.enable_steady_tick(TURN);
             } else {
@@ -191,7 +202,11 @@ impl Live {
 
 /// What a step is called: what it does, else its kind.
 fn title(step: &OperationStep) -> &str {
-    if step.description.is_empty() { &step.kind } else { &step.description }
+    if step.description.is_empty() {
+        &step.kind
+    } else {
+        &step.description
+    }
 }
 
 fn mark(state: StepState) -> &'static str {
@@ -214,7 +229,10 @@ fn state_text(step: &OperationStep, now: SystemTime) -> String {
             let began = between(step.start_time.as_ref(), Some(&now.into()));
             // What has just begun needs no time.
             if let Some(time) = began.filter(|time| time.as_secs() >= 1) {
-                text.push_str(&format!(", {}", show_duration(Duration::from_secs(time.as_secs()))));
+                text.push_str(&format!(
+                    ", {}",
+                    show_duration(Duration::from_secs(time.as_secs()))
+                ));
             }
         }
         state => {
@@ -244,8 +262,14 @@ mod tests {
             kind: "CreateOverlay".to_owned(),
             description: "Make the rescue disk".to_owned(),
             state: state.into(),
-            start_time: Some(Timestamp { seconds: 100, nanos: 0 }),
-            end_time: Some(Timestamp { seconds: 100, nanos: 120_000_000 }),
+            start_time: Some(Timestamp {
+                seconds: 100,
+                nanos: 0,
+            }),
+            end_time: Some(Timestamp {
+                seconds: 100,
+                nanos: 120_000_000,
+            }),
             ..Default::default()
         }
     }
@@ -254,9 +278,15 @@ mod tests {
     fn a_step_is_told_when_it_changes_and_only_then() {
         let mut seen = Seen::default();
         let pending = step(StepState::Pending);
-        assert!(seen.step_changes(&[pending.clone(), pending.clone()]).is_empty());
+        assert!(
+            seen.step_changes(&[pending.clone(), pending.clone()])
+                .is_empty()
+        );
         let steps = [step(StepState::Done), pending];
-        assert_eq!(seen.step_changes(&steps), ["[1/2] Make the rescue disk: done in 0.12 s"]);
+        assert_eq!(
+            seen.step_changes(&steps),
+            ["[1/2] Make the rescue disk: done in 0.12 s"]
+        );
         assert!(seen.step_changes(&steps).is_empty());
     }
 
@@ -276,8 +306,14 @@ mod tests {
     #[test]
     fn a_restart_and_a_roll_back_are_told_once() {
         let mut seen = Seen::default();
-        let mut now = OperationMetadata { recoveries: 1, ..Default::default() };
-        assert!(seen.changes(&now).is_empty(), "a restart before the wait is no news");
+        let mut now = OperationMetadata {
+            recoveries: 1,
+            ..Default::default()
+        };
+        assert!(
+            seen.changes(&now).is_empty(),
+            "a restart before the wait is no news"
+        );
         now.recoveries = 2;
         now.set_state(OperationState::Reverting);
         assert_eq!(seen.changes(&now).len(), 2);
@@ -288,6 +324,9 @@ mod tests {
     fn a_failed_step_says_why() {
         let mut failed = step(StepState::Failed);
         failed.message = "no space left".to_owned();
-        assert_eq!(state_text(&failed, SystemTime::now()), "failed after 0.12 s: no space left");
+        assert_eq!(
+            state_text(&failed, SystemTime::now()),
+            "failed after 0.12 s: no space left"
+        );
     }
 }
