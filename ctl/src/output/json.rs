@@ -40,11 +40,15 @@ impl Json {
     /// [`JsonError`], which means that the program was built wrongly.
     pub(crate) fn new() -> Result<Self, JsonError> {
         let mut pool = DescriptorPool::decode(salvor_proto::DESCRIPTORS)?;
-        // What a google.rpc.Status carries as details.
+        // What a google.rpc.Status carries as details. The set has files under other names than
+        // ours, so what is there already is told by the messages.
         let mut details = FileDescriptorSet::decode(tonic_types::pb::FILE_DESCRIPTOR_SET)?;
-        details
-            .file
-            .retain(|file| pool.get_file_by_name(file.name()).is_none());
+        details.file.retain(|file| {
+            !file.message_type.iter().any(|message| {
+                let name = format!("{}.{}", file.package(), message.name());
+                pool.get_message_by_name(&name).is_some()
+            })
+        });
         pool.add_file_descriptor_set(details)?;
         Ok(Self { pool })
     }

@@ -225,7 +225,7 @@ async fn a_socket_of_others_is_4_and_names_the_group() {
         .unwrap();
     if !is_root {
         // Another user's own socket cannot be told apart from this user's without root's help.
-        std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0)).unwrap();
+        std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o000)).unwrap();
     }
     let mut command = tokio::process::Command::new(&program);
     command

@@ -10,7 +10,7 @@ use tonic_types::ErrorDetails;
 use crate::{
     made::{ID, at},
     mock::{Mock, State},
-    run::run,
+    run::{Running, run},
 };
 
 #[tokio::test]
@@ -61,18 +61,16 @@ async fn an_empty_file_is_for_the_agent_to_judge() {
 }
 
 #[tokio::test]
-async fn a_file_that_cannot_be_read_to_its_end_never_looks_complete() {
+async fn a_file_that_shrinks_while_it_is_sent_never_looks_complete() {
     let mock = Mock::new(State::default());
-    // The kernel says that this file has 4096 bytes, and gives fewer.
-    let file = "/sys/kernel/mm/transparent_hugepage/enabled";
-    let file = if std::path::Path::new(file).exists() {
-        file
-    } else {
-        "/sys/kernel/uevent_seqnum"
-    };
-    let ended = run(&mock.socket(), &["image", "import", file])
-        .await
-        .with(1);
+    let path = mock.folder().join("shrinks.raw");
+    let file = std::fs::File::create(&path).unwrap();
+    // Too large to be sent before it is cut.
+    file.set_len(1 << 38).unwrap();
+    let run = Running::start(&mock.socket(), &["image", "import", path.to_str().unwrap()]);
+    mock.until(|state| state.import_begun).await;
+    file.set_len(1).unwrap();
+    let ended = run.end().await.with(1);
     assert!(
         ended.err.contains("it changed while it was read"),
         "{}",

@@ -61,6 +61,8 @@ pub struct State {
     pub watches: Vec<v1::WatchEventsRequest>,
     /// Imports that came to their end.
     pub imports: Vec<(v1::ImageSpec, Vec<u8>)>,
+    /// An import has begun to arrive.
+    pub import_begun: bool,
     /// Imports that broke off.
     pub broken_imports: usize,
 }
@@ -416,6 +418,9 @@ impl ImageService for Services {
                     Some(Part::Chunk(chunk)) => {
                         assert!(chunk.len() <= 1 << 20);
                         found.1.extend(chunk);
+                        self.0.send_if_modified(|state| {
+                            !std::mem::replace(&mut state.import_begun, true)
+                        });
                     }
                     None => {}
                 },

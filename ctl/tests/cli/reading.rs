@@ -165,7 +165,8 @@ async fn no_name_reaches_the_terminal_raw() {
                 path: evil.into(),
                 effect: evil.into(),
             }],
-            domain_diff: format!("+<name>{evil}</name>\n"),
+            // Its lines are its own.
+            domain_diff: format!("+<name>{}</name>\n", evil.replace('\n', "")),
             warnings: state.warnings.clone(),
         };
         let mut metadata: v1::OperationMetadata =
