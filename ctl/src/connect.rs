@@ -26,6 +26,11 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
+use crate::{
+    errors::{broken, is_libvirt},
+    output::Ui,
+};
+
 /// Longest time that a connection may take to be made.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest time that an answer may take: the agent answers from its records, or accepts and goes on.
@@ -222,7 +227,7 @@ pub(crate) fn is_broken(status: &Status) -> bool {
 
 /// Is the agent away for the moment: not there, or about to stop?
 pub(crate) fn is_away(status: &Status) -> bool {
-    is_broken(status) || (status.code() == Code::Unavailable && !crate::errors::is_libvirt(status))
+    is_broken(status) || (status.code() == Code::Unavailable && !is_libvirt(status))
 }
 
 /// Calls until there is an answer: a call that broke off is repeated. Only for calls that may be made
@@ -231,14 +236,21 @@ pub(crate) fn is_away(status: &Status) -> bool {
 /// # Errors
 /// The agent's status, or the last broken one after half a minute.
 pub(crate) async fn repeat<T>(
+    ui: &Ui,
     call: impl AsyncFn() -> Result<tonic::Response<T>, Status>,
 ) -> Result<T, Status> {
     let deadline = Instant::now() + REPEAT_FOR;
     let mut pause = BackOff::default();
+    let mut told = false;
     loop {
         match call().await {
             Ok(answer) => return Ok(answer.into_inner()),
-            Err(status) if is_broken(&status) && pause.wait(deadline).await => {}
+            Err(status) if is_broken(&status) && pause.wait(deadline).await => {
+                if !told {
+                    ui.note(&format!("{}; asking again", broken(&status)));
+                    told = true;
+                }
+            }
             Err(status) => return Err(status),
         }
     }

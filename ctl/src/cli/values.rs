@@ -181,8 +181,11 @@ pub(crate) fn key_value(text: &str) -> Result<(String, String), &'static str> {
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Interfaces(pub(crate) Vec<v1::NetworkInterfaceSpec>);
 
-/// The arguments, and what their first part becomes.
-const CONNECTIONS: [(&str, fn(String) -> Connection); 3] = [
+/// Makes a connection of the name that an argument begins with.
+type Connect = fn(String) -> Connection;
+
+/// The arguments, and what their names become.
+const CONNECTIONS: [(&str, Connect); 3] = [
     ("network", Connection::Network),
     ("bridge", Connection::Bridge),
     ("user-network", |_| Connection::User(true)),
@@ -192,7 +195,7 @@ const CONNECTIONS: [(&str, fn(String) -> Connection); 3] = [
 fn interface(
     text: &str,
     named: bool,
-    connection: fn(String) -> Connection,
+    connection: Connect,
 ) -> Result<v1::NetworkInterfaceSpec, String> {
     let mut parts = text.split(',');
     let name = if named {

@@ -33,7 +33,9 @@ pub(super) async fn run(session: &Session, command: ImageCommand) -> Result<(), 
         ImageCommand::List => list(session).await,
         ImageCommand::Show { image } => {
             let request = v1::GetImageRequest { image };
-            let call = repeat(async || agent.images().get_image(ask(request.clone())).await);
+            let call = repeat(&session.ui, async || {
+                agent.images().get_image(ask(request.clone())).await
+            });
             let image = call
                 .await?
                 .image
@@ -61,7 +63,7 @@ async fn list(session: &Session) -> Result<(), Failure> {
     };
     let mut all = v1::ListImagesResponse::default();
     loop {
-        let page = repeat(async || {
+        let page = repeat(&session.ui, async || {
             session
                 .agent
                 .images()

@@ -66,7 +66,9 @@ async fn host(session: &Session, command: HostCommand) -> Result<(), Failure> {
     let agent = &session.agent;
     match command {
         HostCommand::Show => {
-            let answer = repeat(async || agent.host().get_host(ask(v1::GetHostRequest {})).await);
+            let answer = repeat(&session.ui, async || {
+                agent.host().get_host(ask(v1::GetHostRequest {})).await
+            });
             let host = answer
                 .await?
                 .host
@@ -74,7 +76,7 @@ async fn host(session: &Session, command: HostCommand) -> Result<(), Failure> {
             session.ui.result(&host, show::host)
         }
         HostCommand::Unmanaged => {
-            let answer = repeat(async || {
+            let answer = repeat(&session.ui, async || {
                 agent
                     .host()
                     .list_unmanaged_domains(ask(v1::ListUnmanagedDomainsRequest {}))

@@ -66,7 +66,7 @@ async fn get(session: &Session, operation: &str) -> Result<Operation, Failure> {
     let request = GetOperationRequest {
         name: full_name(operation),
     };
-    let call = repeat(async || {
+    let call = repeat(&session.ui, async || {
         session
             .agent
             .operations()
@@ -83,7 +83,7 @@ async fn cancel(
     patience: Patience,
 ) -> Result<(), Failure> {
     let request = CancelOperationRequest { name: name.clone() };
-    repeat(async || {
+    repeat(&session.ui, async || {
         session
             .agent
             .operations()
@@ -123,7 +123,7 @@ async fn list(session: &Session, filter: String) -> Result<(), Failure> {
     };
     let mut all = ListOperationsResponse::default();
     loop {
-        let page = repeat(async || {
+        let page = repeat(&session.ui, async || {
             session
                 .agent
                 .operations()

@@ -28,7 +28,7 @@ pub(super) async fn run(session: &Session, command: PlanCommand) -> Result<(), F
     let request = v1::PlanActionRequest {
         action: Some(action),
     };
-    let plan = repeat(async || {
+    let plan = repeat(&session.ui, async || {
         session
             .agent
             .servers()

@@ -24,7 +24,9 @@ macro_rules! send {
         let id = request_id(&$how);
         let mut request = $request;
         request.request_id.clone_from(&id);
-        let call = repeat(async || $session.agent.servers().$method(ask(request.clone())).await);
+        let call = repeat(&$session.ui, async || {
+            $session.agent.servers().$method(ask(request.clone())).await
+        });
         unless_interrupted(&id, call).await
     }};
 }
@@ -37,7 +39,7 @@ pub(super) async fn run(session: &Session, command: ServerCommand) -> Result<(),
             let request = v1::GetServerRequest {
                 server: args.server,
             };
-            let answer = repeat(async || {
+            let answer = repeat(&session.ui, async || {
                 session
                     .agent
                     .servers()
@@ -130,7 +132,7 @@ async fn list(session: &Session, args: ListServers) -> Result<(), Failure> {
     };
     let mut all = v1::ListServersResponse::default();
     loop {
-        let page = repeat(async || {
+        let page = repeat(&session.ui, async || {
             session
                 .agent
                 .servers()

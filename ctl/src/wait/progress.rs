@@ -42,11 +42,11 @@ pub(crate) struct Seen {
     cancelling: bool,
 }
 
-/// A line for each step.
+/// A line for each step, and what stands in it: drawing the same again would only flicker.
 #[derive(Debug)]
 pub(crate) struct Live {
     lines: MultiProgress,
-    bars: Vec<ProgressBar>,
+    bars: Vec<(ProgressBar, Option<(StepState, String)>)>,
     seen: Seen,
 }
 
@@ -97,7 +97,7 @@ impl Progress {
     /// Stops drawing; what stands there stays.
     pub(crate) fn leave(&self) {
         if let Self::Live(live) = self {
-            for bar in &live.bars {
+            for (bar, _) in &live.bars {
                 bar.abandon();
             }
         }
@@ -160,7 +160,8 @@ impl Live {
             let _ = self.lines.println(clean(&line));
         }
         while self.bars.len() < now.steps.len() {
-            self.bars.push(self.lines.add(ProgressBar::new_spinner()));
+            self.bars
+                .push((self.lines.add(ProgressBar::new_spinner()), None));
         }
         let total = now.steps.len();
         let widest = now
@@ -169,7 +170,17 @@ impl Live {
             .map(|step| width(&clean(title(step))))
             .max()
             .unwrap_or(0);
-        for ((number, step), bar) in (1_usize..).zip(&now.steps).zip(&self.bars) {
+        for ((number, step), (bar, drawn)) in (1_usize..).zip(&now.steps).zip(&mut self.bars) {
+            let state = match step.state() {
+                StepState::Pending | StepState::Unspecified => String::new(),
+                _ => clean(&state_text(step, SystemTime::now())).into_owned(),
+            };
+            let text = format!("{number:>2}/{total} {}  {state}", pad(title(step), widest));
+            let line = Some((step.state(), text.clone()));
+            if *drawn == line {
+                continue;
+            }
+            *drawn = line;
             let turning = matches!(step.state(), StepState::Running | StepState::Reverting);
             let sign = match step.state() {
                 StepState::Running | StepState::Reverting => "{spinner:.cyan}",
@@ -182,14 +193,7 @@ impl Live {
                 bar.set_style(style);
             }
             bar.set_prefix(mark(step.state()));
-            let state = match step.state() {
-                StepState::Pending | StepState::Unspecified => String::new(),
-                _ => clean(&state_text(step, SystemTime::now())).into_owned(),
-            };
-            bar.set_message(format!(
-                "{number:>2}/{total} {}  {state}",
-                pad(title(step), widest)
-            ));
+            bar.set_message(text);
             if turning {
                 bar.enable_steady_tick(TURN);
             } else {

@@ -15,5 +15,6 @@ mod exit_codes;
 mod images;
 mod made;
 mod mock;
+mod passwords;
 mod reading;
 mod run;
