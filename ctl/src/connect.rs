@@ -219,10 +219,15 @@ pub(crate) fn ask_within<T>(message: T, time: Duration) -> Request<T> {
     request
 }
 
-/// Did this side make the status, because the connection broke or the answer did not come in time?
-/// What an agent answers has no cause on this side.
+/// Did the connection break, or did the answer not come in time? What an agent answers has no cause
+/// on this side; but both sides know the deadline, and either may be the first to end the call.
 pub(crate) fn is_broken(status: &Status) -> bool {
-    status.source().is_some()
+    status.source().is_some() || is_late(status)
+}
+
+/// Did the answer not come in time? Nobody but the deadline cancels a call.
+pub(crate) fn is_late(status: &Status) -> bool {
+    matches!(status.code(), Code::Cancelled | Code::DeadlineExceeded)
 }
 
 /// Is the agent away for the moment: not there, or about to stop?

@@ -8,7 +8,7 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, RpcStatusExt as _, StatusExt as _};
 
 use crate::{
-    connect::{ConnectError, is_broken},
+    connect::{ConnectError, is_broken, is_late},
     output::{json::JsonError, text::clean},
     units::show_duration,
 };
@@ -59,6 +59,12 @@ pub(crate) enum Failure {
         /// Name of the operation.
         name: String,
         /// The time that was waited.
+        after: Duration,
+    },
+    /// An import took too long.
+    #[error("the import was given up after {}; --wait-timeout gives it more time", show_duration(*.after))]
+    ImportTooSlow {
+        /// The time that it had.
         after: Duration,
     },
     /// It had ended as asked when it was to be cancelled.
@@ -139,6 +145,7 @@ impl Failure {
             Self::Operation { .. }
             | Self::StillRunning { .. }
             | Self::TooLate { .. }
+            | Self::ImportTooSlow { .. }
             | Self::File { .. }
             | Self::Protocol(_)
             | Self::Output(_)
@@ -196,6 +203,7 @@ impl Failure {
             Self::Usage(_)
             | Self::PlanRefused
             | Self::TooLate { .. }
+            | Self::ImportTooSlow { .. }
             | Self::File { .. }
             | Self::Protocol(_)
             | Self::Output(_) => vec![self.to_string()],
@@ -220,9 +228,9 @@ fn go_on(name: &str) -> String {
     )
 }
 
-/// A status that this side made, in words.
+/// A call without an answer, in words.
 pub(crate) fn broken(status: &Status) -> String {
-    if status.code() == Code::Cancelled {
+    if is_late(status) {
         "the agent did not answer in time".to_owned()
     } else {
         "the connection to the agent broke".to_owned()

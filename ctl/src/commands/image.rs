@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `salvor image`.
 
-use std::{io, path::Path, time::Duration};
+use std::{io, path::Path};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use salvor_proto::v1::{self, import_image_request::Part};
-use tokio::{fs::File, io::AsyncReadExt as _, sync::mpsc};
+use tokio::{fs::File, io::AsyncReadExt as _, sync::mpsc, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::Request;
 
 use super::Session;
 use crate::{
     cli::{ImageCommand, ImportArgs},
-    connect::{ask, ask_within, repeat},
+    connect::{ask, repeat},
     errors::Failure,
     output::{Ui, show},
     requests::map,
@@ -100,11 +101,17 @@ async fn import(session: &Session, args: ImportArgs) -> Result<(), Failure> {
         sha256: args.sha256.clone().unwrap_or_default(),
     };
     let limit = args.patience.wait_timeout;
-    let image = if args.on_host {
-        from_host(session, spec, &args.file, limit).await?
-    } else {
-        send(session, spec, &args.file, limit).await?
-    };
+    let imported = timeout(limit, async {
+        if args.on_host {
+            from_host(session, spec, &args.file).await
+        } else {
+            send(session, spec, &args.file).await
+        }
+    });
+    // Giving up drops the call, and with it what was imported in part.
+    let image = imported
+        .await
+        .map_err(|_| Failure::ImportTooSlow { after: limit })??;
     session.ui.result(&image, show::image)
 }
 
@@ -113,7 +120,6 @@ async fn from_host(
     session: &Session,
     spec: v1::ImageSpec,
     file: &Path,
-    limit: Duration,
 ) -> Result<v1::Image, Failure> {
     let Some(path) = file.to_str() else {
         return Err(Failure::Usage(format!(
@@ -128,7 +134,7 @@ async fn from_host(
     let mut stream = session
         .agent
         .images()
-        .import_image_from_path(ask_within(request, limit))
+        .import_image_from_path(Request::new(request))
         .await?
         .into_inner();
     let bar = Bytes::new(&session.ui, 0);
@@ -141,12 +147,7 @@ async fn from_host(
 }
 
 /// Sends the file.
-async fn send(
-    session: &Session,
-    spec: v1::ImageSpec,
-    path: &Path,
-    limit: Duration,
-) -> Result<v1::Image, Failure> {
+async fn send(session: &Session, spec: v1::ImageSpec, path: &Path) -> Result<v1::Image, Failure> {
     let failed = |cause: io::Error| Failure::File {
         what: format!("cannot read {}", path.display()),
         cause,
@@ -161,7 +162,7 @@ async fn send(
     let bar = Bytes::new(&session.ui, length.unwrap_or(0));
     let (parts, stream) = mpsc::channel(AHEAD);
     let mut images = session.agent.images();
-    let call = images.import_image(ask_within(ReceiverStream::new(stream), limit));
+    let call = images.import_image(ReceiverStream::new(stream));
     tokio::pin!(call);
     let answer = tokio::select! {
         // If the agent has answered, what became of the file is of no interest.

@@ -81,6 +81,25 @@ async fn a_file_that_shrinks_while_it_is_sent_never_looks_complete() {
 }
 
 #[tokio::test]
+async fn an_import_that_takes_too_long_is_given_up() {
+    let mock = Mock::new(State {
+        hang: true,
+        ..Default::default()
+    });
+    let file = mock.folder().join("slow.raw");
+    std::fs::write(&file, "x").unwrap();
+    let arguments = [
+        "image",
+        "import",
+        file.to_str().unwrap(),
+        "--wait-timeout",
+        "200ms",
+    ];
+    let ended = run(&mock.socket(), &arguments).await.with(1);
+    assert!(ended.err.contains("given up after 0.20 s"), "{}", ended.err);
+}
+
+#[tokio::test]
 async fn a_refused_import_ends_at_once_however_large_the_file() {
     let details = ErrorDetails::with_bad_request_violation("spec.name", "must not be empty");
     let refusal = Some((Code::InvalidArgument, "no".to_owned(), details));

@@ -424,6 +424,8 @@ impl ImageService for Services {
                     }
                     None => {}
                 },
+                // The end never comes to an answer.
+                Ok(None) if self.state().hang => std::future::pending::<()>().await,
                 Ok(None) => break,
                 Err(broken) => {
                     self.0.send_modify(|state| state.broken_imports += 1);
