@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `salvor server`.
+
+use salvor_proto::{google::longrunning::Operation, v1};
+
+use super::{
+    Session,
+    action::{Password, Reply, finish, request_id, unless_interrupted},
+};
+use crate::{
+    cli::{ListServers, ServerCommand},
+    connect::{ask, repeat},
+    errors::Failure,
+    output::show,
+    requests,
+};
+
+/// Servers that are asked for at once.
+const PAGE: i32 = 500;
+
+/// Sends a request with its id until there is an answer.
+macro_rules! send {
+    ($session:expr, $how:expr, $method:ident, $request:expr) => {{
+        let id = request_id(&$how);
+        let mut request = $request;
+        request.request_id.clone_from(&id);
+        let call = repeat(&$session.ui, async || {
+            $session.agent.servers().$method(ask(request.clone())).await
+        });
+        unless_interrupted(&id, call).await
+    }};
+}
+
+/// Does what is asked for.
+pub(super) async fn run(session: &Session, command: ServerCommand) -> Result<(), Failure> {
+    let (how, reply, password) = match command {
+        ServerCommand::List(args) => return list(session, args).await,
+        ServerCommand::Show(args) => {
+            let request = v1::GetServerRequest {
+                server: args.server,
+            };
+            let answer = repeat(&session.ui, async || {
+                session
+                    .agent
+                    .servers()
+                    .get_server(ask(request.clone()))
+                    .await
+            });
+            let server = answer
+                .await?
+                .server
+                .ok_or(Failure::Protocol("answered without the server"))?;
+            return session.ui.result(&server, show::server);
+        }
+        ServerCommand::Create { args, how } => {
+            let request = requests::create(&args)?;
+            let password = known(request.admin_pass.as_ref());
+            (
+                how,
+                Reply::Create(send!(session, how, create_server, request)?),
+                password,
+            )
+        }
+        ServerCommand::Rescue { args, how } => {
+            let request = requests::rescue(&args)?;
+            let password = known(request.admin_pass.as_ref());
+            (
+                how,
+                Reply::Rescue(send!(session, how, rescue_server, request)?),
+                password,
+            )
+        }
+        ServerCommand::Adopt { args, how } => {
+            let answer = send!(session, how, adopt_server, requests::adopt(&args))?;
+            (
+                how,
+                action(answer.operation, answer.warnings)?,
+                Password::Known,
+            )
+        }
+        ServerCommand::Delete { args, how } => {
+            let answer = send!(session, how, delete_server, requests::delete(&args))?;
+            (
+                how,
+                action(answer.operation, answer.warnings)?,
+                Password::Known,
+            )
+        }
+        ServerCommand::Release { args, how } => {
+            let answer = send!(session, how, release_server, requests::release(&args))?;
+            (how, action(answer.operation, Vec::new())?, Password::Known)
+        }
+        ServerCommand::Start { args, how } => {
+            let answer = send!(session, how, start_server, requests::start(&args))?;
+            (how, action(answer.operation, Vec::new())?, Password::Known)
+        }
+        ServerCommand::Stop { args, how } => {
+            let answer = send!(session, how, stop_server, requests::stop(&args))?;
+            (how, action(answer.operation, Vec::new())?, Password::Known)
+        }
+        ServerCommand::Unrescue { args, how } => {
+            let answer = send!(session, how, unrescue_server, requests::unrescue(&args))?;
+            (how, action(answer.operation, Vec::new())?, Password::Known)
+        }
+    };
+    finish(session, &how, reply, password).await
+}
+
+fn known(given: Option<&String>) -> Password {
+    if given.is_some() {
+        Password::Known
+    } else {
+        Password::Generated
+    }
+}
+
+fn action(operation: Option<Operation>, warnings: Vec<v1::Warning>) -> Result<Reply, Failure> {
+    let operation = operation.ok_or(Failure::Protocol("answered without an operation"))?;
+    Ok(Reply::Action(operation, warnings))
+}
+
+/// Every page as one answer.
+async fn list(session: &Session, args: ListServers) -> Result<(), Failure> {
+    let mut request = v1::ListServersRequest {
+        page_size: PAGE,
+        page_token: String::new(),
+        name_contains: args.name,
+        statuses: args.statuses,
+        vm_states: args.vm_states.iter().map(|state| state.api()).collect(),
+        power_states: args.power_states.iter().map(|state| state.api()).collect(),
+        origin: args.origin.map_or(0, |origin| origin.api()),
+    };
+    let mut all = v1::ListServersResponse::default();
+    loop {
+        let page = repeat(&session.ui, async || {
+            session
+                .agent
+                .servers()
+                .list_servers(ask(request.clone()))
+                .await
+        })
+        .await?;
+        all.servers.extend(page.servers);
+        if page.next_page_token.is_empty() {
+            return session.ui.result(&all, show::servers);
+        }
+        if page.next_page_token == request.page_token {
+            return Err(Failure::Protocol("gives the same page again and again"));
+        }
+        request.page_token = page.next_page_token;
+    }
+}

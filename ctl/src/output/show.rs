@@ -1,0 +1,579 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The API's messages as text for people. Cells are cleaned by [`super::table`].
+
+use std::collections::HashMap;
+
+use salvor_proto::{
+    google::longrunning::{Operation, operation::Result as Outcome},
+    v1,
+};
+
+use super::table::{Fields, Table};
+use crate::units::{between, from_api, show_age, show_bytes, show_duration, show_time};
+
+/// The API's word for a value of an enum, without the enum's name; empty if it was not given.
+macro_rules! word {
+    ($enum:ident, $prefix:literal, $value:expr) => {
+        match v1::$enum::try_from($value) {
+            Ok(v1::$enum::Unspecified) => String::new(),
+            Ok(value) => {
+                let name = value.as_str_name();
+                name.strip_prefix($prefix).unwrap_or(name).to_owned()
+            }
+            // A newer agent's.
+            Err(_) => $value.to_string(),
+        }
+    };
+}
+
+/// A power state's word.
+pub(crate) fn power_word(state: i32) -> String {
+    word!(PowerState, "POWER_STATE_", state)
+}
+
+/// An operation state's word.
+pub(crate) fn operation_word(state: i32) -> String {
+    word!(OperationState, "OPERATION_STATE_", state)
+}
+
+/// A step state's word.
+pub(crate) fn step_word(state: i32) -> String {
+    word!(StepState, "STEP_STATE_", state)
+        .to_lowercase()
+        .replace('_', " ")
+}
+
+/// The ways by which a password is delivered.
+pub(crate) fn deliveries(ways: &[i32]) -> String {
+    let ways: Vec<_> = ways
+        .iter()
+        .map(|&way| {
+            word!(AdminPassDelivery, "ADMIN_PASS_DELIVERY_", way)
+                .to_lowercase()
+                .replace('_', " ")
+        })
+        .collect();
+    ways.join(", ")
+}
+
+/// The power state in a table: `RUNNING`, `UNKNOWN (was RUNNING)`.
+fn power_cell(power: Option<&v1::PowerObservation>) -> String {
+    let Some(power) = power else {
+        return String::new();
+    };
+    let word = power_word(power.state);
+    if power.state == i32::from(v1::PowerState::Unknown) {
+        match power_word(power.last_known_state) {
+            last if last.is_empty() => word,
+            last => format!("{word} (was {last})"),
+        }
+    } else {
+        word
+    }
+}
+
+/// Everything about a power observation.
+fn power_line(power: &v1::PowerObservation) -> String {
+    let word = power_word(power.state);
+    if power.state == i32::from(v1::PowerState::Unknown) {
+        let last = power_word(power.last_known_state);
+        let why = if power.reason.is_empty() {
+            "libvirt cannot be asked"
+        } else {
+            &power.reason
+        };
+        return if last.is_empty() {
+            format!("{word} ({why}); never seen")
+        } else {
+            let age = show_age(power.last_known_time.as_ref());
+            let time = show_time(power.last_known_time.as_ref());
+            format!("{word} ({why}); last known {last}, {age} ({time})")
+        };
+    }
+    let reason = if power.reason.is_empty() {
+        String::new()
+    } else {
+        format!(" ({})", power.reason)
+    };
+    let how = match v1::ObservationSource::try_from(power.source) {
+        Ok(v1::ObservationSource::Event) => ", reported by libvirt",
+        Ok(v1::ObservationSource::Poll) => ", asked of libvirt",
+        Ok(v1::ObservationSource::Inferred) => ", inferred",
+        _ => "",
+    };
+    format!(
+        "{word}{reason}, seen {}{how}",
+        show_age(power.observe_time.as_ref())
+    )
+}
+
+/// Pairs in order of their keys.
+fn pairs(map: &HashMap<String, String>) -> Vec<String> {
+    let mut pairs: Vec<_> = map
+        .iter()
+        .map(|(key, value)| format!("{key}={value}"))
+        .collect();
+    pairs.sort();
+    pairs
+}
+
+/// Words with blanks between them; empty ones are left out.
+fn words(words: &[&str]) -> String {
+    words
+        .iter()
+        .filter(|word| !word.is_empty())
+        .copied()
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
+/// `salvor server list`.
+pub(crate) fn servers(list: &v1::ListServersResponse) -> String {
+    let mut table = Table::new(&["ID", "NAME", "STATUS", "TASK", "POWER", "SEEN"]);
+    for server in &list.servers {
+        let power = server.power.as_ref();
+        table.row([
+            server.id.clone(),
+            server.name.clone(),
+            server.status.clone(),
+            server.task_state.clone(),
+            power_cell(power),
+            match power.filter(|power| power.state == i32::from(v1::PowerState::Unknown)) {
+                Some(power) => show_age(power.last_known_time.as_ref()),
+                None => show_age(power.and_then(|power| power.observe_time.as_ref())),
+            },
+        ]);
+    }
+    table.render()
+}
+
+/// `salvor server show`.
+pub(crate) fn server(server: &v1::Server) -> String {
+    let mut fields = Fields::new();
+    fields
+        .add("id", &server.id)
+        .add("name", &server.name)
+        .add("status", &server.status)
+        .add("task", &server.task_state)
+        .add("operation", &server.operation)
+        .add("vm state", word!(VmState, "VM_STATE_", server.vm_state))
+        .add(
+            "power",
+            server.power.as_ref().map(power_line).unwrap_or_default(),
+        )
+        .add(
+            "origin",
+            word!(ServerOrigin, "SERVER_ORIGIN_", server.origin).to_lowercase(),
+        )
+        .add("domain", &server.domain_name)
+        .add("image", &server.image_id)
+        .add("host name", &server.hostname);
+    if let Some(flavor) = &server.flavor {
+        let disk = match flavor.disk_gib {
+            0 => String::new(),
+            disk => format!(", disk {disk} GiB"),
+        };
+        fields.add(
+            "size",
+            format!(
+                "vcpus {}, memory {} MiB{disk}",
+                flavor.vcpus, flavor.memory_mib
+            ),
+        );
+    }
+    for disk in &server.disks {
+        let source = if disk.source.is_empty() {
+            "no medium"
+        } else {
+            &disk.source
+        };
+        let marks = words(&[
+            if disk.root { "root" } else { "" },
+            if disk.read_only { "read-only" } else { "" },
+        ]);
+        fields.add(
+            "disk",
+            words(&[
+                &disk.target,
+                &disk.bus,
+                &disk.device,
+                source,
+                &disk.format,
+                &marks,
+            ]),
+        );
+    }
+    for interface in &server.interfaces {
+        fields.add(
+            "interface",
+            words(&[
+                &interface.mac,
+                &interface.kind,
+                &interface.source,
+                &interface.model,
+            ]),
+        );
+    }
+    if let Some(rescue) = &server.rescue {
+        rescue_fields(&mut fields, rescue);
+    }
+    if let Some(fault) = &server.fault {
+        fields
+            .add("fault", format!("{}: {}", fault.reason, fault.message))
+            .add("fault at", show_time(fault.create_time.as_ref()))
+            .add("fault in step", &fault.step);
+        for left in &fault.left_behind {
+            fields.add("left behind", left);
+        }
+    }
+    for pair in pairs(&server.metadata) {
+        fields.add("metadata", pair);
+    }
+    fields
+        .add("revision", server.revision.to_string())
+        .add("created", show_time(server.create_time.as_ref()))
+        .add("changed", show_time(server.update_time.as_ref()));
+    fields.render()
+}
+
+fn rescue_fields(fields: &mut Fields, rescue: &v1::RescueInfo) {
+    let lower = |word: String| word.to_lowercase().replace('_', "-");
+    fields
+        .add("rescue image", &rescue.image_id)
+        .add(
+            "rescue",
+            words(&[
+                &lower(word!(RescueMode, "RESCUE_MODE_", rescue.mode)),
+                &lower(word!(RescueBus, "RESCUE_BUS_", rescue.bus)),
+                &lower(word!(RescueDevice, "RESCUE_DEVICE_", rescue.device)),
+            ]),
+        )
+        .add(
+            "rescue disks",
+            lower(word!(
+                DiskProtection,
+                "DISK_PROTECTION_",
+                rescue.disk_protection
+            )),
+        )
+        .add("rescued at", show_time(rescue.start_time.as_ref()))
+        .add(
+            "rescued until",
+            match &rescue.expire_time {
+                Some(time) => format!("{} (unrescues by itself)", show_time(Some(time))),
+                None => "unrescued by hand".to_owned(),
+            },
+        )
+        .add("power before", power_word(rescue.power_before))
+        .add("password by", deliveries(&rescue.admin_pass_delivered));
+    if rescue.commit_started {
+        fields.add(
+            "overlays",
+            "a commit has begun and failed; only --overlay commit is possible",
+        );
+    }
+    for disk in &rescue.disks {
+        let origin = match disk.original_target.as_str() {
+            "" => String::new(),
+            target => format!("(original {target})"),
+        };
+        fields.add(
+            "rescue disk",
+            words(&[&disk.target, &disk.bus, &disk.role, &origin, &disk.source]),
+        );
+    }
+}
+
+/// `salvor image list`.
+pub(crate) fn images(list: &v1::ListImagesResponse) -> String {
+    let mut table = Table::new(&["ID", "NAME", "FORMAT", "SIZE", "DISK SIZE", "USED BY"]);
+    for image in &list.images {
+        table.row([
+            image.id.clone(),
+            image.name.clone(),
+            word!(ImageFormat, "IMAGE_FORMAT_", image.format).to_lowercase(),
+            show_bytes(image.size_bytes),
+            show_bytes(image.virtual_size_bytes),
+            image.references.to_string(),
+        ]);
+    }
+    table.render()
+}
+
+/// `salvor image show`.
+pub(crate) fn image(image: &v1::Image) -> String {
+    let mut fields = Fields::new();
+    fields
+        .add("id", &image.id)
+        .add("name", &image.name)
+        .add(
+            "format",
+            word!(ImageFormat, "IMAGE_FORMAT_", image.format).to_lowercase(),
+        )
+        .add("size", show_bytes(image.size_bytes))
+        .add("disk size", show_bytes(image.virtual_size_bytes))
+        .add("sha256", &image.sha256);
+    for pair in pairs(&image.properties) {
+        fields.add("property", pair);
+    }
+    fields
+        .add("used by", format!("{} disks", image.references))
+        .add("imported", show_time(image.create_time.as_ref()));
+    fields.render()
+}
+
+/// `salvor host show`.
+pub(crate) fn host(host: &v1::Host) -> String {
+    let mut fields = Fields::new();
+    fields
+        .add("host", &host.hostname)
+        .add("id", &host.id)
+        .add(
+            "agent",
+            format!(
+                "salvord {}, up since {}",
+                host.agent_version,
+                show_time(host.start_time.as_ref())
+            ),
+        )
+        .add("boot id", &host.boot_id);
+    if let Some(link) = &host.libvirt {
+        let since = format!(
+            "since {} ({})",
+            show_time(link.since.as_ref()),
+            show_age(link.since.as_ref())
+        );
+        let state = if link.up {
+            format!("up {since}")
+        } else {
+            format!(
+                "DOWN {since}: {}",
+                if link.reason.is_empty() {
+                    "no reason known"
+                } else {
+                    &link.reason
+                }
+            )
+        };
+        fields.add("libvirt", state).add("libvirt uri", &link.uri);
+    }
+    fields
+        .add("libvirt version", &host.libvirt_version)
+        .add(
+            "hypervisor",
+            words(&["QEMU", &host.hypervisor_version, &host.virt_type]),
+        )
+        .add(
+            "capacity",
+            format!(
+                "{} CPUs ({}), memory {} MiB",
+                host.cpus, host.arch, host.memory_mib
+            ),
+        )
+        .add(
+            "disk",
+            format!(
+                "{} free of {}",
+                show_bytes(host.disk_free_bytes),
+                show_bytes(host.disk_total_bytes)
+            ),
+        )
+        .add("servers", host.servers.to_string())
+        .add(
+            "operations",
+            format!("{} under way", host.running_operations),
+        );
+    for call in &host.stuck_calls {
+        let age = call
+            .age
+            .as_ref()
+            .and_then(from_api)
+            .map(show_duration)
+            .unwrap_or_default();
+        let about = if call.domain_id.is_empty() {
+            String::new()
+        } else {
+            format!("for {}", call.domain_id)
+        };
+        fields.add(
+            "stuck call",
+            words(&[&call.call, &about, &format!("({age})")]),
+        );
+    }
+    fields.add("revision", host.revision.to_string());
+    fields.render()
+}
+
+/// `salvor host unmanaged`.
+pub(crate) fn unmanaged(list: &v1::ListUnmanagedDomainsResponse) -> String {
+    let mut table = Table::new(&["ID", "NAME", "POWER", "CAN BE ADOPTED"]);
+    for domain in &list.domains {
+        table.row([
+            domain.id.clone(),
+            domain.name.clone(),
+            power_word(domain.power_state),
+            if domain.persistent {
+                "yes"
+            } else {
+                "no: transient"
+            }
+            .to_owned(),
+        ]);
+    }
+    table.render()
+}
+
+/// The metadata of an operation on a server; default if it has none.
+pub(crate) fn metadata(operation: &Operation) -> v1::OperationMetadata {
+    operation
+        .metadata
+        .as_ref()
+        .and_then(|any| any.to_msg().ok())
+        .unwrap_or_default()
+}
+
+/// The result of an operation on a server that ended as asked.
+pub(crate) fn action_result(operation: &Operation) -> Option<v1::ActionResult> {
+    match operation.result.as_ref()? {
+        Outcome::Response(any) => any.to_msg().ok(),
+        Outcome::Error(_) => None,
+    }
+}
+
+/// `salvor operation list`.
+pub(crate) fn operations(
+    list: &salvor_proto::google::longrunning::ListOperationsResponse,
+) -> String {
+    let mut table = Table::new(&[
+        "OPERATION",
+        "ACTION",
+        "SERVER",
+        "STATE",
+        "STEPS",
+        "BEGAN",
+        "TOOK",
+    ]);
+    for operation in &list.operations {
+        let metadata = metadata(operation);
+        let done = i32::from(v1::StepState::Done);
+        table.row([
+            operation.name.clone(),
+            metadata.action,
+            metadata.server_id,
+            operation_word(metadata.state),
+            format!(
+                "{}/{}",
+                metadata
+                    .steps
+                    .iter()
+                    .filter(|step| step.state == done)
+                    .count(),
+                metadata.steps.len()
+            ),
+            show_time(metadata.create_time.as_ref()),
+            between(metadata.create_time.as_ref(), metadata.end_time.as_ref())
+                .map(show_duration)
+                .unwrap_or_default(),
+        ]);
+    }
+    table.render()
+}
+
+/// `salvor operation show`.
+pub(crate) fn operation(operation: &Operation) -> String {
+    let metadata = metadata(operation);
+    let mut fields = Fields::new();
+    fields
+        .add("operation", &operation.name)
+        .add("action", &metadata.action)
+        .add("server", &metadata.server_id)
+        .add("state", operation_word(metadata.state))
+        .add("request id", &metadata.request_id)
+        .add("began", show_time(metadata.create_time.as_ref()));
+    if metadata.end_time.is_some() {
+        fields.add("ended", show_time(metadata.end_time.as_ref()));
+    }
+    if metadata.cancel_requested {
+        fields.add("cancel", "asked for");
+    }
+    if metadata.recoveries > 0 {
+        fields.add("agent restarts", metadata.recoveries.to_string());
+    }
+    for warning in &metadata.warnings {
+        fields.add("warning", format!("{}: {}", warning.name, warning.message));
+    }
+    if let Some(Outcome::Error(error)) = &operation.result {
+        fields.add("error", &error.message);
+    }
+    let mut text = fields.render();
+    if !metadata.steps.is_empty() {
+        text.push('\n');
+        let mut table = Table::new(&["#", "PHASE", "STEP", "STATE", "TOOK", "WHAT"]);
+        for (number, step) in (1_usize..).zip(&metadata.steps) {
+            let state = match step.progress_percent {
+                Some(percent) if step.state == i32::from(v1::StepState::Running) => {
+                    format!("{} {percent}%", step_word(step.state))
+                }
+                _ => step_word(step.state),
+            };
+            let what = match step.message.as_str() {
+                "" => step.description.clone(),
+                message => format!("{}: {message}", step.description),
+            };
+            table.row([
+                number.to_string(),
+                step.phase.clone(),
+                step.kind.clone(),
+                state,
+                between(step.start_time.as_ref(), step.end_time.as_ref())
+                    .map(show_duration)
+                    .unwrap_or_default(),
+                what,
+            ]);
+        }
+        text.push_str(&table.render());
+    }
+    text
+}
+
+/// What an action that ended as asked has led to. `verb` stands for servers that are gone.
+pub(crate) fn outcome(operation: &Operation) -> String {
+    let metadata = metadata(operation);
+    let Some(result) = action_result(operation) else {
+        return format!("{}\n", super::text::clean(&operation.name));
+    };
+    let mut fields = Fields::new();
+    match &result.server {
+        Some(server) => {
+            fields
+                .add("server", format!("{} ({})", server.name, server.id))
+                .add("status", &server.status)
+                .add(
+                    "power",
+                    server.power.as_ref().map(power_line).unwrap_or_default(),
+                );
+            if let Some(rescue) = &server.rescue {
+                rescue_fields(&mut fields, rescue);
+            }
+        }
+        None => {
+            fields.add("server", &metadata.server_id).add(
+                "status",
+                match metadata.action.as_str() {
+                    "release" => "released",
+                    _ => "deleted",
+                },
+            );
+        }
+    }
+    fields.add(
+        "guest",
+        match v1::GuestStop::try_from(result.guest_stop) {
+            Ok(v1::GuestStop::WasOff) => "was off already",
+            Ok(v1::GuestStop::ByItself) => "shut down by itself",
+            Ok(v1::GuestStop::Forced) => "did not shut down in time and was ended",
+            _ => "",
+        },
+    );
+    fields.render()
+}
