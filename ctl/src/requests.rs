@@ -204,6 +204,7 @@ pub(crate) fn rescue(args: &RescueArgs) -> Result<v1::RescueServerRequest, Failu
         device: args.device.map_or(0, |device| device.api()),
         disk_protection: args.disks.api(),
         timeout: args.timeout.map(to_api),
+        timeout_overlay: args.timeout_overlay.map_or(0, |overlay| overlay.api()),
         shutdown_timeout: args.shutdown.shutdown_timeout.map(to_api),
         admin_pass: admin_pass(args.admin_pass.admin_pass_stdin)?,
     })

@@ -225,6 +225,9 @@ pub(crate) struct RescueArgs {
     /// Unrescue by itself after this time (2h, 1h30m, …); the configured time if absent, never if 0.
     #[arg(long, value_name = "TIME", value_parser = units::duration)]
     pub(crate) timeout: Option<Duration>,
+    /// What becomes of the overlays when the timeout is over; needed with `--disks overlay` and `--timeout`.
+    #[arg(long, value_enum, value_name = "WHAT")]
+    pub(crate) timeout_overlay: Option<OverlayArg>,
     #[command(flatten)]
     pub(crate) shutdown: Shutdown,
 }
