@@ -20,8 +20,8 @@ use virt::sys;
 /// Why a domain's XML was not found good.
 #[derive(Debug, thiserror::Error)]
 pub enum SchemaError {
-    /// It does not follow libvirt's schema.
-    #[error("the domain's XML does not follow libvirt's schema: {message}")]
+    /// It does not follow libvirt's schema, or not the rules that libvirt has beside it.
+    #[error("libvirt cannot take the domain's XML: {message}")]
     Invalid {
         /// libvirt's message.
         message: String,
