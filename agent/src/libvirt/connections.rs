@@ -63,7 +63,7 @@ impl Class {
         match self {
             Self::Read => 6,
             Self::Mutate => 10,
-            Self::Emergency => 4,
+            Self::Emergency => 8,
         }
     }
 }
