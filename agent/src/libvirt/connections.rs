@@ -1,19 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Three connections to libvirt, kept up: the half of it that does things.
+//! The connections to libvirt and the thread that keeps the link up.
 //!
 //! ```text
-//!   callers ──> pool of Read ──────> connection + events ─┐
-//!           ──> pool of Mutate ────> connection           ├─ keepalive, close callback
-//!           ──> pool of Emergency ─> connection          ─┘         │
-//!                                                                notices
-//!   opener threads <── Open ── supervisor thread <──────────────────┘
+//!   callers ──> pool Read ──────> threads, a connection each
+//!           ──> pool Mutate ────> threads, a connection each
+//!           ──> pool Emergency ─> threads, a connection each
+//!
+//!   event loop thread <── the connection for events ── keepalive, close callback
+//!                                  ^                            │
+//!            opener thread ── Open ┴──── supervisor thread <────┘ notices
 //! ```
 //!
-//! The supervisor asks [`Links`] what to do. It never calls libvirt in a way that could block it:
-//! connections are opened and closed on threads of their own. It knows no domain.
+//! The connection for events makes no calls, so nothing holds up events. Whether it stands is what
+//! the link's state means. The supervisor asks [`Link`] what to do; it never calls libvirt in a way
+//! that could block it: the connection is opened and closed on threads of their own.
 
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{broadcast, watch};
@@ -22,61 +25,111 @@ use virt::enumutil::Enum;
 use virt::error::{Error, ErrorNumber};
 
 use super::Config;
-use super::ffi::{CloseWatch, DomainEvents, Told};
-use super::links::{Class, Do, Happened, Links};
-use super::threads::{Job, Pool, PoolLife, StuckCalls};
+use super::ffi::{CloseWatch, DomainEvents, Sink, Told};
+use super::link::{Do, Happened, Link};
+use super::threads::{Job, Pool, Source, StuckCalls, Ticket};
 use super::words;
 use crate::hypervisor::{HypervisorEvent, LinkState};
 
-/// How many pools of one class may have calls under way: with [`super::threads::CALLS_PER_POOL`]
-/// calls each they stay below the 20 workers that libvirtd has by default (`max_workers`).
-const POOLS_PER_CLASS: usize = 4;
-
-/// How often connections are asked whether they are alive, for drivers without a close callback.
+/// How often the connection for events is asked whether it is alive, for drivers without a close
+/// callback.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 
-/// One connection with its registrations, which end before it does.
-pub(super) struct Connection {
+/// What a call is for. Calls of one class never wait for those of another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Class {
+    /// Only calls that neither take a domain's job lock nor ask its monitor.
+    Read,
+    /// Whatever changes something or talks to a guest.
+    Mutate,
+    /// Destroy, and nothing else.
+    Emergency,
+}
+
+impl Class {
+    /// The name of its threads, for people who look at the process.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Read => "lv-read",
+            Self::Mutate => "lv-change",
+            Self::Emergency => "lv-destroy",
+        }
+    }
+
+    /// How many calls may be under way at once, those that hang included. Together they are not more
+    /// than libvirtd has workers by default (`max_workers = 20`), and those that can hang for long
+    /// leave it some.
+    pub(super) const fn limit(self) -> usize {
+        match self {
+            Self::Read => 6,
+            Self::Mutate => 10,
+            Self::Emergency => 8,
+        }
+    }
+}
+
+/// Opens the connections that calls are made on.
+pub(super) struct CallConnections(Arc<Config>);
+
+impl Source for CallConnections {
+    type Item = Connect;
+    type Error = Error;
+
+    fn open(&self) -> Result<Connect, Error> {
+        open(&self.0)
+    }
+
+    fn is_alive(&self, connect: &Connect) -> bool {
+        is_alive(connect)
+    }
+}
+
+/// Is it usable? A question to this side of the connection, which is answered at once.
+pub(super) fn is_alive(connect: &Connect) -> bool {
+    connect.is_alive().unwrap_or(false)
+}
+
+fn open(config: &Config) -> Result<Connect, Error> {
+    let connect = Connect::open(Some(&config.uri))?;
+    let seconds = i32::try_from(config.keepalive_interval.as_secs()).unwrap_or(i32::MAX);
+    optional(connect.set_keep_alive(seconds, config.keepalive_count))?;
+    Ok(connect)
+}
+
+/// `None` where the driver does not have the function at all.
+fn optional<T>(answer: Result<T, Error>) -> Result<Option<T>, Error> {
+    match answer {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if error.code() == Enum::Known(ErrorNumber::NoSupport) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// The connection that events come over, with its registrations, which end before it does.
+pub(super) struct EventConnection {
     _events: Vec<DomainEvents>,
     _close: Option<CloseWatch>,
     connect: Connect,
-    class: Class,
-    generation: u64,
-}
-
-impl Connection {
-    /// The handle for calls.
-    pub(super) fn connect(&self) -> &Connect {
-        &self.connect
-    }
-
-    /// Is it usable? A question to this side of the connection, which is answered at once.
-    pub(super) fn is_alive(&self) -> bool {
-        self.connect.is_alive().unwrap_or(false)
-    }
-
-    /// The notice that it has ended.
-    pub(super) fn closed(&self, reason: String) -> Notice {
-        Notice::Closed(self.class, self.generation, reason)
-    }
 }
 
 /// What the supervisor is told.
 pub(super) enum Notice {
     /// An opener thread is done.
-    Opened(Class, Result<Box<Connection>, String>),
-    /// A connection has ended.
-    Closed(Class, u64, String),
-    /// Calls hang on a connection.
-    Hangs(Class, u64),
+    Opened(Result<Box<EventConnection>, String>),
+    /// The connection of this number has ended.
+    Closed(u64, String),
+    /// A call has found its connection dead: look whether the one for events is.
+    Look,
     /// The end.
     Stop,
 }
 
 /// What the supervisor and the callers share.
 pub(super) struct Connections {
-    pub(super) config: Config,
-    pools: [Mutex<Option<Pool<Connection>>>; 3],
+    pub(super) config: Arc<Config>,
+    read: Pool<CallConnections>,
+    mutate: Pool<CallConnections>,
+    emergency: Pool<CallConnections>,
     pub(super) stuck: StuckCalls,
     pub(super) link: watch::Sender<LinkState>,
     pub(super) events: broadcast::Sender<HypervisorEvent>,
@@ -89,13 +142,20 @@ impl Connections {
         events: broadcast::Sender<HypervisorEvent>,
         notices: Sender<Notice>,
     ) -> Self {
+        let config = Arc::new(config);
+        let pool = |class: Class| {
+            let source = CallConnections(Arc::clone(&config));
+            Pool::new(class.name(), class.limit(), source)
+        };
         Self {
-            config,
-            pools: [Mutex::new(None), Mutex::new(None), Mutex::new(None)],
+            read: pool(Class::Read),
+            mutate: pool(Class::Mutate),
+            emergency: pool(Class::Emergency),
             stuck: StuckCalls::default(),
-            link: watch::Sender::new(Links::new().published().clone()),
+            link: watch::Sender::new(Link::new().published().clone()),
             events,
             notices,
+            config,
         }
     }
 
@@ -105,62 +165,46 @@ impl Connections {
         let _ = self.notices.send(notice);
     }
 
-    /// Queues a job; `false` if there is no connection to do it on.
-    pub(super) fn submit(&self, class: Class, job: Job<Connection>) -> bool {
-        let pool = self.pool(class);
-        pool.as_ref().is_some_and(|pool| pool.submit(job).is_ok())
+    /// Queues a job.
+    pub(super) fn submit(&self, class: Class, job: Job<Connect, Error>) {
+        match class {
+            Class::Read => self.read.submit(job),
+            Class::Mutate => self.mutate.submit(job),
+            Class::Emergency => self.emergency.submit(job),
+        }
     }
 
-    /// Asks for a new connection if the calls on the present one hang.
-    pub(super) fn look_for_hanging(&self, class: Class) {
-        let generation = match &*self.pool(class) {
-            Some(pool) if pool.hangs() => pool.generation(),
-            _ => return,
-        };
-        self.notify(Notice::Hangs(class, generation));
+    /// Opens a connection in each class before somebody waits for it.
+    fn warm_up(&self) {
+        for class in [Class::Read, Class::Mutate, Class::Emergency] {
+            let ticket = Ticket::new("virConnectOpen", None);
+            self.submit(class, Job::new(&ticket, |_| ()));
+        }
     }
 
-    fn pool(&self, class: Class) -> MutexGuard<'_, Option<Pool<Connection>>> {
-        let [read, mutate, emergency] = &self.pools;
-        let pool = match class {
-            Class::Read => read,
-            Class::Mutate => mutate,
-            Class::Emergency => emergency,
-        };
-        pool.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Opens one connection. It may block for as long as libvirt likes.
-    fn open(&self, class: Class, generation: u64) -> Result<Connection, Error> {
-        let connect = Connect::open(Some(&self.config.uri))?;
-        let seconds = i32::try_from(self.config.keepalive_interval.as_secs()).unwrap_or(i32::MAX);
-        optional(connect.set_keep_alive(seconds, self.config.keepalive_count))?;
-
+    /// Opens the connection for events. It may block for as long as libvirt likes.
+    fn open(&self, number: u64) -> Result<EventConnection, Error> {
+        let connect = open(&self.config)?;
         let notices = self.notices.clone();
         let close = CloseWatch::new(
             &connect,
             Box::new(move |told| {
                 if let Told::Closed { reason } = told {
                     let reason = words::closed(reason).to_owned();
-                    let _ = notices.send(Notice::Closed(class, generation, reason));
+                    let _ = notices.send(Notice::Closed(number, reason));
                 }
             }),
         );
-        let mut events = Vec::new();
-        if class == Class::Read {
-            events.push(DomainEvents::lifecycle(&connect, self.sink())?);
-            events.extend(optional(DomainEvents::guest_agents(&connect, self.sink()))?);
-        }
-        Ok(Connection {
+        let mut events = vec![DomainEvents::lifecycle(&connect, self.sink())?];
+        events.extend(optional(DomainEvents::guest_agents(&connect, self.sink()))?);
+        Ok(EventConnection {
             _events: events,
             _close: optional(close)?,
             connect,
-            class,
-            generation,
         })
     }
 
-    fn sink(&self) -> super::ffi::Sink {
+    fn sink(&self) -> Sink {
         let events = self.events.clone();
         Box::new(move |told| {
             let event = match told {
@@ -180,23 +224,12 @@ impl Connections {
     }
 }
 
-/// `None` where the driver does not have the function at all.
-fn optional<T>(answer: Result<T, Error>) -> Result<Option<T>, Error> {
-    match answer {
-        Ok(value) => Ok(Some(value)),
-        Err(error) if error.code() == Enum::Known(ErrorNumber::NoSupport) => Ok(None),
-        Err(error) => Err(error),
-    }
-}
-
-/// The thread that keeps the connections up.
+/// The thread that keeps the link up.
 pub(super) struct Supervisor {
     shared: Arc<Connections>,
     notices: Receiver<Notice>,
-    links: Links,
-    /// The connection that an opener thread has just brought.
-    brought: Option<Box<Connection>>,
-    retired: Vec<(Class, PoolLife)>,
+    link: Link,
+    connection: Option<Box<EventConnection>>,
 }
 
 impl Supervisor {
@@ -204,48 +237,44 @@ impl Supervisor {
         Self {
             shared,
             notices,
-            links: Links::new(),
-            brought: None,
-            retired: Vec::new(),
+            link: Link::new(),
+            connection: None,
         }
     }
 
     /// Runs until it is told to stop.
     pub(super) fn run(mut self) {
         let mut happened = Happened::Nothing;
+        let mut brought = None;
         loop {
-            for todo in self.links.after(happened, Instant::now()) {
-                self.act(todo);
+            for todo in self.link.after(happened, Instant::now()) {
+                self.act(todo, &mut brought);
             }
-            self.brought = None;
-            let wait = self.links.next_attempt();
+            let wait = self.link.next_attempt();
             let wait = wait.map(|at| at.saturating_duration_since(Instant::now()));
             let wait = wait.unwrap_or(LOOK_EVERY).min(LOOK_EVERY);
             happened = match self.notices.recv_timeout(wait) {
-                Ok(Notice::Opened(class, Ok(connection))) => {
-                    self.brought = Some(connection);
-                    Happened::Opened(class)
+                Ok(Notice::Opened(Ok(connection))) => {
+                    brought = Some(connection);
+                    Happened::Opened
                 }
-                Ok(Notice::Opened(class, Err(reason))) => Happened::OpenFailed(class, reason),
-                Ok(Notice::Closed(class, generation, reason)) => {
-                    Happened::Closed(class, generation, reason)
-                }
-                Ok(Notice::Hangs(class, _)) if self.is_full(class) => Happened::Nothing,
-                Ok(Notice::Hangs(class, generation)) => Happened::Hangs(class, generation),
-                Err(RecvTimeoutError::Timeout) => self.look(),
+                Ok(Notice::Opened(Err(reason))) => Happened::OpenFailed(reason),
+                Ok(Notice::Closed(number, reason)) => Happened::Closed(number, reason),
+                Ok(Notice::Look) | Err(RecvTimeoutError::Timeout) => self.look(),
                 Ok(Notice::Stop) | Err(RecvTimeoutError::Disconnected) => break,
             };
         }
-        for class in Class::ALL {
-            dispose(self.shared.pool(class).take());
-        }
+        dispose(self.connection);
     }
 
-    fn act(&mut self, todo: Do) {
+    fn act(&mut self, todo: Do, brought: &mut Option<Box<EventConnection>>) {
         match todo {
-            Do::Open(class, generation) => self.open(class, generation),
-            Do::Install(class, generation) => self.install(class, generation),
-            Do::Remove(class) => dispose(self.shared.pool(class).take()),
+            Do::Open(number) => self.open(number),
+            Do::Keep => {
+                dispose(std::mem::replace(&mut self.connection, brought.take()));
+                self.shared.warm_up();
+            }
+            Do::Forget => dispose(self.connection.take()),
             Do::Publish(state) => {
                 match &state {
                     LinkState::Up => tracing::info!("connected to libvirt"),
@@ -260,63 +289,35 @@ impl Supervisor {
         }
     }
 
-    fn open(&self, class: Class, generation: u64) {
+    fn open(&self, number: u64) {
         let shared = Arc::clone(&self.shared);
         let opener = move || {
-            let opened = shared.open(class, generation).map(Box::new);
+            let opened = shared.open(number).map(Box::new);
             let opened = opened.map_err(|error| error.message().to_owned());
-            shared.notify(Notice::Opened(class, opened));
+            shared.notify(Notice::Opened(opened));
         };
         let thread = std::thread::Builder::new().name("lv-open".to_owned());
         if let Err(error) = thread.spawn(opener) {
             let reason = format!("cannot start a thread: {error}");
-            self.shared.notify(Notice::Opened(class, Err(reason)));
+            self.shared.notify(Notice::Opened(Err(reason)));
         }
-    }
-
-    fn install(&mut self, class: Class, generation: u64) {
-        let Some(connection) = self.brought.take() else {
-            return;
-        };
-        let new = Pool::new(class.name(), generation, *connection);
-        let mut slot = self.shared.pool(class);
-        let old = slot.take();
-        for job in old.iter().flat_map(Pool::retire) {
-            // A new pool takes every job.
-            let _ = new.submit(job);
-        }
-        *slot = Some(new);
-        drop(slot);
-        self.retired
-            .extend(old.iter().map(|pool| (class, pool.life())));
-        dispose(old);
-    }
-
-    /// Have so many pools of the class calls under way that a further one would be too much?
-    fn is_full(&mut self, class: Class) -> bool {
-        self.retired.retain(|(_, life)| life.lasts());
-        let retired = self.retired.iter().filter(|(of, _)| *of == class).count();
-        retired + 1 >= POOLS_PER_CLASS
     }
 
     fn look(&self) -> Happened {
-        for class in Class::ALL {
-            if let Some(pool) = &*self.shared.pool(class)
-                && !pool.resource().is_alive()
-            {
-                let reason = "the connection is not alive".to_owned();
-                return Happened::Closed(class, pool.generation(), reason);
+        match (&self.connection, self.link.up()) {
+            (Some(connection), Some(number)) if !is_alive(&connection.connect) => {
+                Happened::Closed(number, "the connection is not alive".to_owned())
             }
+            _ => Happened::Nothing,
         }
-        Happened::Nothing
     }
 }
 
-/// Drops a pool on a thread of its own, because the end of a connection is a call to libvirt.
-fn dispose(pool: Option<Pool<Connection>>) {
-    if let Some(pool) = pool {
+/// Drops a connection on a thread of its own, because its end is a call to libvirt.
+fn dispose(connection: Option<Box<EventConnection>>) {
+    if let Some(connection) = connection {
         let thread = std::thread::Builder::new().name("lv-close".to_owned());
-        if let Err(error) = thread.spawn(move || drop(pool)) {
+        if let Err(error) = thread.spawn(move || drop(connection)) {
             tracing::error!(%error, "cannot start a thread to close a connection");
         }
     }

@@ -4,6 +4,7 @@
 use virt::enumutil::Enum;
 use virt::error::{Error, ErrorNumber};
 
+use super::Call;
 use super::schema::SchemaError;
 use crate::hypervisor::HypervisorError;
 
@@ -34,14 +35,12 @@ pub(super) fn is(error: &Error, number: ErrorNumber) -> bool {
 }
 
 /// What libvirt said of a call on a connection that is alive.
-pub(super) fn refusal(
-    call: &'static str,
-    domain: Option<String>,
-    error: &Error,
-) -> HypervisorError {
+pub(super) fn refusal(call: &Call, error: &Error) -> HypervisorError {
     let message = error.message().trim().to_owned();
-    match (error.code(), domain) {
-        (Enum::Known(ErrorNumber::NoDomain), Some(domain)) => HypervisorError::NoDomain { domain },
+    match (error.code(), call.domain) {
+        (Enum::Known(ErrorNumber::NoDomain), Some(domain)) => HypervisorError::NoDomain {
+            domain: domain.to_string(),
+        },
         (
             Enum::Known(
                 ErrorNumber::AgentUnresponsive
@@ -50,7 +49,10 @@ pub(super) fn refusal(
             ),
             _,
         ) => HypervisorError::NoGuestAgent { reason: message },
-        _ => HypervisorError::Refused { call, message },
+        _ => HypervisorError::Refused {
+            call: call.name,
+            message,
+        },
     }
 }
 

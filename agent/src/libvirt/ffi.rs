@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! All of Salvor's `unsafe` code: the libvirt functions that the `virt` crate does not wrap, or wraps
-//! so that they leak or never fail.
+//! so that they leak or never fail; and one of the C library.
 //!
 //! Whatever libvirt allocates for us is owned by a type here and freed when that is dropped.
 //! Callbacks run on libvirt's threads, and a close callback even on whichever thread happens to read
@@ -268,6 +268,22 @@ impl Drop for CloseWatch {
     fn drop(&mut self) {
         // SAFETY: the connection is alive and this is the function it was registered with.
         unsafe { sys::virConnectUnregisterCloseCallback(self.connect.as_ptr(), Some(on_close)) };
+    }
+}
+
+/// Gives the memory that was freed back to the host, where the C library keeps it (glibc does).
+///
+/// libvirt builds its whole schema in memory for each check and frees it again: some 10 MB, which
+/// would stay with each thread that ever made a check.
+pub(super) fn give_memory_back() {
+    #[cfg(target_env = "gnu")]
+    {
+        unsafe extern "C" {
+            fn malloc_trim(pad: usize) -> c_int;
+        }
+        // SAFETY: glibc's function has this type, may be called at any time from any thread, and
+        // touches only what is free.
+        unsafe { malloc_trim(0) };
     }
 }
 

@@ -1,29 +1,34 @@
 // SPDX-License-Identifier: Apache-2.0
 //! libvirt: the only place that names the `virt` crate.
 //!
-//! [`Libvirt`] implements the seam. Reads, changes and destroys each have a connection and threads of
-//! their own (`connections`, `threads`), so that a QEMU that hangs holds up its own domain only.
-//! Events are hints; the truth is asked for. Nothing here knows a server, a plan or a record.
+//! [`Libvirt`] implements the seam. Reads, changes and destroys each have threads of their own, and
+//! every thread a connection (`connections`, `threads`), so that a QEMU that hangs holds up its own
+//! domain only. Events are hints; the truth is asked for. Nothing here knows a server, a plan or a
+//! record.
 //!
-//! Two rules that are easily broken:
-//! * On the connection for reads only calls that neither take a domain's job lock nor ask its monitor
-//!   are made: `virDomainGetState`, `virDomainGetXMLDesc`, lookups and listings.
+//! Rules that are easily broken:
+//! * As reads only calls are made that neither take a domain's job lock nor ask its monitor:
+//!   `virDomainGetState`, `virDomainGetXMLDesc`, lookups and listings.
+//! * libvirtd holds a domain's own lock while it destroys it: 0.2 s as a rule, 10 s if its QEMU hangs.
+//!   Who looks that domain up meanwhile waits, and while waiting keeps everybody from defining
+//!   domains. So reads of a domain wait for our destroy of it on this side (`turns`), and for each
+//!   other.
 //! * Guest agents are asked with a time limit that libvirt itself keeps, because a guest could
 //!   otherwise hold a thread for as long as it likes.
 
 mod connections;
 mod errors;
 mod ffi;
-mod links;
+mod link;
 mod schema;
 #[cfg(test)]
 mod tests;
 mod threads;
+mod turns;
 mod words;
 
 use std::collections::HashSet;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, mpsc};
 use std::time::Duration;
 
@@ -39,10 +44,10 @@ use virt::sys;
 
 pub use self::schema::{SchemaError, check_schema};
 
-use self::connections::{Connection, Connections, Notice, Supervisor};
+use self::connections::{Class, Connections, Notice, Supervisor, is_alive};
 use self::errors::{Failure, agent_failure, is, refusal, schema_failure};
-use self::links::Class;
-use self::threads::{HANGS_AFTER, Job, Ticket};
+use self::threads::{Job, Ticket};
+use self::turns::Turns;
 use crate::core::state::PowerState;
 use crate::hypervisor::{
     CryptHash, Definition, DomainStatus, HostFacts, Hypervisor, HypervisorError, HypervisorEvent,
@@ -115,6 +120,7 @@ pub enum OpenError {
 /// A libvirt as a hypervisor.
 pub struct Libvirt {
     shared: Arc<Connections>,
+    turns: Turns,
 }
 
 impl Libvirt {
@@ -139,63 +145,60 @@ impl Libvirt {
             .name("lv-supervisor".to_owned())
             .spawn(move || supervisor.run())
             .map_err(OpenError::Thread)?;
-        Ok(Self { shared })
+        let turns = Turns::default();
+        Ok(Self { shared, turns })
     }
 
-    /// Does `work` with a connection of the class on one of its threads.
+    /// Does `work` with a connection on one of the threads of the class.
     async fn call<T, F>(&self, class: Class, call: Call, work: F) -> HypervisorResult<T>
     where
         T: Send + 'static,
         F: FnOnce(&Connect) -> Result<T, Failure> + Send + 'static,
     {
-        let (answer, mut answered) = oneshot::channel();
+        if let LinkState::Down { reason } = &*self.shared.link.borrow() {
+            let reason = reason.clone();
+            return Err(HypervisorError::LinkDown { reason });
+        }
+        let (answer, answered) = oneshot::channel();
         let ticket = Ticket::new(call.name, call.domain);
         let shared = Arc::clone(&self.shared);
-        let subject = call.subject();
-        let job = Job::new(&ticket, move |connection: &Connection| {
-            let done = work(connection.connect()).map_err(|failure| match failure {
-                Failure::Said(error) => error,
-                Failure::Libvirt(error) if connection.is_alive() => {
-                    refusal(call.name, subject, &error)
-                }
-                Failure::Libvirt(error) => {
-                    let reason = error.message().to_owned();
-                    shared.notify(connection.closed(reason.clone()));
-                    HypervisorError::LinkDown { reason }
-                }
-            });
+        let job = Job::new(&ticket, move |connect| {
             // Nobody may wait for it any more.
-            let _ = answer.send(done);
+            let _ = answer.send(match connect {
+                Ok(connect) => work(connect).map_err(|failure| match failure {
+                    Failure::Said(error) => error,
+                    Failure::Libvirt(error) if is_alive(connect) => refusal(&call, &error),
+                    Failure::Libvirt(error) => link_down(&shared, &error),
+                }),
+                Err(error) => Err(link_down(&shared, &error)),
+            });
         });
-        let waiting = Waiting {
+        let mut waiting = Waiting {
             shared: &self.shared,
-            class,
-            ticket: &ticket,
-            answered: false.into(),
+            ticket: Some(&ticket),
         };
-        if !self.shared.submit(class, job) {
-            return Err(self.link_down());
-        }
-        let wait = async {
-            loop {
-                match tokio::time::timeout(HANGS_AFTER, &mut answered).await {
-                    Ok(answer) => return answer,
-                    Err(_) if ticket.is_queued() => self.shared.look_for_hanging(class),
-                    Err(_) => return answered.await,
-                }
-            }
-        };
-        let answer = tokio::time::timeout(call.deadline, wait).await;
-        match answer {
+        self.shared.submit(class, job);
+        match tokio::time::timeout(call.deadline, answered).await {
             Ok(answer) => {
-                waiting.answered.store(true, Ordering::Relaxed);
+                waiting.ticket = None;
                 answer.unwrap_or_else(|_| Err(panicked(call.name)))
             }
-            Err(_) => Err(HypervisorError::Deadline {
-                call: call.name,
-                after: call.deadline,
-            }),
+            Err(_) => Err(call.too_late()),
         }
+    }
+
+    /// Like [`Self::call`], for reads: those of one subject wait for each other, and for our destroy
+    /// of it, on this side.
+    async fn read<T, F>(&self, subject: &str, call: Call, work: F) -> HypervisorResult<T>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Connect) -> Result<T, Failure> + Send + 'static,
+    {
+        let turn = self.turns.of(subject);
+        let Ok(_turn) = tokio::time::timeout(call.deadline, turn.lock_owned()).await else {
+            return Err(call.too_late());
+        };
+        self.call(Class::Read, call, work).await
     }
 
     /// Like [`Self::call`], for what asks a guest or its QEMU: while an earlier call of the domain
@@ -231,14 +234,6 @@ impl Libvirt {
     fn call_named(&self, name: &'static str) -> Call {
         Call::new(name, self.shared.config.call_timeout)
     }
-
-    fn link_down(&self) -> HypervisorError {
-        let reason = match &*self.shared.link.borrow() {
-            LinkState::Down { reason } => reason.clone(),
-            LinkState::Up => "the connection is being replaced; try again".to_owned(),
-        };
-        HypervisorError::LinkDown { reason }
-    }
 }
 
 impl Drop for Libvirt {
@@ -269,8 +264,11 @@ impl Call {
         self
     }
 
-    fn subject(&self) -> Option<String> {
-        self.domain.map(|id| id.to_string())
+    const fn too_late(&self) -> HypervisorError {
+        HypervisorError::Deadline {
+            call: self.name,
+            after: self.deadline,
+        }
     }
 }
 
@@ -278,20 +276,21 @@ impl Call {
 /// dropped, the call is given up.
 struct Waiting<'a> {
     shared: &'a Connections,
-    class: Class,
-    ticket: &'a Arc<Ticket>,
-    answered: AtomicBool,
+    ticket: Option<&'a Arc<Ticket>>,
 }
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        if self.answered.load(Ordering::Relaxed) {
-            return;
-        }
-        if let Some(generation) = self.shared.stuck.give_up(self.ticket) {
-            self.shared.notify(Notice::Hangs(self.class, generation));
+        if let Some(ticket) = self.ticket {
+            self.shared.stuck.give_up(ticket);
         }
     }
+}
+
+fn link_down(shared: &Connections, error: &virt::error::Error) -> HypervisorError {
+    shared.notify(Notice::Look);
+    let reason = error.message().to_owned();
+    HypervisorError::LinkDown { reason }
 }
 
 fn panicked(call: &'static str) -> HypervisorError {
@@ -448,27 +447,27 @@ fn facts(connect: &Connect) -> Result<HostFacts, Failure> {
 impl Hypervisor for Libvirt {
     async fn host(&self) -> HypervisorResult<HostFacts> {
         let call = self.call_named("virConnectGetCapabilities");
-        self.call(Class::Read, call, facts).await
+        self.read("host", call, facts).await
     }
 
     async fn domains(&self) -> HypervisorResult<Vec<DomainStatus>> {
         let call = self.call_named("virConnectGetAllDomainStats");
-        self.call(Class::Read, call, all).await
+        self.read("all", call, all).await
     }
 
     async fn domain(&self, id: Uuid) -> HypervisorResult<Option<DomainStatus>> {
         let call = self.call_named("virDomainGetState").about(id);
-        self.call(Class::Read, call, move |connect| {
+        self.read(&id.to_string(), call, move |connect| {
             find(connect, id)?.map_or(Ok(None), |domain| status(&domain))
         })
         .await
     }
 
     async fn domain_by_name(&self, name: &str) -> HypervisorResult<Option<DomainStatus>> {
-        let name = name.to_owned();
         let call = self.call_named("virDomainLookupByName");
-        self.call(Class::Read, call, move |connect| {
-            match connect.lookup_domain_by_name(&name) {
+        let sought = name.to_owned();
+        self.read(name, call, move |connect| {
+            match connect.lookup_domain_by_name(&sought) {
                 Ok(domain) => status(&domain),
                 Err(error) if is(&error, ErrorNumber::NoDomain) => Ok(None),
                 Err(error) => Err(error.into()),
@@ -479,7 +478,7 @@ impl Hypervisor for Libvirt {
 
     async fn domain_xml(&self, id: Uuid, which: Definition) -> HypervisorResult<String> {
         let call = self.call_named("virDomainGetXMLDesc").about(id);
-        self.call(Class::Read, call, move |connect| {
+        self.read(&id.to_string(), call, move |connect| {
             let domain = connect.lookup_domain_by_uuid(id)?;
             // libvirt gives the other definition where the one asked for is missing.
             let (there, flags) = match which {
@@ -568,6 +567,8 @@ impl Hypervisor for Libvirt {
     }
 
     async fn destroy(&self, id: Uuid) -> HypervisorResult<()> {
+        // Reads that come now wait; one that is under way does not hold this up.
+        let _turn = self.turns.of(&id.to_string()).try_lock_owned();
         let timeout = self.shared.config.destroy_timeout;
         let call = Call::new("virDomainDestroy", timeout).about(id);
         self.call(Class::Emergency, call, move |connect| {

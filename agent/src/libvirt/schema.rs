@@ -17,11 +17,13 @@ use virt::enumutil::Enum;
 use virt::error::{Error, ErrorNumber};
 use virt::sys;
 
+use super::ffi;
+
 /// Why a domain's XML was not found good.
 #[derive(Debug, thiserror::Error)]
 pub enum SchemaError {
-    /// It does not follow libvirt's schema.
-    #[error("the domain's XML does not follow libvirt's schema: {message}")]
+    /// It does not follow libvirt's schema, or not the rules that libvirt has beside it.
+    #[error("libvirt cannot take the domain's XML: {message}")]
     Invalid {
         /// libvirt's message.
         message: String,
@@ -45,6 +47,12 @@ pub enum SchemaError {
 /// # Errors
 /// [`SchemaError::Invalid`] if it does not; the others if that could not be found out.
 pub fn check_schema(xml: &str) -> Result<(), SchemaError> {
+    let checked = check(xml);
+    ffi::give_memory_back();
+    checked
+}
+
+fn check(xml: &str) -> Result<(), SchemaError> {
     let mut host = std::fs::File::from(
         memfd_create(c"salvor-schema-check", MFdFlags::MFD_CLOEXEC)
             .map_err(|errno| SchemaError::TestHost(errno.into()))?,

@@ -8,7 +8,6 @@ use std::time::Instant;
 
 use tokio::time::timeout;
 
-use super::threads::CALLS_PER_POOL;
 use super::*;
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -208,19 +207,21 @@ async fn calls_that_hang_hold_up_their_own_domain_only_and_are_listed_until_they
         libvirt.define(&xml(id)).await.unwrap();
         libvirt.start(id).await.unwrap();
     }
-    for class in [Class::Mutate, Class::Read] {
-        let end = hang(&libvirt, class, CALLS_PER_POOL, sick).await;
-        assert_eq!(libvirt.stuck_calls().len(), CALLS_PER_POOL);
+    for class in [Class::Mutate, Class::Read, Class::Emergency] {
+        let count = class.limit() - 1;
+        let end = hang(&libvirt, class, count, sick).await;
+        assert_eq!(libvirt.stuck_calls().len(), count);
         assert_eq!(libvirt.stuck_calls()[0].domain, Some(sick));
 
         libvirt.define(&xml(well)).await.unwrap();
         libvirt.domain(well).await.unwrap();
+        libvirt.destroy(well).await.unwrap();
+        libvirt.start(well).await.unwrap();
         let asked = libvirt.shutdown(sick).await;
         assert!(
             matches!(asked, Err(HypervisorError::Deadline { call: "hangs", .. })),
             "{asked:?}"
         );
-        assert_eq!(libvirt.link().borrow().clone(), LinkState::Up);
 
         drop(end);
         let deadline = Instant::now() + PATIENCE;
@@ -236,13 +237,18 @@ async fn calls_that_hang_hold_up_their_own_domain_only_and_are_listed_until_they
 }
 
 #[tokio::test]
-async fn more_calls_may_hang_than_one_connection_bears() {
-    let libvirt = test_host().await;
-    let end = hang(&libvirt, Class::Mutate, 2 * CALLS_PER_POOL, Uuid::nil()).await;
+async fn when_all_threads_of_a_class_hang_its_calls_end_at_their_deadline() {
+    let mut config = Config::new("test:///default");
+    config.call_timeout = Duration::from_millis(100);
+    let libvirt = open(config).await;
+    let limit = Class::Mutate.limit();
+    let end = hang(&libvirt, Class::Mutate, limit, Uuid::nil()).await;
     let id = Uuid::new_v4();
-    libvirt.define(&xml(id)).await.unwrap();
-    libvirt.undefine(id, Nvram::Remove).await.unwrap();
+    let late = libvirt.define(&xml(id)).await;
+    assert!(matches!(late, Err(HypervisorError::Deadline { .. })));
+    assert_eq!(libvirt.stuck_calls().len(), limit, "it never ran");
     drop(end);
+    assert_eq!(libvirt.domain(id).await, Ok(None));
 }
 
 #[tokio::test]

@@ -1,34 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The threads that libvirt calls run on, and what becomes of a call that does not come back.
 //!
-//! A libvirt call blocks and cannot be cancelled. So each connection has a [`Pool`]: a queue and a
-//! few named threads. A caller that has waited long enough gives its call up: one that still waits
-//! in the queue is taken out and never runs; one that runs goes on as a stuck call, listed until it
-//! returns, and keeps its thread. A pool with stuck calls is [retired](Pool::retire) and a new one,
-//! with a connection of its own, takes over what was queued.
+//! A libvirt call blocks and cannot be cancelled. So there are [`Pool`]s: a queue and a few named
+//! threads, each with a connection of its own, so that a connection never has more than one call
+//! under way. (libvirt's client lets threads share a connection, but then one thread reads the socket
+//! for all, and when its own call hangs the answers for the others were seen to lie there until the
+//! next keepalive.)
+//!
+//! A caller that has waited long enough gives its call up: one that still waits in the queue never
+//! runs; one that runs goes on as a stuck call, listed until it returns, and keeps its thread and
+//! connection. Other threads take its place, up to the pool's limit.
 //!
 //! Nothing here knows libvirt: what the calls work on is a type parameter.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
 use crate::hypervisor::StuckCall;
 
-/// How many calls of one connection may be at the daemon at once. libvirtd stops reading a client
-/// that has `max_client_requests` (5 by default) unanswered, keepalive included, so it must be less.
-pub(super) const CALLS_PER_POOL: usize = 4;
-
-/// How long no thread of a pool may have taken a job before the pool counts as hanging: most calls
-/// take a few milliseconds, and a call that waits behind those of a frozen guest should not wait for
-/// much longer than that.
-pub(super) const HANGS_AFTER: Duration = Duration::from_millis(25);
+/// How long a thread with nothing to do stays, unless it is the last.
+const IDLE: Duration = Duration::from_secs(60);
 
 /// Panics are caught before they could leave a lock in a bad state.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -36,8 +34,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     Queued,
-    /// By the pool of this generation.
-    Running(u64),
+    Running,
     /// Given up on before it ran: it never will.
     Cancelled,
     /// Given up on while it ran.
@@ -65,16 +62,11 @@ impl Ticket {
         })
     }
 
-    /// Does it still wait for a thread?
-    pub(super) fn is_queued(&self) -> bool {
-        *lock(&self.phase) == Phase::Queued
-    }
-
-    fn begin(&self, generation: u64) -> bool {
+    fn begin(&self) -> bool {
         let mut phase = lock(&self.phase);
         let runs = *phase == Phase::Queued;
         if runs {
-            *phase = Phase::Running(generation);
+            *phase = Phase::Running;
         }
         runs
     }
@@ -87,18 +79,18 @@ impl Ticket {
         }
     }
 
-    /// Whoever waited for it waits no more. The generation of the pool that it is stuck in, if it is.
-    fn give_up(&self) -> Option<u64> {
+    /// Whoever waited for it waits no more. Is it stuck now?
+    fn give_up(&self) -> bool {
         let mut phase = lock(&self.phase);
         match *phase {
             Phase::Queued => *phase = Phase::Cancelled,
-            Phase::Running(generation) => {
+            Phase::Running => {
                 *phase = Phase::Stuck;
-                return Some(generation);
+                return true;
             }
             Phase::Cancelled | Phase::Stuck | Phase::Done => {}
         }
-        None
+        false
     }
 }
 
@@ -107,15 +99,15 @@ impl Ticket {
 pub(super) struct StuckCalls(Mutex<Vec<Arc<Ticket>>>);
 
 impl StuckCalls {
-    /// Gives a call up; the generation of the pool that it is stuck in, if it is.
-    pub(super) fn give_up(&self, ticket: &Arc<Ticket>) -> Option<u64> {
+    /// Gives a call up.
+    pub(super) fn give_up(&self, ticket: &Arc<Ticket>) {
         let mut list = lock(&self.0);
-        let generation = ticket.give_up()?;
         list.retain(|ticket| *lock(&ticket.phase) == Phase::Stuck);
-        list.push(Arc::clone(ticket));
-        let (call, domain) = (ticket.call, ticket.domain);
-        tracing::warn!(call, ?domain, "a libvirt call hangs; giving it up");
-        Some(generation)
+        if ticket.give_up() {
+            list.push(Arc::clone(ticket));
+            let (call, domain) = (ticket.call, ticket.domain);
+            tracing::warn!(call, ?domain, "a libvirt call hangs; giving it up");
+        }
     }
 
     /// All of them, oldest first.
@@ -138,15 +130,21 @@ impl StuckCalls {
     }
 }
 
+type Work<C, E> = Box<dyn FnOnce(Result<&C, E>) + Send>;
+
 /// What a thread of a pool does for one call.
-pub(super) struct Job<C> {
+pub(super) struct Job<C, E> {
     ticket: Arc<Ticket>,
-    work: Box<dyn FnOnce(&C) + Send>,
+    work: Work<C, E>,
 }
 
-impl<C> Job<C> {
-    /// A job that does `work` unless its ticket is given up before.
-    pub(super) fn new(ticket: &Arc<Ticket>, work: impl FnOnce(&C) + Send + 'static) -> Self {
+impl<C, E> Job<C, E> {
+    /// A job that does `work`, on a connection or with why there is none, unless its ticket is given
+    /// up before.
+    pub(super) fn new(
+        ticket: &Arc<Ticket>,
+        work: impl FnOnce(Result<&C, E>) + Send + 'static,
+    ) -> Self {
         Self {
             ticket: Arc::clone(ticket),
             work: Box::new(work),
@@ -154,86 +152,66 @@ impl<C> Job<C> {
     }
 }
 
-struct State<C> {
-    queue: VecDeque<Job<C>>,
-    threads: usize,
-    idle: usize,
-    /// When a thread last took a job.
-    taken: Instant,
-    retired: bool,
+/// Makes what the threads of a pool work on.
+pub(super) trait Source: Send + Sync + 'static {
+    /// A connection.
+    type Item;
+    /// Why there is none.
+    type Error;
+
+    /// A new one. It may block.
+    fn open(&self) -> Result<Self::Item, Self::Error>;
+
+    /// Can this one still be used?
+    fn is_alive(&self, item: &Self::Item) -> bool;
 }
 
-struct Shared<C> {
+struct State<S: Source> {
+    queue: VecDeque<Job<S::Item, S::Error>>,
+    threads: usize,
+    idle: usize,
+    closed: bool,
+}
+
+struct Shared<S: Source> {
     name: &'static str,
-    generation: u64,
-    resource: C,
-    state: Mutex<State<C>>,
+    limit: usize,
+    source: S,
+    state: Mutex<State<S>>,
     wake: Condvar,
 }
 
-/// Threads that work on one resource, the connection. Dropping it retires it.
-pub(super) struct Pool<C: Send + Sync + 'static> {
-    shared: Arc<Shared<C>>,
+/// Threads that each work on a connection of their own. They end when the pool is dropped.
+pub(super) struct Pool<S: Source> {
+    shared: Arc<Shared<S>>,
 }
 
-/// Tells whether a retired pool still has a call that has not come back.
-pub(super) struct PoolLife(Weak<dyn Send + Sync>);
-
-impl PoolLife {
-    /// Has it?
-    pub(super) fn lasts(&self) -> bool {
-        self.0.strong_count() > 0
-    }
-}
-
-impl<C: Send + Sync + 'static> Pool<C> {
-    /// A pool without threads; they are made as calls need them, up to [`CALLS_PER_POOL`].
-    pub(super) fn new(name: &'static str, generation: u64, resource: C) -> Self {
-        let state = Mutex::new(State {
-            queue: VecDeque::new(),
-            threads: 0,
-            idle: 0,
-            taken: Instant::now(),
-            retired: false,
-        });
+impl<S: Source> Pool<S> {
+    /// A pool without threads; they are made as calls need them, up to the limit.
+    pub(super) fn new(name: &'static str, limit: usize, source: S) -> Self {
         Self {
             shared: Arc::new(Shared {
                 name,
-                generation,
-                resource,
-                state,
+                limit,
+                source,
+                state: Mutex::new(State {
+                    queue: VecDeque::new(),
+                    threads: 0,
+                    idle: 0,
+                    closed: false,
+                }),
                 wake: Condvar::new(),
             }),
         }
     }
 
-    /// Which one it is.
-    pub(super) fn generation(&self) -> u64 {
-        self.shared.generation
-    }
-
-    /// What its threads work on.
-    pub(super) fn resource(&self) -> &C {
-        &self.shared.resource
-    }
-
-    /// How to see whether it is really gone after it was retired.
-    pub(super) fn life(&self) -> PoolLife {
-        let shared: Weak<Shared<C>> = Arc::downgrade(&self.shared);
-        PoolLife(shared)
-    }
-
-    /// Queues a job; gives it back if the pool is retired.
-    pub(super) fn submit(&self, job: Job<C>) -> Result<(), Job<C>> {
+    /// Queues a job.
+    pub(super) fn submit(&self, job: Job<S::Item, S::Error>) {
         let mut state = lock(&self.shared.state);
-        if state.retired {
-            return Err(job);
-        }
         state.queue.push_back(job);
-        if state.queue.len() > state.idle && state.threads < CALLS_PER_POOL {
+        if state.queue.len() > state.idle && state.threads < self.shared.limit {
             let shared = Arc::clone(&self.shared);
-            let name = format!("{}-{}", shared.name, shared.generation);
-            let thread = std::thread::Builder::new().name(name);
+            let thread = std::thread::Builder::new().name(shared.name.to_owned());
             match thread.spawn(move || shared.work()) {
                 Ok(_) => state.threads += 1,
                 // The other threads will come to it, or its caller will give it up.
@@ -242,41 +220,28 @@ impl<C: Send + Sync + 'static> Pool<C> {
         }
         drop(state);
         self.shared.wake.notify_one();
-        Ok(())
-    }
-
-    /// Do jobs wait while every thread has been at the same call for [`HANGS_AFTER`]? A queue that
-    /// moves does not count, however long it is.
-    pub(super) fn hangs(&self) -> bool {
-        let state = lock(&self.shared.state);
-        !state.queue.is_empty()
-            && state.threads == CALLS_PER_POOL
-            && state.taken.elapsed() >= HANGS_AFTER
-    }
-
-    /// Takes no more jobs; its threads end with the call they are at. What no thread had begun.
-    pub(super) fn retire(&self) -> VecDeque<Job<C>> {
-        let mut state = lock(&self.shared.state);
-        state.retired = true;
-        self.shared.wake.notify_all();
-        std::mem::take(&mut state.queue)
     }
 }
 
-impl<C: Send + Sync + 'static> Drop for Pool<C> {
+impl<S: Source> Drop for Pool<S> {
     fn drop(&mut self) {
-        self.retire();
+        let mut state = lock(&self.shared.state);
+        state.closed = true;
+        state.queue.clear();
+        self.shared.wake.notify_all();
     }
 }
 
-impl<C> Shared<C> {
+impl<S: Source> Shared<S> {
     fn work(&self) {
+        let mut item = None;
         while let Some(job) = self.next() {
-            if !job.ticket.begin(self.generation) {
+            if !job.ticket.begin() {
                 continue;
             }
             let work = job.work;
-            if catch_unwind(AssertUnwindSafe(|| work(&self.resource))).is_err() {
+            let done = catch_unwind(AssertUnwindSafe(|| work(self.usable(&mut item))));
+            if done.is_err() {
                 let call = job.ticket.call;
                 tracing::error!(call, "the libvirt binding panicked");
             }
@@ -284,21 +249,34 @@ impl<C> Shared<C> {
         }
     }
 
-    fn next(&self) -> Option<Job<C>> {
+    fn usable<'a>(&self, item: &'a mut Option<S::Item>) -> Result<&'a S::Item, S::Error> {
+        // The dead one ends before the new one begins.
+        *item = item.take().filter(|item| self.source.is_alive(item));
+        match item {
+            Some(item) => Ok(item),
+            none => Ok(none.insert(self.source.open()?)),
+        }
+    }
+
+    fn next(&self) -> Option<Job<S::Item, S::Error>> {
         let mut state = lock(&self.state);
         loop {
             if let Some(job) = state.queue.pop_front() {
-                state.taken = Instant::now();
                 return Some(job);
             }
-            if state.retired {
+            if state.closed {
                 state.threads -= 1;
                 return None;
             }
             state.idle += 1;
-            let woken = self.wake.wait(state);
-            state = woken.unwrap_or_else(PoisonError::into_inner);
+            let woken = self.wake.wait_timeout(state, IDLE);
+            let (guard, timeout) = woken.unwrap_or_else(PoisonError::into_inner);
+            state = guard;
             state.idle -= 1;
+            if timeout.timed_out() && state.threads > 1 && state.queue.is_empty() {
+                state.threads -= 1;
+                return None;
+            }
         }
     }
 }
@@ -307,133 +285,155 @@ impl<C> Shared<C> {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::panic)]
 
+    use std::sync::atomic::{AtomicU32, Ordering};
     use std::sync::mpsc::{self, Receiver, Sender};
 
     use super::*;
 
     const PATIENCE: Duration = Duration::from_secs(20);
+    const LIMIT: usize = 3;
+
+    /// Connections that are numbers; the test says which is the first that lives.
+    #[derive(Default)]
+    struct Numbers {
+        opened: AtomicU32,
+        alive_from: Arc<AtomicU32>,
+    }
+
+    impl Source for Numbers {
+        type Item = u32;
+        type Error = &'static str;
+
+        fn open(&self) -> Result<u32, &'static str> {
+            match self.alive_from.load(Ordering::SeqCst) {
+                u32::MAX => Err("nobody there"),
+                _ => Ok(self.opened.fetch_add(1, Ordering::SeqCst)),
+            }
+        }
+
+        fn is_alive(&self, item: &u32) -> bool {
+            *item >= self.alive_from.load(Ordering::SeqCst)
+        }
+    }
+
+    type TestPool = Pool<Numbers>;
+    type TestJob = Job<u32, &'static str>;
+
+    fn pool() -> TestPool {
+        Pool::new("t", LIMIT, Numbers::default())
+    }
 
     /// A job that says when it has begun and ends when it is told.
-    fn blocker(ticket: &Arc<Ticket>) -> (Job<()>, Receiver<()>, Sender<()>) {
+    fn blocker(ticket: &Arc<Ticket>) -> (TestJob, Receiver<()>, Sender<()>) {
         let (begun, has_begun) = mpsc::channel();
         let (end, told) = mpsc::channel::<()>();
-        let job = Job::new(ticket, move |()| {
+        let job = Job::new(ticket, move |_| {
             begun.send(()).unwrap();
             let _ = told.recv_timeout(PATIENCE);
         });
         (job, has_begun, end)
     }
 
-    fn teller(ticket: &Arc<Ticket>, word: &'static str) -> (Job<()>, Receiver<&'static str>) {
-        let (done, is_done) = mpsc::channel();
-        let job = Job::new(ticket, move |()| {
-            let _ = done.send(word);
-        });
-        (job, is_done)
+    /// What a job is given to work on.
+    fn given(pool: &TestPool) -> Receiver<Result<u32, &'static str>> {
+        let (given, is_given) = mpsc::channel();
+        let work = move |item: Result<&u32, _>| given.send(item.copied()).unwrap();
+        pool.submit(Job::new(&Ticket::new("given", None), work));
+        is_given
     }
 
-    fn submit(pool: &Pool<()>, job: Job<()>) {
-        assert!(pool.submit(job).is_ok());
-    }
-
-    /// A pool whose threads are all at a call, and how to end those calls.
-    fn busy_pool() -> (Pool<()>, Vec<Sender<()>>) {
-        let pool = Pool::new("busy", 1, ());
-        let ends = (0..CALLS_PER_POOL).map(|_| {
+    /// Lets calls hang in the pool until the senders are dropped.
+    fn hang(pool: &TestPool, count: usize) -> Vec<Sender<()>> {
+        let hang = |_| {
             let (job, begun, end) = blocker(&Ticket::new("busy", None));
-            submit(&pool, job);
+            pool.submit(job);
             begun.recv_timeout(PATIENCE).unwrap();
             end
-        });
-        let ends = ends.collect();
-        (pool, ends)
-    }
-
-    fn until(what: &str, condition: impl Fn() -> bool) {
-        let deadline = Instant::now() + PATIENCE;
-        while !condition() {
-            assert!(Instant::now() < deadline, "{what}");
-            std::thread::yield_now();
-        }
+        };
+        (0..count).map(hang).collect()
     }
 
     #[test]
     fn a_call_given_up_while_it_runs_is_stuck_until_it_comes_back() {
-        let pool = Pool::new("t", 7, ());
+        let pool = pool();
         let stuck = StuckCalls::default();
         let domain = Uuid::from_u128(3);
         let ticket = Ticket::new("virDomainShutdownFlags", Some(domain));
         let (job, begun, end) = blocker(&ticket);
-        submit(&pool, job);
+        pool.submit(job);
         begun.recv_timeout(PATIENCE).unwrap();
         assert_eq!(stuck.list(), []);
 
-        assert_eq!(stuck.give_up(&ticket), Some(7));
+        stuck.give_up(&ticket);
         assert_eq!(stuck.of(domain).unwrap().call, "virDomainShutdownFlags");
         assert_eq!(stuck.of(Uuid::nil()), None);
 
         end.send(()).unwrap();
-        until("it stays listed", || stuck.list().is_empty());
-        assert_eq!(stuck.give_up(&ticket), None, "a call that is done");
+        let deadline = Instant::now() + PATIENCE;
+        while !stuck.list().is_empty() {
+            assert!(Instant::now() < deadline, "it stays listed");
+            std::thread::yield_now();
+        }
+        stuck.give_up(&ticket);
+        assert_eq!(stuck.list(), [], "a call that is done");
     }
 
     #[test]
     fn a_call_given_up_in_the_queue_never_runs() {
-        let (pool, ends) = busy_pool();
+        let pool = pool();
+        let ends = hang(&pool, LIMIT);
         let stuck = StuckCalls::default();
         let ticket = Ticket::new("late", None);
-        let (job, done) = teller(&ticket, "ran");
-        submit(&pool, job);
-        assert!(ticket.is_queued());
-        assert_eq!(stuck.give_up(&ticket), None);
+        let (job, begun, _end) = blocker(&ticket);
+        pool.submit(job);
+        stuck.give_up(&ticket);
         assert_eq!(stuck.list(), []);
 
         drop(ends);
-        let (job, next) = teller(&Ticket::new("next", None), "next");
-        submit(&pool, job);
-        assert_eq!(next.recv_timeout(PATIENCE), Ok("next"));
-        assert!(done.recv().is_err(), "its job is dropped");
+        assert!(given(&pool).recv_timeout(PATIENCE).is_ok());
+        assert!(begun.recv().is_err(), "its job is dropped");
     }
 
     #[test]
-    fn what_a_retired_pool_had_not_begun_is_done_by_the_next_one() {
-        let (old, ends) = busy_pool();
-        let (job, done) = teller(&Ticket::new("waits", None), "done");
-        submit(&old, job);
-        until("all threads are taken", || old.hangs());
-
-        let life = old.life();
-        let new = Pool::new("new", 2, ());
-        for job in old.retire() {
-            submit(&new, job);
+    fn calls_that_hang_keep_their_connection_to_themselves() {
+        let pool = pool();
+        let _ends = hang(&pool, LIMIT - 1);
+        let number = u32::try_from(LIMIT - 1).unwrap();
+        for _ in 0..3 {
+            assert_eq!(given(&pool).recv_timeout(PATIENCE), Ok(Ok(number)));
         }
-        assert_eq!(done.recv_timeout(PATIENCE), Ok("done"));
-        let (job, _) = teller(&Ticket::new("late", None), "late");
-        assert!(old.submit(job).is_err(), "a retired pool takes nothing");
-
-        drop(old);
-        assert!(life.lasts(), "its calls have not come back");
-        drop(ends);
-        until("it never ends", || !life.lasts());
     }
 
     #[test]
-    fn a_queue_without_waiting_jobs_does_not_hang() {
-        let (pool, _ends) = busy_pool();
-        assert!(!pool.hangs());
+    fn no_more_calls_run_than_the_limit_allows() {
+        let pool = pool();
+        let ends = hang(&pool, LIMIT);
+        let waits = given(&pool);
+        assert_eq!(lock(&pool.shared.state).threads, LIMIT);
+        assert!(waits.try_recv().is_err());
+        drop(ends);
+        assert!(waits.recv_timeout(PATIENCE).is_ok());
+    }
+
+    #[test]
+    fn a_dead_connection_is_replaced_and_a_missing_one_is_reported() {
+        let pool = pool();
+        let alive_from = Arc::clone(&pool.shared.source.alive_from);
+        assert_eq!(given(&pool).recv_timeout(PATIENCE), Ok(Ok(0)));
+        alive_from.store(u32::MAX, Ordering::SeqCst);
+        let missing = given(&pool).recv_timeout(PATIENCE);
+        assert_eq!(missing, Ok(Err("nobody there")));
+        alive_from.store(1, Ordering::SeqCst);
+        assert_eq!(given(&pool).recv_timeout(PATIENCE), Ok(Ok(1)));
     }
 
     #[test]
     fn a_panic_ends_one_call_and_not_its_thread() {
-        let pool = Pool::new("t", 1, ());
-        for _ in 0..2 * CALLS_PER_POOL {
-            submit(
-                &pool,
-                Job::new(&Ticket::new("bad", None), |()| panic!("on purpose")),
-            );
+        let pool = pool();
+        for _ in 0..2 * LIMIT {
+            let ticket = Ticket::new("bad", None);
+            pool.submit(Job::new(&ticket, |_| panic!("on purpose")));
         }
-        let (job, done) = teller(&Ticket::new("good", None), "good");
-        submit(&pool, job);
-        assert_eq!(done.recv_timeout(PATIENCE), Ok("good"));
+        assert!(given(&pool).recv_timeout(PATIENCE).is_ok());
     }
 }
