@@ -55,6 +55,9 @@ struct Arguments {
 enum Command {
     /// Checks the configuration and prints what is in effect, and where each value came from
     CheckConfig,
+    /// Renders the domain templates with a matrix of servers and rescues, and checks what comes out
+    /// against libvirt's schema
+    CheckTemplates,
 }
 
 fn main() -> ExitCode {
@@ -76,6 +79,7 @@ fn main() -> ExitCode {
     };
     match arguments.command {
         Some(Command::CheckConfig) => check_config(&loaded),
+        Some(Command::CheckTemplates) => check_templates(&loaded),
         None => run(&loaded),
     }
 }
@@ -97,6 +101,24 @@ fn check_config(loaded: &Loaded) -> ExitCode {
     match io::stdout().lock().write_all(loaded.describe().as_bytes()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => failed(FAILED, &error),
+    }
+}
+
+fn check_templates(loaded: &Loaded) -> ExitCode {
+    let folder = loaded.config.templates_dir.as_deref();
+    let checked = daemon::load_templates(folder).and_then(|templates| daemon::check_templates(&templates));
+    match checked {
+        Ok(checked) => {
+            let of = folder.map_or_else(|| "built-in templates".to_owned(), |folder| folder.display().to_string());
+            let _ = writeln!(
+                io::stdout(),
+                "{of}: {} domains rendered, {} of them held against libvirt's schema: all good",
+                checked.rendered,
+                checked.validated
+            );
+            ExitCode::SUCCESS
+        }
+        Err(error) => failed(CONFIG, &error),
     }
 }
 

@@ -13,9 +13,11 @@
 mod boot;
 mod lock;
 mod notify;
+mod parts;
 mod server;
 mod signals;
 mod socket;
+mod templates;
 
 use std::io;
 use std::path::PathBuf;
@@ -26,9 +28,14 @@ use std::time::Duration;
 
 use thiserror::Error;
 use tokio::runtime::Builder;
+use tokio::sync::watch;
 use tonic::service::Routes;
 
 use crate::config::Config;
+use crate::hypervisor::LinkState;
+use crate::libvirt;
+use crate::storage::files::FileError;
+use crate::store::StoreError;
 
 pub use self::boot::boot_id;
 pub use self::lock::{LOCK_FILE, LockError, StateLock};
@@ -36,6 +43,7 @@ pub use self::notify::{Notifier, NotifyEnvironment};
 pub use self::server::{LINGER, Serving, serve};
 pub use self::signals::{Drain, Phase};
 pub use self::socket::{SocketError, SocketGuard, SocketOptions, bind};
+pub use self::templates::{Checked, TemplatesDirError, check_templates, load_templates};
 
 /// More workers than this have nothing to do: they pass messages on, and calls that wait run elsewhere.
 const WORKERS: usize = 4;
@@ -63,6 +71,31 @@ pub enum DaemonError {
     /// There is no socket to listen on.
     #[error(transparent)]
     Socket(#[from] SocketError),
+    /// The state folder cannot be used.
+    #[error("the state folder cannot be used")]
+    State(#[source] FileError),
+    /// The store cannot be used.
+    #[error("the store in the state folder cannot be used")]
+    Store(#[from] StoreError),
+    /// The templates cannot be used.
+    #[error(transparent)]
+    Templates(#[from] TemplatesDirError),
+    /// libvirt's client library could not be set up.
+    #[error("libvirt cannot be used")]
+    Libvirt(#[from] libvirt::OpenError),
+    /// A part panicked while it was set up.
+    #[error("the {part} could not be set up; this is a fault of the agent")]
+    Panicked {
+        /// Which.
+        part: &'static str,
+    },
+    /// `SALVOR_FAILPOINT` of a test build cannot be read.
+    #[cfg(feature = "failpoints")]
+    #[error("SALVOR_FAILPOINT has a part that cannot be read: {part:?}")]
+    Failpoint {
+        /// The part.
+        part: String,
+    },
     /// The service that describes the API could not be built.
     #[error("cannot describe the API for reflection")]
     Reflection(#[from] tonic_reflection::server::Error),
@@ -82,35 +115,12 @@ pub struct Services {
     pub routes: Routes,
     /// Completes when no work runs any more. Polled once the agent drains, and dropped when its time is over.
     pub at_rest: Pin<Box<dyn Future<Output = ()> + Send>>,
+    /// The link to libvirt, and the services whose health follows it.
+    pub link: watch::Receiver<LinkState>,
+    /// Their full names.
+    pub need_link: &'static [&'static str],
     /// Whether the work gets on. Asked for every beat of the watchdog; must not block.
     pub progress: Arc<dyn Fn() -> bool + Send + Sync>,
-}
-
-/// Builds everything that the agent serves. THIS is the place where store, engine, libvirt and API are put together.
-///
-/// It runs after the state folder is locked and before the socket exists, so whatever has to be read back from the store
-/// is there before the first request. It may be dropped half-way by a signal, as if the process had been killed.
-///
-/// # Errors
-/// A part cannot be built.
-#[allow(
-    clippy::unused_async,
-    reason = "the parts that are put together here open files and connections"
-)]
-async fn services(config: &Config, _drain: &Drain) -> Result<Services, DaemonError> {
-    let mut routes = Routes::builder();
-    if config.api.reflection {
-        let reflection = tonic_reflection::server::Builder::configure()
-            .register_encoded_file_descriptor_set(salvor_proto::DESCRIPTORS)
-            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-            .build_v1()?;
-        routes.add_service(reflection);
-    }
-    Ok(Services {
-        routes: routes.routes(),
-        at_rest: Box::pin(std::future::ready(())),
-        progress: Arc::new(|| true),
-    })
 }
 
 /// Runs the agent until it is asked to end. The log must be set up.
@@ -161,7 +171,8 @@ async fn live(config: &Config) -> Result<(), DaemonError> {
     );
 
     let services = tokio::select! {
-        services = services(config, &drain) => services?,
+        // It may be dropped half-way by a signal, as if the process had been killed.
+        services = parts::assemble(config, &drain) => services?,
         () = drain.draining() => {
             tracing::info!("asked to end while starting");
             return Ok(());

@@ -9,7 +9,7 @@ use tonic::service::Routes;
 use super::{DaemonError, Drain, Services, check_templates, load_templates};
 use crate::{
     api,
-    config::{Config, ByteSize},
+    config::Config,
     core::{action::Shutdown, layout::Layout},
     dispatch::{Dispatcher, Settings},
     engine::{Engine, Probe, now_ms},
@@ -20,6 +20,7 @@ use crate::{
     storage::{
         files::{self, DIR_MODE},
         images::ImageFiles,
+        inspect,
         qemu_img::{self, QemuImg},
     },
     store::Store,
@@ -44,10 +45,12 @@ pub(super) async fn assemble(config: &Config, drain: &Drain) -> Result<Services,
     }
     let store = open_store(config).await?;
     let hypervisor: Arc<dyn Hypervisor> = Arc::new(open_libvirt(config)?);
-    let images = ImageFiles::new(layout.images().into());
+    let limit = config.storage.max_image_size.bytes();
+    let limits = inspect::Limits { file_size: limit, virtual_size: limit, ..inspect::Limits::default() };
+    let images = ImageFiles::new(layout.images().into(), limits, config.storage.reserve.bytes()).map_err(DaemonError::State)?;
     let removed = images.sweep().map_err(DaemonError::State)?;
-    if !removed.is_empty() {
-        tracing::info!(count = removed.len(), "removed images that were not wholly imported");
+    if removed > 0 {
+        tracing::info!(count = removed, "removed images that were not wholly imported");
     }
     steps::sweep(&store, &layout).await?;
 

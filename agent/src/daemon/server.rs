@@ -8,14 +8,15 @@ use std::time::Duration;
 
 use futures_util::StreamExt as _;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tokio_stream::Stream;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 use tonic_health::ServingStatus;
-use tonic_health::server::health_reporter;
+use tonic_health::server::{HealthReporter, health_reporter};
 
 use super::{Drain, Notifier, Services};
+use crate::hypervisor::LinkState;
 
 /// How long streams may go on after all work has come to rest. Watchers never end by themselves.
 pub const LINGER: Duration = Duration::from_secs(1);
@@ -50,11 +51,14 @@ pub async fn serve(serving: Serving, within: Duration) -> Result<(), tonic::tran
     let Services {
         routes,
         at_rest,
+        link,
+        need_link,
         progress,
     } = services;
     let (health, health_service) = health_reporter();
     health.set_service_status("", ServingStatus::Serving).await;
 
+    let following = follow_link(health.clone(), link, need_link);
     let (stop, stopped) = oneshot::channel::<()>();
     let server = Server::builder()
         .add_routes(routes.add_service(health_service))
@@ -89,6 +93,27 @@ pub async fn serve(serving: Serving, within: Duration) -> Result<(), tonic::tran
             Ok(())
         }
         () = notifier.clone().heartbeat(|| progress()) => Ok(()),
+        () = following => Ok(()),
+    }
+}
+
+/// Has the health of the services that need libvirt follow the link to it. Never ends.
+async fn follow_link(
+    health: HealthReporter,
+    mut link: watch::Receiver<LinkState>,
+    services: &'static [&'static str],
+) {
+    loop {
+        let status = match &*link.borrow_and_update() {
+            LinkState::Up => ServingStatus::Serving,
+            LinkState::Down { .. } => ServingStatus::NotServing,
+        };
+        for service in services {
+            health.set_service_status(*service, status).await;
+        }
+        if link.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
     }
 }
 
@@ -149,6 +174,8 @@ mod tests {
             at_rest: Box::pin(async {
                 let _ = resting.await;
             }),
+            link: watch::channel(LinkState::Up).1,
+            need_link: &[],
             progress: Arc::new(|| true),
         };
         let notifier = Notifier::connect(&NotifyEnvironment::default()).unwrap();

@@ -35,11 +35,45 @@ pub async fn sweep(store: &Store, layout: &Layout) -> StoreResult<Vec<String>> {
             store.release_image(image, holder).await?;
         }
     }
+    let images = store
+        .images()
+        .await?
+        .into_iter()
+        .map(|(image, _)| image.id)
+        .collect();
     let layout = layout.clone();
-    let removed = tokio::task::spawn_blocking(move || remove_unknown(&layout, &known))
-        .await
-        .unwrap_or_default();
-    Ok(removed)
+    let removed = tokio::task::spawn_blocking(move || {
+        let mut removed = remove_unknown(&layout, &known);
+        removed.extend(remove_unknown_images(&layout, &images));
+        removed
+    });
+    Ok(removed.await.unwrap_or_default())
+}
+
+/// Images whose import ended before they had a record, or whose removal ended after it.
+fn remove_unknown_images(layout: &Layout, known: &BTreeSet<Uuid>) -> Vec<String> {
+    let Ok(entries) = std::fs::read_dir(layout.images()) else {
+        return Vec::new();
+    };
+    let mut removed = Vec::new();
+    for path in entries.flatten().map(|entry| entry.path()) {
+        let id = path
+            .file_stem()
+            .and_then(|stem| Uuid::parse_str(stem.to_str()?).ok());
+        if id.is_none_or(|id| known.contains(&id)) {
+            continue;
+        }
+        match std::fs::remove_file(&path) {
+            Ok(()) => {
+                tracing::warn!(path = %path.display(), "removed an image that has no record");
+                removed.push(path.display().to_string());
+            }
+            Err(error) => {
+                tracing::error!(path = %path.display(), %error, "an image that has no record cannot be removed");
+            }
+        }
+    }
+    removed
 }
 
 /// Holders are named `servers/<server>/disk` and `servers/<server>/rescue/<plan>`.

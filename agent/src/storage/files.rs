@@ -136,6 +136,22 @@ pub fn remove_if_exists(path: &Path) -> Result<bool, FileError> {
     }
 }
 
+/// Makes sure that a file is there that only we can read. One that is there is left as it is, but
+/// for its mode.
+///
+/// # Errors
+/// [`FileError::Io`].
+pub fn create_private(path: &Path) -> Result<(), FileError> {
+    let file = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(DISK_MODE)
+        .open(path)
+        .map_err(cannot("created", path))?;
+    file.set_permissions(Permissions::from_mode(DISK_MODE)).map_err(cannot("protected", path))
+}
+
 /// Writes a whole file: it is there with all its bytes or as it was before, whatever happens.
 ///
 /// # Errors
