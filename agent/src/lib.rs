@@ -4,10 +4,12 @@
 //! Arrows point one way: `api` → `dispatch` → `engine` → `steps` → {`libvirt`, `storage`} and everyone
 //! → `core`. Nothing in `core` points out. `docs/ARCHITECTURE.md` follows one request through all of it.
 
+pub mod api;
 pub mod core;
 pub mod dispatch;
 pub mod engine;
 pub mod hypervisor;
 pub mod libvirt;
+pub mod secret;
 pub mod storage;
 pub mod store;
