@@ -163,7 +163,8 @@ pub fn admit(verb: Verb, server: &ServerRecord) -> Result<(), Refusal> {
                 "cannot {verb} server {}: operations/{operation} is under way ({task}); wait for it or cancel it",
                 server.id
             ),
-        ));
+        )
+        .about("operation", format!("operations/{operation}")));
     }
     if verb == Verb::Release && server.origin != Origin::Adopted {
         return Err(Refusal::new(

@@ -351,8 +351,9 @@ pub struct Refusal {
     pub reason: Reason,
     /// What is the matter and what would help, for people.
     pub message: String,
-    /// What it is about: the field of the request (INVALID_FIELD), or the attribute and its value
-    /// (INVALID_STATE: `vm_state`, `rescued`).
+    /// What it is about: the field of the request and its rule (INVALID_FIELD), the attribute and its
+    /// value (INVALID_STATE: `vm_state`, `rescued`), or a kind of thing and its name (SERVER_BUSY:
+    /// `operation`, `operations/…`).
     pub subject: Option<(String, String)>,
 }
 
@@ -374,6 +375,13 @@ impl Refusal {
             message: format!("{field}: {rule}"),
             subject: Some((field, rule)),
         }
+    }
+
+    /// Says what it is about.
+    #[must_use]
+    pub fn about(mut self, kind: &str, name: impl Into<String>) -> Self {
+        self.subject = Some((kind.to_owned(), name.into()));
+        self
     }
 
     /// A refusal for a state.

@@ -213,7 +213,8 @@ impl Dispatcher {
                     "operations/{operation} was cancelled but has not ended within {} s; try again",
                     OVERTAKE_LIMIT.as_secs()
                 ),
-            ));
+            )
+            .about("operation", format!("operations/{operation}")));
         }
         Ok(())
     }

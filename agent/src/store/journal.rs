@@ -636,7 +636,8 @@ fn check_lane(
                         "operations/{operation} is under way on server {}; wait for it or cancel it",
                         plan.server
                     ),
-                ));
+                )
+                .about("operation", format!("operations/{operation}")));
             }
             let plan_of = |record: &ServerRecord| record.rescue.as_ref().map(|rescue| rescue.plan);
             if planned.vm_state != current.vm_state || plan_of(planned) != plan_of(current) {

@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: Apache-2.0
+//! From a checked request to the dispatcher, for real and as a dry run.
+
+use salvor_proto::google::longrunning::Operation;
+use tonic::Status;
+use tracing::Instrument as _;
+
+use super::{
+    Api,
+    convert::operation::operation,
+    edge::Call,
+    errors::{About, status},
+    resolve,
+    wish::{Ask, Subject, Wish},
+};
+use crate::{
+    core::{
+        action::Action,
+        operation::OperationRecord,
+        password::CryptHash,
+        plan::Plan,
+        reason::{Code, Reason, Refusal},
+        record::PasswordDelivery,
+    },
+    dispatch::{Submitted, Target, refused},
+    secret::AdminPass,
+    store::Request,
+};
+
+/// What only the first answer to a request tells.
+pub(super) struct First {
+    /// The password, if the action has one.
+    pub(super) password: Option<AdminPass>,
+    /// The ways by which it will be delivered.
+    pub(super) delivery: Vec<PasswordDelivery>,
+}
+
+/// An accepted action.
+pub(super) struct Done {
+    /// Its operation.
+    pub(super) operation: Operation,
+    /// The operation's record.
+    pub(super) record: OperationRecord,
+    /// `None` if the same request was made before.
+    pub(super) first: Option<First>,
+}
+
+/// A dry run.
+pub(super) struct Preview {
+    /// The plan and the difference of the domain's definition, if there is a plan.
+    pub(super) plan: Option<(Plan, String)>,
+    /// Why the action would be refused.
+    pub(super) refusal: Option<Refusal>,
+}
+
+impl Api {
+    /// Does what is asked for.
+    pub(super) async fn perform<A: Ask>(&self, call: &Call, ask: A) -> Result<Done, Status> {
+        let about = about(call, &ask);
+        self.begin(call, ask).await.map_err(|refusal| status(&refusal, &about))
+    }
+
+    async fn begin<A: Ask>(&self, call: &Call, ask: A) -> Result<Done, Refusal> {
+        let mut wish = ask.wish(self.dispatcher.settings().shutdown)?;
+        let request = Request {
+            id: wish.request_id.take(),
+            body_hash: std::mem::take(&mut wish.body_hash),
+            caller: call.caller.to_string(),
+        };
+        // First of all: what a repeated request names may be gone by now, by its own doing.
+        if request.id.is_some()
+            && let Some(record) = self.store.repeated(request.clone()).await.map_err(refused)?
+        {
+            return Ok(self.done(record, None));
+        }
+        let target = self.target(&wish).await?;
+        let (action, password) = self.action(wish, Hash::Made).await?;
+        // Between the journal and the engine there is no place to stop: a caller that goes away must
+        // not take the task with it that has just given an operation its lane.
+        let dispatcher = self.dispatcher.clone();
+        let work = async move { dispatcher.submit(target, action, request).await }.in_current_span();
+        let Submitted {
+            operation: record,
+            plan,
+        } = tokio::spawn(work)
+            .await
+            .map_err(|_| Refusal::new(Reason::Internal, "submitting an action panicked"))??;
+        let first = plan.map(|plan| First {
+            password,
+            delivery: plan.password_delivery.clone(),
+        });
+        Ok(self.done(record, first))
+    }
+
+    fn done(&self, record: OperationRecord, first: Option<First>) -> Done {
+        let server = self.store.server(record.server);
+        Done {
+            operation: operation(&record, None, server.as_deref()),
+            record,
+            first,
+        }
+    }
+
+    /// What an action would do. That it would be refused is an answer, not an error; that the
+    /// request makes no sense or names nothing is an error.
+    pub(super) async fn preview<A: Ask>(&self, call: &Call, ask: A) -> Result<Preview, Status> {
+        let about = about(call, &ask);
+        match self.try_preview(ask).await {
+            Ok(preview) => Ok(preview),
+            Err(refusal)
+                if matches!(
+                    refusal.reason.code(),
+                    Code::InvalidArgument | Code::NotFound | Code::Internal
+                ) =>
+            {
+                Err(status(&refusal, &about))
+            }
+            Err(refusal) => Ok(Preview {
+                plan: None,
+                refusal: Some(refusal),
+            }),
+        }
+    }
+
+    async fn try_preview<A: Ask>(&self, ask: A) -> Result<Preview, Refusal> {
+        let wish = ask.wish(self.dispatcher.settings().shutdown)?;
+        let target = self.target(&wish).await?;
+        let (action, _) = self.action(wish, Hash::Omitted).await?;
+        let preview = self.dispatcher.preview(target, &action).await?;
+        Ok(Preview {
+            plan: Some((preview.plan, preview.domain_diff)),
+            refusal: preview.refusal,
+        })
+    }
+
+    /// What the action is to be done to.
+    async fn target(&self, wish: &Wish) -> Result<Target, Refusal> {
+        match &wish.subject {
+            Subject::Server(word) => Ok(Target::Server(resolve::server(&self.store, word)?.id)),
+            Subject::Domain(word) => Ok(Target::New(resolve::domain(self.hypervisor.as_ref(), word).await?.id)),
+            Subject::New(id) => Ok(Target::New(*id)),
+        }
+    }
+
+    /// The action with everything that was still to be filled in, and the password in clear.
+    async fn action(&self, wish: Wish, hash: Hash) -> Result<(Action, Option<AdminPass>), Refusal> {
+        let image = match &wish.image {
+            Some(word) => Some(resolve::image(&self.store, word).await?.0.id),
+            None => None,
+        };
+        let (password, hashed) = match hash {
+            Hash::Made => wish.password.hashed().await?.unzip(),
+            Hash::Omitted => (None, None),
+        };
+        let mut action = wish.action;
+        fill(&mut action, image, hashed);
+        Ok((action, password))
+    }
+}
+
+/// Is the password to be hashed? A dry run needs no hash, and making one takes time.
+#[derive(Debug, Clone, Copy)]
+enum Hash {
+    Made,
+    Omitted,
+}
+
+fn fill(action: &mut Action, image: Option<uuid::Uuid>, password: Option<CryptHash>) {
+    let (image_field, password_field) = match action {
+        Action::Create(args) => {
+            if let Some(image) = image {
+                args.image = image;
+            }
+            (None, &mut args.password)
+        }
+        Action::Rescue(args) => (Some(&mut args.image), &mut args.password),
+        Action::Adopt(_)
+        | Action::Release
+        | Action::Delete
+        | Action::Start
+        | Action::Stop(_)
+        | Action::Unrescue(_)
+        | Action::DeliverPassword => return,
+    };
+    if let Some(field) = image_field {
+        *field = image;
+    }
+    if let Some(password) = password {
+        *password_field = password;
+    }
+}
+
+fn about<A: Ask>(call: &Call, ask: &A) -> About {
+    About {
+        verb: Some(A::VERB),
+        subject: ask.subject().chars().take(256).collect(),
+        ..call.about()
+    }
+}

@@ -1,0 +1,253 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What happens to every call before and after its handler, in one place and one order.
+//!
+//! ```text
+//!  request ─> deadline ─> identity ─> request id ─> span ─> handler (a panic is caught)
+//!  answer  <───────────────────────── request id in the initial metadata <─┘
+//! ```
+//!
+//! Who may reach the socket is decided by its mode and owner. A call whose peer cannot be told is
+//! refused all the same.
+
+use std::{
+    convert::Infallible,
+    future::Future,
+    panic::AssertUnwindSafe,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use futures_util::FutureExt as _;
+use tokio::time::Instant;
+use tonic::{
+    Status,
+    body::Body,
+    codegen::{BoxFuture, Service, http},
+    server::NamedService,
+    transport::server::UdsConnectInfo,
+};
+use tracing::Instrument as _;
+use uuid::Uuid;
+
+use super::errors::{About, status};
+use crate::core::reason::{Reason, Refusal};
+
+/// The header that names a call across services, as OpenStack's services do.
+pub const REQUEST_ID_HEADER: &str = "x-openstack-request-id";
+
+/// The answer leaves this long before the caller's deadline, so that it is there in time.
+const ANSWER_MARGIN: Duration = Duration::from_millis(20);
+
+/// Who calls.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Caller {
+    uid: u32,
+    pid: Option<i32>,
+}
+
+impl std::fmt::Display for Caller {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "uid:{}", self.uid)
+    }
+}
+
+/// A call, as its handler sees it.
+#[derive(Debug, Clone)]
+pub(super) struct Call {
+    /// Names the call in answers and logs.
+    pub(super) request_id: Arc<str>,
+    /// Who calls; operations record it.
+    pub(super) caller: Caller,
+    /// When the answer must be there.
+    pub(super) deadline: Option<Instant>,
+}
+
+impl Call {
+    /// The call and the message of a request that came through an [`Edge`].
+    ///
+    /// # Errors
+    /// If it did not.
+    pub(super) fn open<T>(request: tonic::Request<T>) -> Result<(Self, T), Status> {
+        let (_, extensions, message) = request.into_parts();
+        match extensions.get::<Self>() {
+            Some(call) => Ok((call.clone(), message)),
+            None => Err(Status::unauthenticated("the caller is not known")),
+        }
+    }
+
+    /// What an error of this call says besides its refusal.
+    pub(super) fn about(&self) -> About {
+        About {
+            request_id: self.request_id.to_string(),
+            ..About::default()
+        }
+    }
+
+    /// The error that a refusal is to the caller.
+    pub(super) fn refuse(&self, refusal: &Refusal) -> Status {
+        status(refusal, &self.about())
+    }
+
+    /// How long a wait may take, if `wanted` is what was asked for: the answer must be in time.
+    pub(super) fn patience(&self, wanted: Duration) -> Duration {
+        match self.deadline {
+            Some(deadline) => wanted.min(
+                deadline
+                    .saturating_duration_since(Instant::now())
+                    .saturating_sub(ANSWER_MARGIN),
+            ),
+            None => wanted,
+        }
+    }
+}
+
+/// Puts what every call needs around a service.
+#[derive(Debug, Clone)]
+pub(super) struct Edge<S>(pub(super) S);
+
+impl<S: NamedService> NamedService for Edge<S> {
+    const NAME: &'static str = S::NAME;
+}
+
+impl<S> Service<http::Request<Body>> for Edge<S>
+where
+    S: Service<http::Request<Body>, Response = http::Response<Body>, Error = Infallible> + Clone + Send + 'static,
+    S::Future: Send,
+{
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = BoxFuture<Self::Response, Infallible>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        self.0.poll_ready(context)
+    }
+
+    fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
+        let deadline = timeout(request.headers()).map(|timeout| Instant::now() + timeout);
+        let caller = caller(request.extensions());
+        let request_id = request_id(request.headers());
+        let span = tracing::info_span!("call", method = %request.uri().path(), request_id = %request_id,
+            uid = caller.map(|caller| caller.uid), pid = caller.and_then(|caller| caller.pid));
+        let mut inner = self.0.clone();
+        let work = async move {
+            let Some(caller) = caller else {
+                return Status::unauthenticated("the peer of this connection cannot be told").into_http();
+            };
+            let call = Call {
+                request_id,
+                caller,
+                deadline,
+            };
+            request.extensions_mut().insert(call.clone());
+            let handler = AssertUnwindSafe(async move { inner.call(request).await }).catch_unwind();
+            let mut response = match within(deadline, handler).await {
+                Some(Ok(Ok(response))) => response,
+                Some(Err(_)) => {
+                    tracing::error!("a handler panicked");
+                    call.refuse(&Refusal::new(Reason::Internal, "a handler panicked"))
+                        .into_http()
+                }
+                None => call
+                    .refuse(&Refusal::new(
+                        Reason::DeadlineExceeded,
+                        "the answer was not there by the caller's deadline; what was begun goes on",
+                    ))
+                    .into_http(),
+            };
+            if let Ok(value) = http::HeaderValue::from_str(&call.request_id) {
+                response.headers_mut().insert(REQUEST_ID_HEADER, value);
+            }
+            response
+        };
+        Box::pin(work.map(Ok).instrument(span))
+    }
+}
+
+/// The outcome of `work`, or `None` if it is not there shortly before `deadline`.
+async fn within<F: Future>(deadline: Option<Instant>, work: F) -> Option<F::Output> {
+    match deadline {
+        Some(deadline) => {
+            let at = deadline.checked_sub(ANSWER_MARGIN / 2).unwrap_or(deadline);
+            tokio::time::timeout_at(at, work).await.ok()
+        }
+        None => Some(work.await),
+    }
+}
+
+/// The time that the caller gives (`grpc-timeout` of the gRPC protocol over HTTP/2).
+fn timeout(headers: &http::HeaderMap) -> Option<Duration> {
+    let value = headers.get("grpc-timeout")?.to_str().ok()?;
+    let unit = value.chars().next_back()?;
+    let digits = value.strip_suffix(unit)?;
+    if !(1..=8).contains(&digits.len()) || !digits.bytes().all(|digit| digit.is_ascii_digit()) {
+        return None;
+    }
+    let count: u64 = digits.parse().ok()?;
+    match unit {
+        'H' => Some(Duration::from_secs(count * 3_600)),
+        'M' => Some(Duration::from_secs(count * 60)),
+        'S' => Some(Duration::from_secs(count)),
+        'm' => Some(Duration::from_millis(count)),
+        'u' => Some(Duration::from_micros(count)),
+        'n' => Some(Duration::from_nanos(count)),
+        _ => None,
+    }
+}
+
+/// The peer of the Unix socket, as the kernel names it.
+fn caller(extensions: &http::Extensions) -> Option<Caller> {
+    let credentials = extensions.get::<UdsConnectInfo>()?.peer_cred?;
+    Some(Caller {
+        uid: credentials.uid(),
+        pid: credentials.pid(),
+    })
+}
+
+/// The caller's id of the call if it gave a usable one, else a new one.
+fn request_id(headers: &http::HeaderMap) -> Arc<str> {
+    let given = headers.get(REQUEST_ID_HEADER).and_then(|value| value.to_str().ok());
+    let usable =
+        |id: &&str| (1..=64).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
+    match given.filter(usable) {
+        Some(id) => Arc::from(id),
+        None => Arc::from(format!("req-{}", Uuid::new_v4())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn headers(name: &'static str, value: &str) -> http::HeaderMap {
+        let mut headers = http::HeaderMap::new();
+        headers.insert(name, http::HeaderValue::from_str(value).unwrap());
+        headers
+    }
+
+    #[test]
+    fn deadlines_are_read_as_the_protocol_writes_them() {
+        let read = |value: &str| timeout(&headers("grpc-timeout", value));
+        assert_eq!(read("2H"), Some(Duration::from_secs(7_200)));
+        assert_eq!(read("3M"), Some(Duration::from_secs(180)));
+        assert_eq!(read("4S"), Some(Duration::from_secs(4)));
+        assert_eq!(read("5m"), Some(Duration::from_millis(5)));
+        assert_eq!(read("6u"), Some(Duration::from_micros(6)));
+        assert_eq!(read("7n"), Some(Duration::from_nanos(7)));
+        for wrong in ["", "S", "5", "-1S", "+1S", "123456789S", "5x", "5 S"] {
+            assert_eq!(read(wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_usable_request_id_is_kept_and_any_other_replaced() {
+        let id = |value: &str| request_id(&headers(REQUEST_ID_HEADER, value));
+        assert_eq!(&*id("req-8f2"), "req-8f2");
+        for hostile in ["", "a b", "x\tlevel=error", "<id>", &"a".repeat(65)] {
+            assert!(id(hostile).starts_with("req-"), "{hostile}");
+        }
+        assert!(request_id(&http::HeaderMap::new()).starts_with("req-"));
+    }
+}

@@ -1,0 +1,256 @@
+// SPDX-License-Identifier: Apache-2.0
+//! google.longrunning.Operations over the engine and the journal.
+
+use std::time::Duration;
+
+use prost::Message as _;
+use salvor_proto::google::longrunning::{
+    CancelOperationRequest, DeleteOperationRequest, GetOperationRequest, ListOperationsRequest, ListOperationsResponse,
+    Operation, WaitOperationRequest, operations_server::Operations,
+};
+use tonic::{Request, Response, Status};
+use uuid::Uuid;
+
+use super::{
+    Api,
+    convert::operation::operation,
+    edge::Call,
+    page::{self, PAGE_BYTES},
+    text,
+    validate::{self, Checked},
+};
+use crate::{
+    core::reason::{Reason, Refusal},
+    dispatch::refused,
+    engine::View,
+};
+
+/// The longest a WaitOperation waits; also if it does not say.
+const WAIT: Duration = Duration::from_secs(600);
+
+/// So many records are read from the journal at a time.
+const BATCH: u32 = 200;
+
+/// So many records are looked at for one page; a filter that few of them meet makes a short page.
+const SCANNED: usize = 2_000;
+
+/// The id in `operations/ID`.
+fn id(name: &str) -> Checked<Uuid> {
+    let id = name
+        .strip_prefix("operations/")
+        .filter(|id| id.len() == 36)
+        .and_then(|id| Uuid::try_parse(id).ok());
+    id.ok_or_else(|| {
+        Refusal::field(
+            "name",
+            format!("must be operations/ and a uuid, and is {:?}", text::echo(name)),
+        )
+    })
+}
+
+fn not_found(id: Uuid) -> Refusal {
+    Refusal::new(
+        Reason::OperationNotFound,
+        format!("there is no operations/{id}, or it is no longer kept"),
+    )
+    .about("operation", format!("operations/{id}"))
+}
+
+/// The filter of ListOperations.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Filter {
+    server: Option<Uuid>,
+    done: Option<bool>,
+}
+
+impl Filter {
+    fn read(filter: &str) -> Checked<Self> {
+        let mut read = Self::default();
+        if filter.trim().is_empty() {
+            return Ok(read);
+        }
+        let wrong = || {
+            Refusal::field(
+                "filter",
+                format!(
+                    "must be server=UUID, done=true or done=false, or two of them joined by AND, and is {:?}",
+                    text::echo(filter)
+                ),
+            )
+        };
+        for term in filter.split(" AND ") {
+            let (key, value) = term.split_once('=').ok_or_else(wrong)?;
+            let value = value.trim();
+            let value = value
+                .strip_prefix('"')
+                .and_then(|value| value.strip_suffix('"'))
+                .unwrap_or(value);
+            match key.trim() {
+                "server" | "server_id" if read.server.is_none() => {
+                    read.server = Some(validate::uuid("filter", value).map_err(|_| wrong())?);
+                }
+                "done" if read.done.is_none() => {
+                    read.done = Some(value.parse().map_err(|_| wrong())?);
+                }
+                _ => return Err(wrong()),
+            }
+        }
+        Ok(read)
+    }
+}
+
+impl Api {
+    fn show(&self, view: &View) -> Operation {
+        let server = self.store.server(view.operation.server);
+        operation(&view.operation, view.percent, server.as_deref())
+    }
+
+    async fn get(&self, name: &str) -> Checked<Operation> {
+        let id = id(name)?;
+        let view = self.engine.operation(id).await.map_err(refused)?;
+        view.map(|view| self.show(&view)).ok_or_else(|| not_found(id))
+    }
+
+    async fn list(&self, request: &ListOperationsRequest) -> Checked<ListOperationsResponse> {
+        if !matches!(request.name.as_str(), "" | "operations") {
+            return Err(Refusal::field(
+                "name",
+                format!("must be operations, and is {:?}", text::echo(&request.name)),
+            ));
+        }
+        let size = validate::page_size(request.page_size)?;
+        let filter = Filter::read(&request.filter)?;
+        let first = page::place('o', &request.page_token, |place| place.parse().ok())?;
+        let mut before: i64 = first.unwrap_or(i64::MAX);
+        let mut response = ListOperationsResponse::default();
+        let (mut bytes, mut scanned) = (0, 0);
+        loop {
+            let batch = self
+                .store
+                .operations(filter.server, before, BATCH)
+                .await
+                .map_err(refused)?;
+            if batch.is_empty() {
+                return Ok(response);
+            }
+            for (order, record) in batch {
+                if response.operations.len() == size || bytes >= PAGE_BYTES || scanned >= SCANNED {
+                    response.next_page_token = page::token('o', &before.to_string());
+                    return Ok(response);
+                }
+                scanned += 1;
+                before = order;
+                if filter.done.is_some_and(|done| done != record.state.is_final()) {
+                    continue;
+                }
+                // Progress is in the engine's memory only.
+                let percent = self.engine.watch(record.id).and_then(|view| view.borrow().percent);
+                let server = self.store.server(record.server);
+                let shown = operation(&record, percent, server.as_deref());
+                bytes += shown.encoded_len();
+                response.operations.push(shown);
+            }
+        }
+    }
+
+    async fn wait(&self, call: &Call, request: WaitOperationRequest) -> Checked<Operation> {
+        let id = id(&request.name)?;
+        // More than the longest wait is the longest wait.
+        let century = Duration::from_secs(100 * 366 * 86_400);
+        let wanted = validate::duration("timeout", request.timeout, century)?.unwrap_or(WAIT);
+        let limit = call.patience(wanted.min(WAIT));
+        let view = self.engine.wait(id, limit).await.map_err(refused)?;
+        view.map(|view| self.show(&view)).ok_or_else(|| not_found(id))
+    }
+}
+
+#[tonic::async_trait]
+impl Operations for Api {
+    async fn get_operation(&self, request: Request<GetOperationRequest>) -> Result<Response<Operation>, Status> {
+        let (call, message) = Call::open(request)?;
+        let found = self.get(&message.name).await;
+        found.map(Response::new).map_err(|refusal| call.refuse(&refusal))
+    }
+
+    async fn list_operations(
+        &self,
+        request: Request<ListOperationsRequest>,
+    ) -> Result<Response<ListOperationsResponse>, Status> {
+        let (call, message) = Call::open(request)?;
+        let page = self.list(&message).await;
+        page.map(Response::new).map_err(|refusal| call.refuse(&refusal))
+    }
+
+    /// The end of the wait is not the end of the operation: the answer says how it is then.
+    async fn wait_operation(&self, request: Request<WaitOperationRequest>) -> Result<Response<Operation>, Status> {
+        let (call, message) = Call::open(request)?;
+        let view = self.wait(&call, message).await;
+        view.map(Response::new).map_err(|refusal| call.refuse(&refusal))
+    }
+
+    async fn cancel_operation(&self, request: Request<CancelOperationRequest>) -> Result<Response<()>, Status> {
+        let (call, message) = Call::open(request)?;
+        let cancelled = async { self.engine.cancel(id(&message.name)?).await.map_err(refused) };
+        cancelled
+            .await
+            .map(Response::new)
+            .map_err(|refusal| call.refuse(&refusal.about("operation", message.name)))
+    }
+
+    async fn delete_operation(&self, _request: Request<DeleteOperationRequest>) -> Result<Response<()>, Status> {
+        Err(Status::unimplemented(
+            "operations are the record of what was done and cannot be deleted; the agent itself forgets them when \
+             they are old. To stop one, use CancelOperation",
+        ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    const ID: &str = "7f0c1a52-3d9e-4b6f-8a21-5c0e9d7b4f13";
+
+    #[test]
+    fn filters_are_the_simple_forms_and_nothing_else() {
+        let server = Some(Uuid::parse_str(ID).unwrap());
+        let read = |filter: &str| Filter::read(filter);
+        assert_eq!(read("").unwrap(), Filter::default());
+        assert_eq!(read(&format!("server={ID}")).unwrap(), Filter { server, done: None });
+        let done = Some(true);
+        assert_eq!(
+            read(&format!("done=true AND server = \"{ID}\"")).unwrap(),
+            Filter { server, done }
+        );
+        for wrong in [
+            "server=web",
+            "done=yes",
+            "done",
+            "done=true done=true",
+            "done=true AND done=false",
+            "state=done",
+            "done!=true",
+            "server=' OR 1=1 --",
+            "\0",
+        ] {
+            assert!(read(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn names_are_operations_with_a_uuid() {
+        assert!(id(&format!("operations/{ID}")).is_ok());
+        for wrong in [
+            "",
+            ID,
+            "operations/",
+            "operations/x",
+            &format!("operations/{ID}/x"),
+            "../x",
+        ] {
+            assert!(id(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,249 @@
+// SPDX-License-Identifier: Apache-2.0
+//! ServerService: reads come from the record, actions go to the dispatcher.
+
+use std::time::Duration;
+
+use prost::Message as _;
+use salvor_proto::{google::longrunning::Operation, v1};
+use tonic::{Request, Response, Status};
+
+use super::{
+    Api,
+    actions::{Done, Preview},
+    convert::{operation::warnings, server::server, states::Wire, time::duration},
+    edge::Call,
+    page::{self, PAGE_BYTES},
+    resolve, text,
+    validate::{self, Checked},
+};
+use crate::core::{
+    reason::Refusal,
+    record::{Origin, PasswordDelivery, ServerRecord},
+    state::{PowerState, Status as ServerStatus, VmState},
+};
+
+/// The filters of ListServers, checked.
+#[derive(Debug, Default)]
+struct Filter {
+    name_contains: String,
+    statuses: Vec<ServerStatus>,
+    vm_states: Vec<VmState>,
+    power_states: Vec<PowerState>,
+    origin: Option<Origin>,
+}
+
+/// The values behind the numbers of a repeated field; the unspecified one is none to look for.
+fn values<T: Wire>(field: &str, numbers: &[i32]) -> Checked<Vec<T>> {
+    let value = |number: &i32| {
+        T::from_wire(field, *number)?.ok_or_else(|| Refusal::field(field, "must not hold the unspecified value"))
+    };
+    numbers.iter().map(value).collect()
+}
+
+impl Filter {
+    fn read(request: &v1::ListServersRequest) -> Checked<Self> {
+        if !request.name_contains.is_empty() {
+            // Not a name: it may begin or end with a space.
+            validate::name("name_contains", request.name_contains.trim()).or_else(|refusal| {
+                match request.name_contains.trim().is_empty() {
+                    true if request.name_contains.len() < 256 => Ok(()),
+                    _ => Err(refusal),
+                }
+            })?;
+        }
+        let status = |name: &String| {
+            ServerStatus::from_name(name).ok_or_else(|| {
+                let all: Vec<&str> = ServerStatus::ALL.iter().map(|status| status.name()).collect();
+                Refusal::field(
+                    "statuses",
+                    format!("must be of {}, and one is {:?}", all.join(", "), text::echo(name)),
+                )
+            })
+        };
+        Ok(Self {
+            name_contains: request.name_contains.clone(),
+            statuses: request.statuses.iter().map(status).collect::<Checked<_>>()?,
+            vm_states: values("vm_states", &request.vm_states)?,
+            power_states: values("power_states", &request.power_states)?,
+            origin: Origin::from_wire("origin", request.origin)?,
+        })
+    }
+
+    fn matches(&self, server: &ServerRecord) -> bool {
+        let any = |wanted: bool, found: bool| !wanted || found;
+        server.name.contains(&self.name_contains)
+            && any(!self.statuses.is_empty(), self.statuses.contains(&server.status()))
+            && any(!self.vm_states.is_empty(), self.vm_states.contains(&server.vm_state))
+            && any(
+                !self.power_states.is_empty(),
+                self.power_states.contains(&server.power.state),
+            )
+            && self.origin.is_none_or(|origin| origin == server.origin)
+    }
+}
+
+fn list(api: &Api, request: &v1::ListServersRequest) -> Checked<v1::ListServersResponse> {
+    let size = validate::page_size(request.page_size)?;
+    let filter = Filter::read(request)?;
+    let mut last = page::place('s', &request.page_token, |place| place.parse().ok())?.unwrap_or(i64::MIN);
+    let (mut servers, mut bytes) = (Vec::with_capacity(size), 0);
+    let mut next_page_token = String::new();
+    for (order, record) in api.store.servers_after(last) {
+        if !filter.matches(&record) {
+            continue;
+        }
+        // A page says that there is a next one only if that is not empty.
+        if servers.len() == size || bytes >= PAGE_BYTES {
+            next_page_token = page::token('s', &last.to_string());
+            break;
+        }
+        let shown = server(&record);
+        bytes += shown.encoded_len();
+        servers.push(shown);
+        last = order;
+    }
+    Ok(v1::ListServersResponse {
+        servers,
+        next_page_token,
+    })
+}
+
+fn deliveries(ways: &[PasswordDelivery]) -> Vec<i32> {
+    ways.iter().map(|way| way.wire()).collect()
+}
+
+fn plan_response(preview: &Preview) -> v1::PlanActionResponse {
+    let (plan, domain_diff) = match &preview.plan {
+        Some((plan, domain_diff)) => (Some(plan), domain_diff.clone()),
+        None => (None, String::new()),
+    };
+    let steps = plan.map(|plan| plan.steps.as_slice()).unwrap_or_default();
+    v1::PlanActionResponse {
+        accepted: preview.refusal.is_none(),
+        refusals: preview
+            .refusal
+            .iter()
+            .map(|refusal| v1::Refusal {
+                reason: refusal.reason.name().to_owned(),
+                message: refusal.message.clone(),
+            })
+            .collect(),
+        steps: steps
+            .iter()
+            .map(|planned| v1::PlanStep {
+                kind: planned.step.kind().to_owned(),
+                phase: planned.phase.name().to_owned(),
+                description: planned.step.describe(),
+                deadline: Some(duration(Duration::from_millis(planned.step.deadline_ms()))),
+            })
+            .collect(),
+        domain_diff,
+        files: steps
+            .iter()
+            .flat_map(|planned| planned.step.files())
+            .map(|(path, effect)| v1::FileEffect {
+                path,
+                effect: effect.to_owned(),
+            })
+            .collect(),
+        warnings: plan.map(|plan| warnings(&plan.warnings)).unwrap_or_default(),
+    }
+}
+
+/// What every action answers besides what is its own.
+struct Answer {
+    operation: Option<Operation>,
+    warnings: Vec<v1::Warning>,
+    server_id: String,
+    admin_pass: String,
+    admin_pass_delivery: Vec<i32>,
+}
+
+impl From<Done> for Answer {
+    fn from(done: Done) -> Self {
+        let (admin_pass, admin_pass_delivery) = match &done.first {
+            Some(first) => (
+                first.password.as_ref().map(|password| password.expose().to_owned()),
+                deliveries(&first.delivery),
+            ),
+            None => (None, Vec::new()),
+        };
+        Self {
+            warnings: warnings(&done.record.warnings),
+            server_id: done.record.server.to_string(),
+            operation: Some(done.operation),
+            admin_pass: admin_pass.unwrap_or_default(),
+            admin_pass_delivery,
+        }
+    }
+}
+
+/// Actions whose answer is made of the fields of [`Answer`].
+macro_rules! actions {
+    ($($method:ident: $request:ident -> $response:ident { $($field:ident),* })+) => {
+        #[tonic::async_trait]
+        impl v1::server_service_server::ServerService for Api {
+            $(async fn $method(&self, request: Request<v1::$request>) -> Result<Response<v1::$response>, Status> {
+                let (call, message) = Call::open(request)?;
+                let answer = Answer::from(self.perform(&call, message).await?);
+                Ok(Response::new(v1::$response { $($field: answer.$field),* }))
+            })+
+
+            async fn get_server(
+                &self,
+                request: Request<v1::GetServerRequest>,
+            ) -> Result<Response<v1::GetServerResponse>, Status> {
+                let (call, message) = Call::open(request)?;
+                match resolve::server(&self.store, &message.server) {
+                    Ok(record) => Ok(Response::new(v1::GetServerResponse {
+                        server: Some(server(&record)),
+                    })),
+                    Err(refusal) => Err(call.refuse(&refusal)),
+                }
+            }
+
+            async fn list_servers(
+                &self,
+                request: Request<v1::ListServersRequest>,
+            ) -> Result<Response<v1::ListServersResponse>, Status> {
+                let (call, message) = Call::open(request)?;
+                list(self, &message).map(Response::new).map_err(|refusal| call.refuse(&refusal))
+            }
+
+            async fn plan_action(
+                &self,
+                request: Request<v1::PlanActionRequest>,
+            ) -> Result<Response<v1::PlanActionResponse>, Status> {
+                use v1::plan_action_request::Action as A;
+                let (call, message) = Call::open(request)?;
+                let preview = match message.action {
+                    Some(A::Create(ask)) => self.preview(&call, ask).await,
+                    Some(A::Adopt(ask)) => self.preview(&call, ask).await,
+                    Some(A::Release(ask)) => self.preview(&call, ask).await,
+                    Some(A::Delete(ask)) => self.preview(&call, ask).await,
+                    Some(A::Start(ask)) => self.preview(&call, ask).await,
+                    Some(A::Stop(ask)) => self.preview(&call, ask).await,
+                    Some(A::Rescue(ask)) => self.preview(&call, ask).await,
+                    Some(A::Unrescue(ask)) => self.preview(&call, ask).await,
+                    None => Err(call.refuse(&Refusal::field("action", "must be given"))),
+                };
+                preview.map(|preview| Response::new(plan_response(&preview)))
+            }
+        }
+    };
+}
+
+actions! {
+    create_server: CreateServerRequest -> CreateServerResponse {
+        operation, server_id, admin_pass, admin_pass_delivery, warnings
+    }
+    adopt_server: AdoptServerRequest -> AdoptServerResponse { operation, warnings }
+    release_server: ReleaseServerRequest -> ReleaseServerResponse { operation }
+    delete_server: DeleteServerRequest -> DeleteServerResponse { operation, warnings }
+    start_server: StartServerRequest -> StartServerResponse { operation }
+    stop_server: StopServerRequest -> StopServerResponse { operation }
+    rescue_server: RescueServerRequest -> RescueServerResponse {
+        operation, admin_pass, admin_pass_delivery, warnings
+    }
+    unrescue_server: UnrescueServerRequest -> UnrescueServerResponse { operation }
+}
