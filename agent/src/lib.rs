@@ -5,6 +5,7 @@
 //! everyone → `core`. Nothing in `core` points out. `docs/ARCHITECTURE.md` follows one request through
 //! all of it.
 
+pub mod api;
 pub mod cancel;
 pub mod config;
 pub mod core;

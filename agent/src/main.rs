@@ -106,10 +106,14 @@ fn check_config(loaded: &Loaded) -> ExitCode {
 
 fn check_templates(loaded: &Loaded) -> ExitCode {
     let folder = loaded.config.templates_dir.as_deref();
-    let checked = daemon::load_templates(folder).and_then(|templates| daemon::check_templates(&templates));
+    let checked =
+        daemon::load_templates(folder).and_then(|templates| daemon::check_templates(&templates));
     match checked {
         Ok(checked) => {
-            let of = folder.map_or_else(|| "built-in templates".to_owned(), |folder| folder.display().to_string());
+            let of = folder.map_or_else(
+                || "built-in templates".to_owned(),
+                |folder| folder.display().to_string(),
+            );
             let _ = writeln!(
                 io::stdout(),
                 "{of}: {} domains rendered, {} of them held against libvirt's schema: all good",

@@ -29,9 +29,13 @@ mod wish;
 use std::{ops::Deref, sync::Arc};
 
 use salvor_proto::{
-    google::longrunning::operations_server::OperationsServer, v1::server_service_server::ServerServiceServer,
+    google::longrunning::operations_server::OperationsServer,
+    v1::server_service_server::ServerServiceServer,
 };
-use tonic::service::{Routes, RoutesBuilder};
+use tonic::{
+    server::NamedService,
+    service::{Routes, RoutesBuilder},
+};
 
 use crate::{dispatch::Dispatcher, engine::Engine, hypervisor::Hypervisor, store::Store};
 
@@ -44,6 +48,9 @@ const REQUEST_BYTES: usize = 4 << 20;
 
 /// The largest answer that is sent: what clients take unless told otherwise. Pages end before it.
 const ANSWER_BYTES: usize = 4 << 20;
+
+/// The services whose health follows the link to libvirt; the others work without it.
+pub const NEED_LIBVIRT: &[&str] = &[<ServerServiceServer<Api> as NamedService>::NAME];
 
 /// What the services work on.
 pub struct Parts {

@@ -4,7 +4,6 @@
 use std::{path::Path, sync::Arc, time::Duration};
 
 use tokio::sync::watch;
-use tonic::service::Routes;
 
 use super::{DaemonError, Drain, Services, check_templates, load_templates};
 use crate::{
@@ -46,21 +45,41 @@ pub(super) async fn assemble(config: &Config, drain: &Drain) -> Result<Services,
     let store = open_store(config).await?;
     let hypervisor: Arc<dyn Hypervisor> = Arc::new(open_libvirt(config)?);
     let limit = config.storage.max_image_size.bytes();
-    let limits = inspect::Limits { file_size: limit, virtual_size: limit, ..inspect::Limits::default() };
-    let images = ImageFiles::new(layout.images().into(), limits, config.storage.reserve.bytes()).map_err(DaemonError::State)?;
+    let limits = inspect::Limits {
+        file_size: limit,
+        virtual_size: limit,
+        ..inspect::Limits::default()
+    };
+    let images = ImageFiles::new(
+        layout.images().into(),
+        limits,
+        config.storage.reserve.bytes(),
+    )
+    .map_err(DaemonError::State)?;
     let removed = images.sweep().map_err(DaemonError::State)?;
     if removed > 0 {
-        tracing::info!(count = removed, "removed images that were not wholly imported");
+        tracing::info!(
+            count = removed,
+            "removed images that were not wholly imported"
+        );
     }
     steps::sweep(&store, &layout).await?;
 
     let chosen = config.virt_type.choose();
     tracing::info!(virt_type = chosen.domain_type.as_str(), why = %chosen.why, "domain type of new servers");
     let qemu_img = QemuImg {
-        limits: qemu_img::Limits { address_space: config.storage.qemu_img_memory.bytes(), ..qemu_img::Limits::default() },
+        limits: qemu_img::Limits {
+            address_space: config.storage.qemu_img_memory.bytes(),
+            ..qemu_img::Limits::default()
+        },
         ..QemuImg::default()
     };
-    let steps = Steps::new(Arc::clone(&hypervisor), store.clone(), qemu_img, layout.clone());
+    let steps = Steps::new(
+        Arc::clone(&hypervisor),
+        store.clone(),
+        qemu_img,
+        layout.clone(),
+    );
     let engine = Engine::new(store.clone(), Arc::new(steps), probe()?);
     let draining = draining(drain);
     let dispatcher = Dispatcher::new(
@@ -73,15 +92,36 @@ pub(super) async fn assemble(config: &Config, drain: &Drain) -> Result<Services,
     );
     let recovered = engine.recover().await?;
     if recovered > 0 {
-        tracing::warn!(operations = recovered, "took up operations that were under way");
+        tracing::warn!(
+            operations = recovered,
+            "took up operations that were under way"
+        );
     }
-    let observer = Observer::new(store.clone(), Arc::clone(&hypervisor), dispatcher.clone(), config.libvirt.resync_interval);
+    let observer = Observer::new(
+        store.clone(),
+        Arc::clone(&hypervisor),
+        dispatcher.clone(),
+        config.libvirt.resync_interval,
+    );
     tokio::spawn(observer.run(draining.clone()));
-    tokio::spawn(forget_operations(store.clone(), config.operations.keep, draining.clone()));
+    tokio::spawn(forget_operations(
+        store.clone(),
+        config.operations.keep,
+        draining.clone(),
+    ));
 
     let at_rest = engine.clone();
+    let link = hypervisor.link();
+    let parts = api::Parts {
+        dispatcher,
+        engine,
+        store,
+        hypervisor,
+    };
     Ok(Services {
-        routes: routes(config, store, engine, dispatcher, hypervisor, images, draining)?,
+        routes: api::routes(parts),
+        link,
+        need_link: api::NEED_LIBVIRT,
         at_rest: Box::pin(async move { at_rest.at_rest().await }),
         progress: Arc::new(|| true),
     })
@@ -143,23 +183,36 @@ fn draining(drain: &Drain) -> watch::Receiver<bool> {
 async fn forget_operations(store: Store, keep: Duration, mut stop: watch::Receiver<bool>) {
     loop {
         let keep_ms = i64::try_from(keep.as_millis()).unwrap_or(i64::MAX);
-        if let Err(error) = store.forget_operations(now_ms().saturating_sub(keep_ms)).await {
-            tracing::error!(error = &error as &dyn std::error::Error, "old operations cannot be forgotten");
+        if let Err(error) = store
+            .forget_operations(now_ms().saturating_sub(keep_ms))
+            .await
+        {
+            tracing::error!(
+                error = &error as &dyn std::error::Error,
+                "old operations cannot be forgotten"
+            );
         }
-        if tokio::time::timeout(FORGET_EVERY, stop.wait_for(|stop| *stop)).await.is_ok() {
+        if tokio::time::timeout(FORGET_EVERY, stop.wait_for(|stop| *stop))
+            .await
+            .is_ok()
+        {
             return;
         }
     }
 }
 
 #[cfg(not(feature = "failpoints"))]
-#[allow(clippy::unnecessary_wraps, reason = "the build for tests can fail here")]
+#[allow(
+    clippy::unnecessary_wraps,
+    reason = "the build for tests can fail here"
+)]
 fn probe() -> Result<Arc<dyn Probe>, DaemonError> {
     Ok(Arc::new(crate::engine::NoProbe))
 }
 
 #[cfg(feature = "failpoints")]
 fn probe() -> Result<Arc<dyn Probe>, DaemonError> {
-    let probe = crate::engine::EnvProbe::from_env().map_err(|part| DaemonError::Failpoint { part })?;
+    let probe =
+        crate::engine::EnvProbe::from_env().map_err(|part| DaemonError::Failpoint { part })?;
     Ok(Arc::new(probe))
 }

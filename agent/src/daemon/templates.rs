@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The domain templates in force, and whether they can be used.
 
-use std::{collections::BTreeMap, fs, io, path::{Path, PathBuf}};
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    path::{Path, PathBuf},
+};
 
 use salvor_domain_templates::{Templates, TemplatesError, fixtures};
 
@@ -45,7 +49,9 @@ pub enum TemplatesDirError {
 /// # Errors
 /// [`TemplatesDirError`], but [`TemplatesDirError::Unusable`].
 pub fn load_templates(folder: Option<&Path>) -> Result<Templates, TemplatesDirError> {
-    let Some(folder) = folder else { return Ok(Templates::builtin()?) };
+    let Some(folder) = folder else {
+        return Ok(Templates::builtin()?);
+    };
     let failed = |path: &Path| {
         let path = path.to_owned();
         move |source| TemplatesDirError::Read { path, source }
@@ -53,14 +59,19 @@ pub fn load_templates(folder: Option<&Path>) -> Result<Templates, TemplatesDirEr
     let mut overrides = BTreeMap::new();
     for entry in fs::read_dir(folder).map_err(failed(folder))? {
         let path = entry.map_err(failed(folder))?.path();
-        let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };
+        let Some(name) = path.file_name().and_then(|name| name.to_str()) else {
+            continue;
+        };
         if !path.extension().is_some_and(|extension| extension == "xml") {
             continue;
         }
         if fs::metadata(&path).map_err(failed(&path))?.len() > MAX_BYTES {
             return Err(TemplatesDirError::TooLarge { path });
         }
-        overrides.insert(name.to_owned(), fs::read_to_string(&path).map_err(failed(&path))?);
+        overrides.insert(
+            name.to_owned(),
+            fs::read_to_string(&path).map_err(failed(&path))?,
+        );
     }
     Ok(Templates::with_overrides(overrides)?)
 }
@@ -80,7 +91,10 @@ pub struct Checked {
 /// # Errors
 /// [`TemplatesDirError::Unusable`] with every domain that failed.
 pub fn check_templates(templates: &Templates) -> Result<Checked, TemplatesDirError> {
-    let mut checked = Checked { rendered: 0, validated: 0 };
+    let mut checked = Checked {
+        rendered: 0,
+        validated: 0,
+    };
     let mut failures = Vec::new();
     for rendered in fixtures::matrix(templates) {
         checked.rendered += 1;
@@ -93,5 +107,9 @@ pub fn check_templates(templates: &Templates) -> Result<Checked, TemplatesDirErr
             Err(error) => failures.push(format!("  {}: {}", rendered.name, chain(&error))),
         }
     }
-    if failures.is_empty() { Ok(checked) } else { Err(TemplatesDirError::Unusable { failures }) }
+    if failures.is_empty() {
+        Ok(checked)
+    } else {
+        Err(TemplatesDirError::Unusable { failures })
+    }
 }

@@ -69,10 +69,7 @@ impl Observer {
         loop {
             let at = due.unwrap_or_else(|| Instant::now() + self.resync_interval);
             tokio::select! {
-                stopped = stop.wait_for(|stop| *stop) => {
-                    let _ = stopped;
-                    return;
-                }
+                () = stopped(&mut stop) => return,
                 event = events.recv() => match event {
                     Ok(HypervisorEvent::Domain { id, .. }) => self.look_at(id, ObservationSource::Event).await,
                     Ok(HypervisorEvent::GuestAgent { id, connected: true }) => {
@@ -261,6 +258,11 @@ impl Observer {
             }
         }
     }
+}
+
+async fn stopped(stop: &mut watch::Receiver<bool>) {
+    // If nobody can ask for a stop any more, the agent is ending anyway.
+    let _ = stop.wait_for(|stop| *stop).await;
 }
 
 fn waits_for_agent(server: &ServerRecord) -> bool {

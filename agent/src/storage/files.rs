@@ -149,7 +149,8 @@ pub fn create_private(path: &Path) -> Result<(), FileError> {
         .mode(DISK_MODE)
         .open(path)
         .map_err(cannot("created", path))?;
-    file.set_permissions(Permissions::from_mode(DISK_MODE)).map_err(cannot("protected", path))
+    file.set_permissions(Permissions::from_mode(DISK_MODE))
+        .map_err(cannot("protected", path))
 }
 
 /// Writes a whole file: it is there with all its bytes or as it was before, whatever happens.
