@@ -112,6 +112,7 @@ fn a_linux_guest_tells_what_it_sees_and_runs_commands() {
     let disk = folder.join("disk.qcow2");
     let second = folder.join("second.raw");
     LinuxGuest::new("lin")
+        .with_all_drivers()
         .with_file("note", "hello")
         .build(&disk, Format::Qcow2);
     salvor_tests::guests::labelled_disk("second", 4, &second, Format::Raw);
@@ -201,6 +202,7 @@ fn a_broken_linux_guest_stops_early() {
     let libvirt = host.libvirt();
     let disk = folder.join("disk.raw");
     LinuxGuest::new("brk")
+        .with_all_drivers()
         .broken("somebody edited fstab")
         .build(&disk, Format::Raw);
     let xml = DomainXml::linux("brk", &folder.join("console"))
