@@ -80,7 +80,10 @@ fn cached(name: &str, inputs: &[PathBuf], make: impl FnOnce(&Path)) -> PathBuf {
         make(&part);
         // What older sources made is of no use to anybody any more.
         for entry in fs::read_dir(&guests).unwrap().flatten() {
-            let old = entry.file_name().to_string_lossy().starts_with(&format!("{name}-"));
+            let old = entry
+                .file_name()
+                .to_string_lossy()
+                .starts_with(&format!("{name}-"));
             if old && entry.path() != part {
                 let _ = fs::remove_dir_all(entry.path());
             }

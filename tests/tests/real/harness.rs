@@ -5,6 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Instant;
 
+use salvor_tests::agent::{AgentSettings, TestAgent, salvord};
 use salvor_tests::console::{Console, Mark};
 use salvor_tests::domain::DomainXml;
 use salvor_tests::guests::{Format, LinuxGuest, TinyGuest, linux_slot, mark_of, run};
@@ -333,4 +334,27 @@ fn a_dropped_host_leaves_no_process_and_no_folder_behind() {
     drop(host);
     assert!(!Path::new(&format!("/proc/{qemu}")).exists());
     assert!(!run.exists());
+}
+
+#[tokio::test]
+async fn an_agent_starts_stops_and_survives_kill_9_and_a_reboot_of_its_host() {
+    let mut laps = Laps::new("agent");
+    let folder = RunFolder::for_this_test();
+    let host = TestHost::start(folder.path());
+    salvord();
+    laps.lap("host up, salvord built");
+    let settings = AgentSettings::default().set("shutdown.timeout", "20s");
+    let mut agent = TestAgent::start(&host, folder.path(), settings).await;
+    laps.lap("serves");
+    assert!(agent.machine_pid().is_some());
+    assert_eq!(agent.sigterm_and_wait(SOON), "exit 0", "{}", agent.log());
+    laps.lap("stopped");
+    agent.restart().await;
+    agent.kill_9();
+    agent.restart().await;
+    laps.lap("killed and started twice");
+    host.reboot();
+    agent.forget_process();
+    agent.restart().await;
+    laps.lap("host rebooted, serves");
 }
