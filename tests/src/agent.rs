@@ -17,7 +17,7 @@ use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
 use crate::host::{HostProcess, TestHost};
-use crate::run_folder::{profile_folder, repository, target_folder};
+use crate::run_folder::{repository, target_folder};
 use crate::wait::SOON;
 
 /// How an agent is configured and started. [`AgentSettings::default`] is right for most tests.
@@ -25,9 +25,17 @@ use crate::wait::SOON;
 pub struct AgentSettings {
     overrides: Vec<(String, Value)>,
     environment: BTreeMap<String, String>,
+    program: Option<PathBuf>,
 }
 
 impl AgentSettings {
+    /// Runs this `salvord` instead of the debug build with failpoints: a release build, for a bench.
+    #[must_use]
+    pub fn program(mut self, path: &Path) -> Self {
+        self.program = Some(path.to_owned());
+        self
+    }
+
     /// Sets a key of the configuration file: `"state_dir"`, `"rescue.timeout"`.
     #[must_use]
     pub fn set(mut self, key: &str, value: impl Into<Value>) -> Self {
@@ -116,12 +124,15 @@ impl<'h> TestAgent<'h> {
         let config = self.config_file();
         fs::write(&config, toml::to_string(&self.config()).unwrap()).unwrap();
         let arguments = ["--config", config.to_str().unwrap()];
-        let process = self.host.spawn(
-            salvord(),
-            &arguments,
-            &self.settings.environment,
-            &self.log_file(),
-        );
+        let program = self
+            .settings
+            .program
+            .as_deref()
+            .unwrap_or_else(|| salvord());
+        let environment = &self.settings.environment;
+        let process = self
+            .host
+            .spawn(program, &arguments, environment, &self.log_file());
         self.process = Some(process);
     }
 
@@ -285,7 +296,7 @@ pub fn salvord() -> &'static Path {
         );
         let copy = target_folder().join("salvord-with-failpoints");
         let part = copy.with_extension(std::process::id().to_string());
-        fs::copy(profile_folder().join("salvord"), &part).unwrap();
+        fs::copy(target_folder().join("debug/salvord"), &part).unwrap();
         fs::rename(part, &copy).unwrap();
         copy
     })

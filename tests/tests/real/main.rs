@@ -10,4 +10,5 @@
     clippy::indexing_slicing
 )]
 
+mod deploy;
 mod harness;
