@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0
+//! All tests with real libvirt and real guests, in one binary so that they share a host.
+//!
+//! Each module is about one thing; `salvor_tests` has what they stand on. They need root.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+mod deploy;
+mod harness;
