@@ -23,6 +23,7 @@
 )]
 
 pub mod agent;
+pub mod client;
 pub mod console;
 pub mod domain;
 pub mod guests;

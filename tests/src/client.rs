@@ -1,0 +1,307 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The API as tests use it: calls that must succeed, calls that must be refused, operations to their end.
+
+use std::time::Duration;
+
+use prost::{Message as _, Name as _};
+use salvor_proto::{
+    google::longrunning::{
+        GetOperationRequest, Operation, WaitOperationRequest, operation,
+        operations_client::OperationsClient,
+    },
+    google::rpc::Status as RpcStatus,
+    v1::{
+        ActionResult, AdoptServerRequest, GetServerRequest, Image, ImageFormat, ImageSpec,
+        ImportImageRequest, ListServersRequest, OperationMetadata, OperationState,
+        RescueServerRequest, RescueServerResponse, Server, StartServerRequest, StopServerRequest,
+        UnrescueServerRequest, VmState, host_service_client::HostServiceClient,
+        image_service_client::ImageServiceClient, import_image_request::Part,
+        server_service_client::ServerServiceClient, watch_service_client::WatchServiceClient,
+    },
+};
+use tonic::{Code, Status, transport::Channel};
+use tonic_types::StatusExt as _;
+use uuid::Uuid;
+
+use crate::wait::BOOT;
+
+/// A client of one agent. Its calls panic with what the agent said when they fail.
+#[derive(Debug, Clone)]
+pub struct Client {
+    /// Calls of `ServerService`, for what the functions here do not do.
+    pub servers: ServerServiceClient<Channel>,
+    /// Calls of `google.longrunning.Operations`.
+    pub operations: OperationsClient<Channel>,
+    /// Calls of `ImageService`.
+    pub images: ImageServiceClient<Channel>,
+    /// Calls of `HostService`.
+    pub hosts: HostServiceClient<Channel>,
+    /// Calls of `WatchService`.
+    pub watches: WatchServiceClient<Channel>,
+}
+
+/// An operation that has ended.
+#[derive(Debug, Clone)]
+pub struct Ended {
+    /// The operation.
+    pub operation: Operation,
+    /// Its metadata.
+    pub metadata: OperationMetadata,
+}
+
+impl Ended {
+    /// The result of an operation that ended as asked.
+    #[track_caller]
+    pub fn done(&self) -> ActionResult {
+        match &self.operation.result {
+            Some(operation::Result::Response(any)) => {
+                assert_eq!(self.metadata.state(), OperationState::Done, "{self:#?}");
+                assert!(
+                    any.type_url.ends_with(&ActionResult::full_name()),
+                    "{}",
+                    any.type_url
+                );
+                ActionResult::decode(any.value.as_slice()).unwrap()
+            }
+            _ => panic!("the operation did not end as asked: {self:#?}"),
+        }
+    }
+
+    /// The error of an operation that failed or was cancelled.
+    #[track_caller]
+    pub fn error(&self) -> RpcStatus {
+        match &self.operation.result {
+            Some(operation::Result::Error(status)) => status.clone(),
+            _ => panic!("the operation did not fail: {self:#?}"),
+        }
+    }
+}
+
+/// The reason that an error of the API carries.
+#[track_caller]
+pub fn reason(status: &Status) -> String {
+    status
+        .get_error_details()
+        .error_info()
+        .unwrap_or_else(|| panic!("an error without ErrorInfo: {status:?}"))
+        .reason
+        .clone()
+}
+
+/// Checks a refusal: its code and its reason.
+#[track_caller]
+pub fn assert_refused<T: std::fmt::Debug>(
+    answer: Result<tonic::Response<T>, Status>,
+    code: Code,
+    expected: &str,
+) -> Status {
+    let status = answer.expect_err("the call was to be refused");
+    assert_eq!(
+        (status.code(), reason(&status).as_str()),
+        (code, expected),
+        "{status:?}"
+    );
+    status
+}
+
+impl Client {
+    /// A client over `channel`.
+    pub fn new(channel: Channel) -> Self {
+        Self {
+            servers: ServerServiceClient::new(channel.clone()),
+            operations: OperationsClient::new(channel.clone()),
+            images: ImageServiceClient::new(channel.clone()),
+            hosts: HostServiceClient::new(channel.clone()),
+            watches: WatchServiceClient::new(channel),
+        }
+    }
+
+    /// Imports an image from its bytes.
+    pub async fn import(
+        &mut self,
+        name: &str,
+        format: ImageFormat,
+        properties: &[(&str, &str)],
+        bytes: Vec<u8>,
+    ) -> Image {
+        let spec = ImageSpec {
+            name: name.to_owned(),
+            format: format.into(),
+            properties: properties
+                .iter()
+                .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
+                .collect(),
+            ..ImageSpec::default()
+        };
+        let mut parts = vec![ImportImageRequest {
+            part: Some(Part::Spec(spec)),
+        }];
+        for chunk in bytes.chunks(1 << 20) {
+            parts.push(ImportImageRequest {
+                part: Some(Part::Chunk(chunk.to_vec())),
+            });
+        }
+        let answer = self
+            .images
+            .import_image(futures_util::stream::iter(parts))
+            .await;
+        answer.unwrap().into_inner().image.unwrap()
+    }
+
+    /// Adopts a domain.
+    pub async fn adopt(&mut self, domain: Uuid) -> Server {
+        let request = AdoptServerRequest {
+            domain: domain.to_string(),
+            ..AdoptServerRequest::default()
+        };
+        let answer = self
+            .servers
+            .adopt_server(request)
+            .await
+            .unwrap()
+            .into_inner();
+        self.wait(&answer.operation.unwrap())
+            .await
+            .done()
+            .server
+            .unwrap()
+    }
+
+    /// A server as the agent knows it now.
+    pub async fn get(&mut self, server: Uuid) -> Server {
+        let request = GetServerRequest {
+            server: server.to_string(),
+        };
+        self.servers
+            .get_server(request)
+            .await
+            .unwrap()
+            .into_inner()
+            .server
+            .unwrap()
+    }
+
+    /// Every server.
+    pub async fn list(&mut self) -> Vec<Server> {
+        let request = ListServersRequest {
+            page_size: 1000,
+            ..ListServersRequest::default()
+        };
+        self.servers
+            .list_servers(request)
+            .await
+            .unwrap()
+            .into_inner()
+            .servers
+    }
+
+    /// Starts a server.
+    pub async fn start(&mut self, server: Uuid) -> Ended {
+        let request = StartServerRequest {
+            server: server.to_string(),
+            ..StartServerRequest::default()
+        };
+        let answer = self
+            .servers
+            .start_server(request)
+            .await
+            .unwrap()
+            .into_inner();
+        self.wait(&answer.operation.unwrap()).await
+    }
+
+    /// Stops a server.
+    pub async fn stop(&mut self, server: Uuid, within: Option<Duration>) -> Ended {
+        let request = StopServerRequest {
+            server: server.to_string(),
+            shutdown_timeout: within.map(|within| within.try_into().unwrap()),
+            ..StopServerRequest::default()
+        };
+        let answer = self
+            .servers
+            .stop_server(request)
+            .await
+            .unwrap()
+            .into_inner();
+        self.wait(&answer.operation.unwrap()).await
+    }
+
+    /// Rescues a server and waits for the end.
+    pub async fn rescue(&mut self, request: RescueServerRequest) -> (RescueServerResponse, Ended) {
+        let answer = self
+            .servers
+            .rescue_server(request)
+            .await
+            .unwrap()
+            .into_inner();
+        let ended = self.wait(answer.operation.as_ref().unwrap()).await;
+        (answer, ended)
+    }
+
+    /// Unrescues a server and waits for the end.
+    pub async fn unrescue(&mut self, request: UnrescueServerRequest) -> Ended {
+        let answer = self
+            .servers
+            .unrescue_server(request)
+            .await
+            .unwrap()
+            .into_inner();
+        self.wait(&answer.operation.unwrap()).await
+    }
+
+    /// Waits for the end of an operation.
+    pub async fn wait(&mut self, operation: &Operation) -> Ended {
+        let request = WaitOperationRequest {
+            name: operation.name.clone(),
+            timeout: Some(BOOT.try_into().unwrap()),
+        };
+        let operation = self
+            .operations
+            .wait_operation(request)
+            .await
+            .unwrap()
+            .into_inner();
+        assert!(
+            operation.done,
+            "the operation has not ended within {BOOT:?}: {operation:#?}"
+        );
+        ended(operation)
+    }
+
+    /// An operation as it is now.
+    pub async fn operation(&mut self, name: &str) -> (Operation, OperationMetadata) {
+        let request = GetOperationRequest {
+            name: name.to_owned(),
+        };
+        let operation = self
+            .operations
+            .get_operation(request)
+            .await
+            .unwrap()
+            .into_inner();
+        let metadata = metadata_of(&operation);
+        (operation, metadata)
+    }
+
+    /// Checks that a server is as said, with nothing under way.
+    #[track_caller]
+    pub fn assert_settled(server: &Server, vm_state: VmState) {
+        assert_eq!(server.vm_state(), vm_state, "{server:#?}");
+        assert_eq!(server.task_state, "", "{server:#?}");
+        assert_eq!(server.operation, "", "{server:#?}");
+    }
+}
+
+/// The metadata of an operation.
+pub fn metadata_of(operation: &Operation) -> OperationMetadata {
+    let any = operation.metadata.as_ref().unwrap();
+    OperationMetadata::decode(any.value.as_slice()).unwrap()
+}
+
+fn ended(operation: Operation) -> Ended {
+    let metadata = metadata_of(&operation);
+    Ended {
+        operation,
+        metadata,
+    }
+}

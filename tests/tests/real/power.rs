@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Adopt, start, stop and release, on real guests.
+
+use std::time::Duration;
+
+use salvor_proto::v1::{GuestStop, PowerState, VmState};
+use salvor_tests::agent::{AgentSettings, TestAgent};
+use salvor_tests::client::Client;
+use salvor_tests::console::{Console, Mark};
+use salvor_tests::domain::DomainXml;
+use salvor_tests::guests::{Format, TinyGuest};
+use salvor_tests::host::TestHost;
+use salvor_tests::run_folder::RunFolder;
+use salvor_tests::wait::SOON;
+use uuid::Uuid;
+
+/// Defines a domain with one tiny guest.
+fn define(host: &TestHost, folder: &RunFolder, guest: &TinyGuest) -> Uuid {
+    let disk = folder.join(format!("{}.qcow2", guest.name));
+    guest.build(&disk, Format::Qcow2);
+    let xml = DomainXml::tiny(&guest.name, &folder.join(format!("{}.console", guest.name)))
+        .disk(&disk, Format::Qcow2, "vda", "virtio", "root", Some(1))
+        .xml();
+    host.libvirt().define(&xml).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_adopted_domain_is_stopped_and_started_and_its_definition_stays() {
+    let folder = RunFolder::for_this_test();
+    let host = TestHost::shared();
+    let libvirt = host.libvirt();
+    let id = define(host, &folder, &TinyGuest::new("adopted"));
+    libvirt.start(id).unwrap();
+    Console::of(&libvirt, id).wait_line(Mark::START, "TINY-READY adopted", SOON);
+    let definition = libvirt.inactive_xml(id).unwrap();
+
+    let agent = TestAgent::start(host, folder.path(), AgentSettings::default()).await;
+    let mut client = Client::new(agent.channel());
+    let server = client.adopt(id).await;
+    Client::assert_settled(&server, VmState::Active);
+    assert_eq!(server.power.unwrap().state(), PowerState::Running);
+
+    let stopped = client.stop(id, None).await.done();
+    assert_eq!(stopped.guest_stop(), GuestStop::ByItself);
+    Client::assert_settled(&stopped.server.unwrap(), VmState::Stopped);
+
+    let started = client.start(id).await.done().server.unwrap();
+    Client::assert_settled(&started, VmState::Active);
+    Console::of(&libvirt, id).wait_line(Mark::START, "TINY-READY adopted", SOON);
+
+    let forced = client.stop(id, Some(Duration::ZERO)).await.done();
+    assert_eq!(forced.guest_stop(), GuestStop::Forced);
+    assert_eq!(libvirt.inactive_xml(id).unwrap(), definition);
+    libvirt.remove(id);
+}
