@@ -195,10 +195,11 @@ impl Libvirt {
         F: FnOnce(&Connect) -> Result<T, Failure> + Send + 'static,
     {
         let turn = self.turns.of(subject);
-        let Ok(_turn) = tokio::time::timeout(call.deadline, turn.lock_owned()).await else {
-            return Err(call.too_late());
-        };
-        self.call(Class::Read, call, work).await
+        let answer = tokio::time::timeout(call.deadline, async {
+            let _turn = turn.lock_owned().await;
+            self.call(Class::Read, call, work).await
+        });
+        answer.await.unwrap_or_else(|_| Err(call.too_late()))
     }
 
     /// Like [`Self::call`], for what asks a guest or its QEMU: while an earlier call of the domain
