@@ -81,7 +81,8 @@ pub struct DomainStatus {
     pub id: Uuid,
     /// The domain's name.
     pub name: String,
-    /// Its power state in Nova's words.
+    /// Its power state in Nova's words. `Shutdown` only when the guest's process is gone: a domain
+    /// that libvirt calls "in shutdown" is `Running` for the reason `shutting-down`.
     pub power: PowerState,
     /// libvirt's reason for the state, in its word (`booted`, `user`, `crashed`, `ioerror`, …).
     pub reason: String,

@@ -20,6 +20,7 @@ mod connections;
 mod errors;
 mod ffi;
 mod link;
+mod reads;
 mod schema;
 #[cfg(test)]
 mod tests;
@@ -27,7 +28,6 @@ mod threads;
 mod turns;
 mod words;
 
-use std::collections::HashSet;
 use std::io;
 use std::sync::{Arc, OnceLock, mpsc};
 use std::time::Duration;
@@ -46,6 +46,7 @@ pub use self::schema::{SchemaError, check_schema};
 
 use self::connections::{Class, Connections, Notice, Supervisor, is_alive};
 use self::errors::{Failure, agent_failure, is, refusal, schema_failure};
+use self::reads::{all, facts, find, status};
 use self::threads::{Job, Ticket};
 use self::turns::Turns;
 use crate::core::state::PowerState;
@@ -195,10 +196,11 @@ impl Libvirt {
         F: FnOnce(&Connect) -> Result<T, Failure> + Send + 'static,
     {
         let turn = self.turns.of(subject);
-        let Ok(_turn) = tokio::time::timeout(call.deadline, turn.lock_owned()).await else {
-            return Err(call.too_late());
-        };
-        self.call(Class::Read, call, work).await
+        let answer = tokio::time::timeout(call.deadline, async {
+            let _turn = turn.lock_owned().await;
+            self.call(Class::Read, call, work).await
+        });
+        answer.await.unwrap_or_else(|_| Err(call.too_late()))
     }
 
     /// Like [`Self::call`], for what asks a guest or its QEMU: while an earlier call of the domain
@@ -328,65 +330,6 @@ fn run_event_loop() {
     }
 }
 
-/// The domain, or `None` if there is none of this uuid.
-fn find(connect: &Connect, id: Uuid) -> Result<Option<Domain>, Failure> {
-    match connect.lookup_domain_by_uuid(id) {
-        Ok(domain) => Ok(Some(domain)),
-        Err(error) if is(&error, ErrorNumber::NoDomain) => Ok(None),
-        Err(error) => Err(error.into()),
-    }
-}
-
-/// The status, or `None` if the domain has gone meanwhile.
-fn status(domain: &Domain) -> Result<Option<DomainStatus>, Failure> {
-    let asked = (|| {
-        let (power, reason) = words::power(ffi::domain_state(domain)?);
-        Ok(DomainStatus {
-            id: domain.uuid()?,
-            name: domain.name()?,
-            power,
-            reason: reason.to_owned(),
-            persistent: domain.is_persistent()?,
-            managed_save: domain.has_managed_save(0)?,
-        })
-    })();
-    match asked {
-        Ok(status) => Ok(Some(status)),
-        Err(error) if is(&error, ErrorNumber::NoDomain) => Ok(None),
-        Err(error) => Err(error.into()),
-    }
-}
-
-/// The uuids of the domains that a filter of `virConnectListAllDomains` lets through.
-fn uuids(
-    connect: &Connect,
-    filter: sys::virConnectListAllDomainsFlags,
-) -> Result<HashSet<Uuid>, Failure> {
-    let domains = connect.list_all_domains(filter)?;
-    let uuids: Result<_, virt::error::Error> = domains.iter().map(Domain::uuid).collect();
-    Ok(uuids?)
-}
-
-/// Every domain with three calls in all, instead of three calls for each.
-fn all(connect: &Connect) -> Result<Vec<DomainStatus>, Failure> {
-    let persistent = uuids(connect, sys::VIR_CONNECT_LIST_DOMAINS_PERSISTENT)?;
-    let saved = uuids(connect, sys::VIR_CONNECT_LIST_DOMAINS_MANAGEDSAVE)?;
-    let listed = ffi::all_domain_states(connect)?.into_iter();
-    Ok(listed
-        .map(|domain| {
-            let (power, reason) = words::power(domain.state);
-            DomainStatus {
-                id: domain.id,
-                name: domain.name,
-                power,
-                reason: reason.to_owned(),
-                persistent: persistent.contains(&domain.id),
-                managed_save: saved.contains(&domain.id),
-            }
-        })
-        .collect())
-}
-
 /// The flags of an undefine, best first: an older libvirt does not know the later ones, and without
 /// those for NVRAM it refuses rather than to choose for us.
 fn undefine_flags(nvram: Nvram) -> [sys::virDomainUndefineFlagsValues; 3] {
@@ -406,41 +349,6 @@ fn undefine_flags(nvram: Nvram) -> [sys::virDomainUndefineFlagsValues; 3] {
         ),
     };
     [files | tpm, files, saved]
-}
-
-/// The text of an element that libvirt's own output has at most once before the next `stop`.
-fn text_of<'a>(xml: &'a str, element: &str) -> Option<&'a str> {
-    let (_, rest) = xml.split_once(&format!("<{element}>"))?;
-    rest.split_once('<').map(|(text, _)| text)
-}
-
-/// What libvirt says of the host. Its capabilities are printed by libvirt, so looking for a few
-/// strings in them is safe; the host's part comes first.
-fn facts(connect: &Connect) -> Result<HostFacts, Failure> {
-    let capabilities = connect.capabilities()?;
-    let node = connect.node_info()?;
-    let mut domain_types: Vec<String> = Vec::new();
-    for rest in capabilities.split("<domain type='").skip(1) {
-        if let Some((kind, _)) = rest.split_once('\'')
-            && !domain_types.iter().any(|known| known == kind)
-        {
-            domain_types.push(kind.to_owned());
-        }
-    }
-    Ok(HostFacts {
-        hostname: connect.hostname()?,
-        uuid: text_of(&capabilities, "uuid")
-            .unwrap_or_default()
-            .to_owned(),
-        arch: text_of(&capabilities, "arch")
-            .unwrap_or_default()
-            .to_owned(),
-        cpus: node.cpus,
-        memory_kib: node.memory,
-        libvirt_version: words::version(connect.lib_version()?),
-        hypervisor_version: words::version(connect.hyp_version()?),
-        domain_types,
-    })
 }
 
 #[async_trait]

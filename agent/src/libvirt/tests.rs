@@ -181,22 +181,29 @@ async fn without_libvirt_everything_fails_at_once_and_says_why() {
     assert!(libvirt.destroy(Uuid::nil()).await.is_err());
 }
 
-/// Calls of a class that hang until the sender is dropped.
+/// Stuck calls: their caller is gone and they hang until the sender is dropped.
 async fn hang(libvirt: &Libvirt, class: Class, count: usize, about: Uuid) -> mpsc::Sender<()> {
+    let (begun, mut has_begun) = tokio::sync::mpsc::unbounded_channel();
     let (end, told) = mpsc::channel::<()>();
     let told = Arc::new(std::sync::Mutex::new(told));
     let calls = (0..count).map(|_| {
-        let told = Arc::clone(&told);
-        let call = Call::new("hangs", Duration::from_millis(50)).about(about);
+        let (begun, told) = (begun.clone(), Arc::clone(&told));
+        let call = Call::new("hangs", PATIENCE).about(about);
         libvirt.call(class, call, move |_| {
+            begun.send(()).unwrap();
             let _ = told.lock().unwrap().recv();
             Ok(())
         })
     });
-    for answer in futures_util::future::join_all(calls).await {
-        assert!(matches!(answer, Err(HypervisorError::Deadline { .. })));
+    let all_begun = async {
+        for _ in 0..count {
+            timeout(PATIENCE, has_begun.recv()).await.unwrap();
+        }
+    };
+    tokio::select! {
+        answers = futures_util::future::join_all(calls) => panic!("{answers:?}"),
+        () = all_begun => end,
     }
-    end
 }
 
 #[tokio::test]
@@ -248,7 +255,7 @@ async fn when_all_threads_of_a_class_hang_its_calls_end_at_their_deadline() {
     assert!(matches!(late, Err(HypervisorError::Deadline { .. })));
     assert_eq!(libvirt.stuck_calls().len(), limit, "it never ran");
     drop(end);
-    assert_eq!(libvirt.domain(id).await, Ok(None));
+    assert_eq!(test_host().await.domain(id).await, Ok(None));
 }
 
 #[tokio::test]
