@@ -258,7 +258,7 @@ fn a_linux_guest_boots_from_an_iso() {
 }
 
 #[test]
-fn a_linux_guest_boots_under_uefi() {
+fn a_linux_guest_boots_under_uefi_and_sees_its_tpm() {
     let mut laps = Laps::new("Linux guest under UEFI");
     let folder = RunFolder::for_this_test();
     let host = TestHost::shared();
@@ -271,6 +271,7 @@ fn a_linux_guest_boots_under_uefi() {
     let xml = DomainXml::linux("efi", &folder.join("console"))
         .disk(&disk, Format::Qcow2, "vda", "virtio", "root", Some(1))
         .uefi()
+        .device("<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>")
         .xml();
     let id = libvirt.define(&xml).unwrap();
     let _slot = linux_slot();
@@ -279,7 +280,7 @@ fn a_linux_guest_boots_under_uefi() {
     let mut console = Console::of(&libvirt, id);
     console.wait_line(Mark::START, "GUEST ready name=efi", BOOT);
     laps.lap("ready");
-    console.run_ok("test -d /sys/firmware/efi");
+    console.run_ok("test -d /sys/firmware/efi && test -d /sys/class/tpm/tpm0");
     let mark = console.mark();
     libvirt.press_power_button(id).unwrap();
     console.run_ok("sleep 2");
