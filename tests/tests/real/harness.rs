@@ -11,6 +11,7 @@ use salvor_tests::domain::DomainXml;
 use salvor_tests::guests::{Format, LinuxGuest, TinyGuest, linux_slot, mark_of, run};
 use salvor_tests::host::TestHost;
 use salvor_tests::run_folder::RunFolder;
+use salvor_tests::tool;
 use salvor_tests::wait::{BOOT, SOON, wait_for};
 use uuid::Uuid;
 use virt::domain::DomainState;
@@ -117,19 +118,24 @@ fn a_linux_guest_tells_what_it_sees_and_runs_commands() {
         .with_file("note", "hello")
         .build(&disk, Format::Qcow2);
     salvor_tests::guests::labelled_disk("second", 4, &second, Format::Raw);
-    config_drive(&folder.join("config"), &folder.join("config.iso"));
+    config_drive(&folder.join("config"));
+    let config = folder.join("config.iso");
+    tool!(
+        "genisoimage",
+        "-quiet",
+        "-J",
+        "-R",
+        "-V",
+        "config-2",
+        "-o",
+        config,
+        folder.join("config")
+    );
     laps.lap("images made");
     let xml = DomainXml::linux("lin", &folder.join("console"))
         .disk(&disk, Format::Qcow2, "vda", "virtio", "root-7", Some(1))
         .disk(&second, Format::Raw, "sda", "usb", "usb-7", None)
-        .disk(
-            &folder.join("config.iso"),
-            Format::Iso,
-            "hda",
-            "ide",
-            "conf-7",
-            None,
-        )
+        .disk(&config, Format::Iso, "hda", "ide", "conf-7", None)
         .device("<controller type='usb' model='qemu-xhci'/>")
         .nic("52:54:00:00:00:07")
         .xml();
@@ -176,24 +182,13 @@ fn a_linux_guest_tells_what_it_sees_and_runs_commands() {
     libvirt.remove(id);
 }
 
-/// What an OpenStack config drive looks like, with a hash that is none.
-fn config_drive(tree: &Path, iso: &Path) {
+/// The tree of an OpenStack config drive, with a hash that is none.
+fn config_drive(tree: &Path) {
     let latest = tree.join("openstack/latest");
     fs::create_dir_all(&latest).unwrap();
     fs::write(latest.join("meta_data.json"), "{\"uuid\": \"x\"}").unwrap();
     let user_data = "#cloud-config\nchpasswd: {users: [{name: root, password: $6$salt$abc./9}]}\n";
     fs::write(latest.join("user_data"), user_data).unwrap();
-    let words = [
-        "-quiet",
-        "-J",
-        "-R",
-        "-V",
-        "config-2",
-        "-o",
-        iso.to_str().unwrap(),
-        tree.to_str().unwrap(),
-    ];
-    run("genisoimage", words);
 }
 
 #[test]
@@ -226,7 +221,20 @@ fn a_linux_guest_boots_from_an_iso() {
     let libvirt = host.libvirt();
     let iso = folder.join("rescue.iso");
     LinuxGuest::new("iso").build(&iso, Format::Iso);
+    let config = folder.join("config.fat");
+    config_drive(&folder.join("config"));
+    fs::File::create(&config).unwrap().set_len(4 << 20).unwrap();
+    tool!("mkfs.fat", "-n", "config-2", config);
+    tool!(
+        "mcopy",
+        "-s",
+        "-i",
+        config,
+        folder.join("config/openstack"),
+        "::"
+    );
     let xml = DomainXml::linux("iso", &folder.join("console"))
+        .disk(&config, Format::Raw, "vda", "virtio", "config", None)
         .disk(&iso, Format::Iso, "hda", "ide", "cd", Some(1))
         .xml();
     let id = libvirt.define(&xml).unwrap();
@@ -236,6 +244,11 @@ fn a_linux_guest_boots_from_an_iso() {
     let console = Console::of(&libvirt, id);
     console.wait_line(Mark::START, "GUEST ready name=iso", BOOT);
     laps.lap("ready");
+    let said = console.text();
+    assert!(
+        said.contains("GUEST password root set from openstack/latest/user_data"),
+        "{said}"
+    );
     assert!(
         console.text().contains("GUEST disk sr0"),
         "{}",
@@ -245,16 +258,20 @@ fn a_linux_guest_boots_from_an_iso() {
 }
 
 #[test]
-fn a_linux_guest_boots_under_uefi() {
+fn a_linux_guest_boots_under_uefi_and_sees_its_tpm() {
     let mut laps = Laps::new("Linux guest under UEFI");
     let folder = RunFolder::for_this_test();
     let host = TestHost::shared();
     let libvirt = host.libvirt();
     let disk = folder.join("disk.qcow2");
-    LinuxGuest::new("efi").build(&disk, Format::Qcow2);
+    LinuxGuest::new("efi")
+        .deaf()
+        .without_agent()
+        .build(&disk, Format::Qcow2);
     let xml = DomainXml::linux("efi", &folder.join("console"))
         .disk(&disk, Format::Qcow2, "vda", "virtio", "root", Some(1))
         .uefi()
+        .device("<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>")
         .xml();
     let id = libvirt.define(&xml).unwrap();
     let _slot = linux_slot();
@@ -263,7 +280,15 @@ fn a_linux_guest_boots_under_uefi() {
     let mut console = Console::of(&libvirt, id);
     console.wait_line(Mark::START, "GUEST ready name=efi", BOOT);
     laps.lap("ready");
-    console.run_ok("test -d /sys/firmware/efi");
+    console.run_ok("test -d /sys/firmware/efi && test -d /sys/class/tpm/tpm0");
+    let mark = console.mark();
+    libvirt.press_power_button(id).unwrap();
+    console.run_ok("sleep 2");
+    assert!(
+        !console.since(mark).contains("GUEST power button"),
+        "a deaf guest heard the button"
+    );
+    assert_eq!(libvirt.state(id).unwrap(), DomainState::Running);
     libvirt.remove(id);
 }
 
