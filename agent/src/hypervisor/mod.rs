@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The seam to the hypervisor: what the agent may ask of it, in the agent's words.
 //!
-//! [`crate::libvirt`] implements it with real libvirt, `fake` in memory for tests. Every call has a
+//! [`crate::libvirt`] implements it with real libvirt, [`fake`] in memory for tests. Every call has a
 //! deadline of its own behind this trait; a call that does not come back ends in
 //! [`HypervisorError::Deadline`] and is counted in [`Hypervisor::stuck_calls`].
+
+pub mod fake;
 
 use std::time::Duration;
 

@@ -1,2 +1,624 @@
 // SPDX-License-Identifier: Apache-2.0
 //! libvirt: the only place that names the `virt` crate.
+//!
+//! [`Libvirt`] implements the seam. Reads, changes and destroys each have threads of their own, and
+//! every thread a connection (`connections`, `threads`), so that a QEMU that hangs holds up its own
+//! domain only. Events are hints; the truth is asked for. Nothing here knows a server, a plan or a
+//! record.
+//!
+//! Rules that are easily broken:
+//! * As reads only calls are made that neither take a domain's job lock nor ask its monitor:
+//!   `virDomainGetState`, `virDomainGetXMLDesc`, lookups and listings.
+//! * libvirtd holds a domain's own lock while it destroys it: 0.2 s as a rule, 10 s if its QEMU hangs.
+//!   Who looks that domain up meanwhile waits, and while waiting keeps everybody from defining
+//!   domains. So reads of a domain wait for our destroy of it on this side (`turns`), and for each
+//!   other.
+//! * Guest agents are asked with a time limit that libvirt itself keeps, because a guest could
+//!   otherwise hold a thread for as long as it likes.
+
+mod connections;
+mod errors;
+mod ffi;
+mod link;
+mod schema;
+#[cfg(test)]
+mod tests;
+mod threads;
+mod turns;
+mod words;
+
+use std::collections::HashSet;
+use std::io;
+use std::sync::{Arc, OnceLock, mpsc};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+use tokio::sync::{broadcast, oneshot, watch};
+use uuid::Uuid;
+use virt::connect::Connect;
+use virt::domain::Domain;
+use virt::error::ErrorNumber;
+use virt::sys;
+
+pub use self::schema::{SchemaError, check_schema};
+
+use self::connections::{Class, Connections, Notice, Supervisor, is_alive};
+use self::errors::{Failure, agent_failure, is, refusal, schema_failure};
+use self::threads::{Job, Ticket};
+use self::turns::Turns;
+use crate::core::state::PowerState;
+use crate::hypervisor::{
+    CryptHash, Definition, DomainStatus, HostFacts, Hypervisor, HypervisorError, HypervisorEvent,
+    HypervisorResult, LinkState, Nvram, StuckCall,
+};
+
+/// How many events a receiver may be behind before it has to look at everything anew.
+const EVENT_BUFFER: usize = 4096;
+
+/// How long libvirt waits for a guest agent.
+const AGENT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How to talk to libvirt.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// libvirt's URI, `qemu:///system` as a rule.
+    pub uri: String,
+    /// How long a call may take that should take no time.
+    pub call_timeout: Duration,
+    /// How long a call may take that asks a guest or its QEMU (shutdown, guest agent). It is to be
+    /// shorter: when it has passed, the threads that hang are replaced.
+    pub guest_timeout: Duration,
+    /// How long a start may take.
+    pub start_timeout: Duration,
+    /// How long a destroy may take. A QEMU that hangs needs more than 10 s: libvirt first asks it to
+    /// end, then kills it.
+    pub destroy_timeout: Duration,
+    /// How often each connection is probed; whole seconds.
+    pub keepalive_interval: Duration,
+    /// How many probes may go unanswered before the connection counts as lost.
+    pub keepalive_count: u32,
+}
+
+impl Config {
+    /// The defaults for a URI.
+    #[must_use]
+    pub fn new(uri: impl Into<String>) -> Self {
+        Self {
+            uri: uri.into(),
+            call_timeout: Duration::from_secs(30),
+            guest_timeout: Duration::from_secs(10),
+            start_timeout: Duration::from_secs(120),
+            destroy_timeout: Duration::from_secs(40),
+            keepalive_interval: Duration::from_secs(5),
+            keepalive_count: 3,
+        }
+    }
+}
+
+/// Why the layer could not be set up. That libvirt is away is no reason.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The URI cannot be one.
+    #[error("the libvirt URI {uri:?} contains a NUL; give one like qemu:///system")]
+    Uri {
+        /// The URI.
+        uri: String,
+    },
+    /// libvirt's event loop could not be set up.
+    #[error("libvirt's event loop cannot be set up: {message}")]
+    EventLoop {
+        /// libvirt's message.
+        message: String,
+    },
+    /// A thread could not be started.
+    #[error("a thread for libvirt cannot be started")]
+    Thread(#[source] io::Error),
+}
+
+/// A libvirt as a hypervisor.
+pub struct Libvirt {
+    shared: Arc<Connections>,
+    turns: Turns,
+}
+
+impl Libvirt {
+    /// Sets the layer up and begins to connect. It does not wait for libvirt, which may come later:
+    /// [`Hypervisor::link`] says when it is there.
+    ///
+    /// The first call in a process starts the thread of libvirt's event loop, which never ends, and
+    /// ends libvirt's habit of printing every error to stderr.
+    ///
+    /// # Errors
+    /// See [`OpenError`].
+    pub fn open(config: Config) -> Result<Self, OpenError> {
+        if config.uri.contains('\0') {
+            return Err(OpenError::Uri { uri: config.uri });
+        }
+        start_event_loop()?;
+        let (notices, supervised) = mpsc::channel();
+        let events = broadcast::Sender::new(EVENT_BUFFER);
+        let shared = Arc::new(Connections::new(config, events, notices));
+        let supervisor = Supervisor::new(Arc::clone(&shared), supervised);
+        std::thread::Builder::new()
+            .name("lv-supervisor".to_owned())
+            .spawn(move || supervisor.run())
+            .map_err(OpenError::Thread)?;
+        let turns = Turns::default();
+        Ok(Self { shared, turns })
+    }
+
+    /// Does `work` with a connection on one of the threads of the class.
+    async fn call<T, F>(&self, class: Class, call: Call, work: F) -> HypervisorResult<T>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Connect) -> Result<T, Failure> + Send + 'static,
+    {
+        if let LinkState::Down { reason } = &*self.shared.link.borrow() {
+            let reason = reason.clone();
+            return Err(HypervisorError::LinkDown { reason });
+        }
+        let (answer, answered) = oneshot::channel();
+        let ticket = Ticket::new(call.name, call.domain);
+        let shared = Arc::clone(&self.shared);
+        let job = Job::new(&ticket, move |connect| {
+            // Nobody may wait for it any more.
+            let _ = answer.send(match connect {
+                Ok(connect) => work(connect).map_err(|failure| match failure {
+                    Failure::Said(error) => error,
+                    Failure::Libvirt(error) if is_alive(connect) => refusal(&call, &error),
+                    Failure::Libvirt(error) => link_down(&shared, &error),
+                }),
+                Err(error) => Err(link_down(&shared, &error)),
+            });
+        });
+        let mut waiting = Waiting {
+            shared: &self.shared,
+            ticket: Some(&ticket),
+        };
+        self.shared.submit(class, job);
+        match tokio::time::timeout(call.deadline, answered).await {
+            Ok(answer) => {
+                waiting.ticket = None;
+                answer.unwrap_or_else(|_| Err(panicked(call.name)))
+            }
+            Err(_) => Err(call.too_late()),
+        }
+    }
+
+    /// Like [`Self::call`], for reads: those of one subject wait for each other, and for our destroy
+    /// of it, on this side.
+    async fn read<T, F>(&self, subject: &str, call: Call, work: F) -> HypervisorResult<T>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Connect) -> Result<T, Failure> + Send + 'static,
+    {
+        let turn = self.turns.of(subject);
+        let Ok(_turn) = tokio::time::timeout(call.deadline, turn.lock_owned()).await else {
+            return Err(call.too_late());
+        };
+        self.call(Class::Read, call, work).await
+    }
+
+    /// Like [`Self::call`], for what asks a guest or its QEMU: while an earlier call of the domain
+    /// hangs, a further one would only hang too.
+    async fn ask_guest<T, F>(&self, id: Uuid, name: &'static str, work: F) -> HypervisorResult<T>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Domain) -> Result<T, Failure> + Send + 'static,
+    {
+        if let Some(stuck) = self.shared.stuck.of(id) {
+            return Err(HypervisorError::Deadline {
+                call: stuck.call,
+                after: stuck.age,
+            });
+        }
+        let call = Call::new(name, self.shared.config.guest_timeout).about(id);
+        self.call(Class::Mutate, call, move |connect| {
+            work(&connect.lookup_domain_by_uuid(id)?)
+        })
+        .await
+    }
+
+    async fn ask_agent(&self, id: Uuid, command: String) -> HypervisorResult<()> {
+        let timeout = AGENT_TIMEOUT.min(self.shared.config.guest_timeout / 2);
+        let seconds = i32::try_from(timeout.as_secs().max(1)).unwrap_or(i32::MAX);
+        self.ask_guest(id, "virDomainQemuAgentCommand", move |domain| {
+            let asked = domain.qemu_agent_command(&command, seconds, 0);
+            asked.map(drop).map_err(agent_failure)
+        })
+        .await
+    }
+
+    fn call_named(&self, name: &'static str) -> Call {
+        Call::new(name, self.shared.config.call_timeout)
+    }
+}
+
+impl Drop for Libvirt {
+    fn drop(&mut self) {
+        self.shared.notify(Notice::Stop);
+    }
+}
+
+/// Which libvirt function is called about what, and for how long it is waited for.
+#[derive(Debug, Clone, Copy)]
+struct Call {
+    name: &'static str,
+    domain: Option<Uuid>,
+    deadline: Duration,
+}
+
+impl Call {
+    const fn new(name: &'static str, deadline: Duration) -> Self {
+        Self {
+            name,
+            domain: None,
+            deadline,
+        }
+    }
+
+    const fn about(mut self, domain: Uuid) -> Self {
+        self.domain = Some(domain);
+        self
+    }
+
+    const fn too_late(&self) -> HypervisorError {
+        HypervisorError::Deadline {
+            call: self.name,
+            after: self.deadline,
+        }
+    }
+}
+
+/// A caller that waits. When it stops waiting without an answer, at its deadline or because it was
+/// dropped, the call is given up.
+struct Waiting<'a> {
+    shared: &'a Connections,
+    ticket: Option<&'a Arc<Ticket>>,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        if let Some(ticket) = self.ticket {
+            self.shared.stuck.give_up(ticket);
+        }
+    }
+}
+
+fn link_down(shared: &Connections, error: &virt::error::Error) -> HypervisorError {
+    shared.notify(Notice::Look);
+    let reason = error.message().to_owned();
+    HypervisorError::LinkDown { reason }
+}
+
+fn panicked(call: &'static str) -> HypervisorError {
+    HypervisorError::Refused {
+        call,
+        message: "the libvirt binding panicked; the log says where".to_owned(),
+    }
+}
+
+/// Registers libvirt's default event loop and starts its thread, once per process. It has to be
+/// there before the first connection is opened, or that one has neither events nor keepalive.
+fn start_event_loop() -> Result<(), OpenError> {
+    static STARTED: OnceLock<Result<(), String>> = OnceLock::new();
+    let started = STARTED.get_or_init(|| {
+        virt::error::clear_error_callback();
+        virt::event::event_register_default_impl().map_err(|e| e.message().to_owned())?;
+        std::thread::Builder::new()
+            .name("lv-events".to_owned())
+            .spawn(run_event_loop)
+            .map(drop)
+            .map_err(|error| error.to_string())
+    });
+    started
+        .clone()
+        .map_err(|message| OpenError::EventLoop { message })
+}
+
+fn run_event_loop() {
+    loop {
+        if let Err(error) = virt::event::event_run_default_impl() {
+            tracing::error!(error = error.message(), "libvirt's event loop failed");
+            // poll(2) failed, for want of memory as a rule. Do not spin.
+            std::thread::park_timeout(Duration::from_millis(100));
+        }
+    }
+}
+
+/// The domain, or `None` if there is none of this uuid.
+fn find(connect: &Connect, id: Uuid) -> Result<Option<Domain>, Failure> {
+    match connect.lookup_domain_by_uuid(id) {
+        Ok(domain) => Ok(Some(domain)),
+        Err(error) if is(&error, ErrorNumber::NoDomain) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The status, or `None` if the domain has gone meanwhile.
+fn status(domain: &Domain) -> Result<Option<DomainStatus>, Failure> {
+    let asked = (|| {
+        let (power, reason) = words::power(ffi::domain_state(domain)?);
+        Ok(DomainStatus {
+            id: domain.uuid()?,
+            name: domain.name()?,
+            power,
+            reason: reason.to_owned(),
+            persistent: domain.is_persistent()?,
+            managed_save: domain.has_managed_save(0)?,
+        })
+    })();
+    match asked {
+        Ok(status) => Ok(Some(status)),
+        Err(error) if is(&error, ErrorNumber::NoDomain) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The uuids of the domains that a filter of `virConnectListAllDomains` lets through.
+fn uuids(
+    connect: &Connect,
+    filter: sys::virConnectListAllDomainsFlags,
+) -> Result<HashSet<Uuid>, Failure> {
+    let domains = connect.list_all_domains(filter)?;
+    let uuids: Result<_, virt::error::Error> = domains.iter().map(Domain::uuid).collect();
+    Ok(uuids?)
+}
+
+/// Every domain with three calls in all, instead of three calls for each.
+fn all(connect: &Connect) -> Result<Vec<DomainStatus>, Failure> {
+    let persistent = uuids(connect, sys::VIR_CONNECT_LIST_DOMAINS_PERSISTENT)?;
+    let saved = uuids(connect, sys::VIR_CONNECT_LIST_DOMAINS_MANAGEDSAVE)?;
+    let listed = ffi::all_domain_states(connect)?.into_iter();
+    Ok(listed
+        .map(|domain| {
+            let (power, reason) = words::power(domain.state);
+            DomainStatus {
+                id: domain.id,
+                name: domain.name,
+                power,
+                reason: reason.to_owned(),
+                persistent: persistent.contains(&domain.id),
+                managed_save: saved.contains(&domain.id),
+            }
+        })
+        .collect())
+}
+
+/// The flags of an undefine, best first: an older libvirt does not know the later ones, and without
+/// those for NVRAM it refuses rather than to choose for us.
+fn undefine_flags(nvram: Nvram) -> [sys::virDomainUndefineFlagsValues; 3] {
+    let saved = sys::VIR_DOMAIN_UNDEFINE_MANAGED_SAVE;
+    let (files, tpm) = match nvram {
+        Nvram::Keep => (
+            saved | sys::VIR_DOMAIN_UNDEFINE_KEEP_NVRAM,
+            sys::VIR_DOMAIN_UNDEFINE_KEEP_TPM,
+        ),
+        // For good, so what libvirt notes of snapshots and checkpoints must not stand in the way.
+        Nvram::Remove => (
+            saved
+                | sys::VIR_DOMAIN_UNDEFINE_NVRAM
+                | sys::VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
+                | sys::VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA,
+            sys::VIR_DOMAIN_UNDEFINE_TPM,
+        ),
+    };
+    [files | tpm, files, saved]
+}
+
+/// The text of an element that libvirt's own output has at most once before the next `stop`.
+fn text_of<'a>(xml: &'a str, element: &str) -> Option<&'a str> {
+    let (_, rest) = xml.split_once(&format!("<{element}>"))?;
+    rest.split_once('<').map(|(text, _)| text)
+}
+
+/// What libvirt says of the host. Its capabilities are printed by libvirt, so looking for a few
+/// strings in them is safe; the host's part comes first.
+fn facts(connect: &Connect) -> Result<HostFacts, Failure> {
+    let capabilities = connect.capabilities()?;
+    let node = connect.node_info()?;
+    let mut domain_types: Vec<String> = Vec::new();
+    for rest in capabilities.split("<domain type='").skip(1) {
+        if let Some((kind, _)) = rest.split_once('\'')
+            && !domain_types.iter().any(|known| known == kind)
+        {
+            domain_types.push(kind.to_owned());
+        }
+    }
+    Ok(HostFacts {
+        hostname: connect.hostname()?,
+        uuid: text_of(&capabilities, "uuid")
+            .unwrap_or_default()
+            .to_owned(),
+        arch: text_of(&capabilities, "arch")
+            .unwrap_or_default()
+            .to_owned(),
+        cpus: node.cpus,
+        memory_kib: node.memory,
+        libvirt_version: words::version(connect.lib_version()?),
+        hypervisor_version: words::version(connect.hyp_version()?),
+        domain_types,
+    })
+}
+
+#[async_trait]
+impl Hypervisor for Libvirt {
+    async fn host(&self) -> HypervisorResult<HostFacts> {
+        let call = self.call_named("virConnectGetCapabilities");
+        self.read("host", call, facts).await
+    }
+
+    async fn domains(&self) -> HypervisorResult<Vec<DomainStatus>> {
+        let call = self.call_named("virConnectGetAllDomainStats");
+        self.read("all", call, all).await
+    }
+
+    async fn domain(&self, id: Uuid) -> HypervisorResult<Option<DomainStatus>> {
+        let call = self.call_named("virDomainGetState").about(id);
+        self.read(&id.to_string(), call, move |connect| {
+            find(connect, id)?.map_or(Ok(None), |domain| status(&domain))
+        })
+        .await
+    }
+
+    async fn domain_by_name(&self, name: &str) -> HypervisorResult<Option<DomainStatus>> {
+        let call = self.call_named("virDomainLookupByName");
+        let sought = name.to_owned();
+        self.read(name, call, move |connect| {
+            match connect.lookup_domain_by_name(&sought) {
+                Ok(domain) => status(&domain),
+                Err(error) if is(&error, ErrorNumber::NoDomain) => Ok(None),
+                Err(error) => Err(error.into()),
+            }
+        })
+        .await
+    }
+
+    async fn domain_xml(&self, id: Uuid, which: Definition) -> HypervisorResult<String> {
+        let call = self.call_named("virDomainGetXMLDesc").about(id);
+        self.read(&id.to_string(), call, move |connect| {
+            let domain = connect.lookup_domain_by_uuid(id)?;
+            // libvirt gives the other definition where the one asked for is missing.
+            let (there, flags) = match which {
+                Definition::Live => (domain.is_active()?, sys::VIR_DOMAIN_XML_SECURE),
+                Definition::Inactive => (
+                    domain.is_persistent()?,
+                    sys::VIR_DOMAIN_XML_SECURE | sys::VIR_DOMAIN_XML_INACTIVE,
+                ),
+            };
+            if !there {
+                let domain = id.to_string();
+                return Err(HypervisorError::NoDomain { domain }.into());
+            }
+            Ok(domain.xml_desc(flags)?)
+        })
+        .await
+    }
+
+    async fn validate(&self, xml: &str) -> HypervisorResult<()> {
+        let name = "virConnectDomainXMLToNative";
+        let xml = xml.to_owned();
+        let call = self.call_named(name);
+        self.call(Class::Mutate, call, move |connect| {
+            check_schema(&xml).map_err(|error| schema_failure(name, &error))?;
+            match connect.domain_xml_to_native("qemu-argv", &xml, 0) {
+                Ok(_) => Ok(()),
+                // Not QEMU: there is nothing more to ask.
+                Err(error) if is(&error, ErrorNumber::NoSupport) => Ok(()),
+                Err(error) => Err(error.into()),
+            }
+        })
+        .await
+    }
+
+    async fn define(&self, xml: &str) -> HypervisorResult<()> {
+        let xml = xml.to_owned();
+        let call = self.call_named("virDomainDefineXMLFlags");
+        self.call(Class::Mutate, call, move |connect| {
+            connect.define_domain_xml_flags(&xml, sys::VIR_DOMAIN_DEFINE_VALIDATE)?;
+            Ok(())
+        })
+        .await
+    }
+
+    async fn undefine(&self, id: Uuid, nvram: Nvram) -> HypervisorResult<()> {
+        let call = self.call_named("virDomainUndefineFlags").about(id);
+        self.call(Class::Mutate, call, move |connect| {
+            let Some(domain) = find(connect, id)? else {
+                return Ok(());
+            };
+            if !domain.is_persistent()? {
+                return Ok(());
+            }
+            let mut answer = Ok(());
+            for flags in undefine_flags(nvram) {
+                answer = domain.undefine_flags(flags);
+                match &answer {
+                    Err(error) if is(error, ErrorNumber::InvalidArg) => {}
+                    Err(error) if is(error, ErrorNumber::NoDomain) => return Ok(()),
+                    _ => break,
+                }
+            }
+            Ok(answer?)
+        })
+        .await
+    }
+
+    async fn start(&self, id: Uuid) -> HypervisorResult<()> {
+        let call = Call::new("virDomainCreate", self.shared.config.start_timeout).about(id);
+        self.call(Class::Mutate, call, move |connect| {
+            Ok(connect.lookup_domain_by_uuid(id)?.create()?)
+        })
+        .await
+    }
+
+    async fn shutdown(&self, id: Uuid) -> HypervisorResult<()> {
+        self.ask_guest(id, "virDomainShutdownFlags", |domain| {
+            match domain.shutdown_flags(sys::VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN) {
+                // A driver with one way only, such as the test driver. (QEMU's would go to the
+                // guest agent without the flag.)
+                Err(error) if is(&error, ErrorNumber::InvalidArg) => Ok(domain.shutdown()?),
+                answer => Ok(answer?),
+            }
+        })
+        .await
+    }
+
+    async fn destroy(&self, id: Uuid) -> HypervisorResult<()> {
+        // Reads that come now wait; one that is under way does not hold this up.
+        let _turn = self.turns.of(&id.to_string()).try_lock_owned();
+        let timeout = self.shared.config.destroy_timeout;
+        let call = Call::new("virDomainDestroy", timeout).about(id);
+        self.call(Class::Emergency, call, move |connect| {
+            let Some(domain) = find(connect, id)? else {
+                return Ok(());
+            };
+            let Err(error) = domain.destroy() else {
+                return Ok(());
+            };
+            // It may have ended by itself; only what libvirt says of it now tells.
+            match ffi::domain_state(&domain) {
+                Ok(raw) if words::power(raw).0 == PowerState::Shutdown => Ok(()),
+                Err(gone) if is(&gone, ErrorNumber::NoDomain) => Ok(()),
+                _ => Err(error.into()),
+            }
+        })
+        .await
+    }
+
+    async fn set_user_password(
+        &self,
+        id: Uuid,
+        user: &str,
+        hash: &CryptHash,
+    ) -> HypervisorResult<()> {
+        let command = serde_json::json!({
+            "execute": "guest-set-user-password",
+            "arguments": {
+                "username": user,
+                "password": BASE64_STANDARD.encode(&hash.0),
+                "crypted": true,
+            },
+        });
+        self.ask_agent(id, command.to_string()).await
+    }
+
+    async fn ping_guest_agent(&self, id: Uuid) -> HypervisorResult<()> {
+        let command = r#"{"execute":"guest-ping"}"#;
+        self.ask_agent(id, command.to_owned()).await
+    }
+
+    fn events(&self) -> broadcast::Receiver<HypervisorEvent> {
+        self.shared.events.subscribe()
+    }
+
+    fn link(&self) -> watch::Receiver<LinkState> {
+        self.shared.link.subscribe()
+    }
+
+    fn stuck_calls(&self) -> Vec<StuckCall> {
+        self.shared.stuck.list()
+    }
+}

@@ -1,0 +1,855 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A hypervisor in memory, for tests of everything above the seam.
+//!
+//! It is an ordinary public module, so that the workspace's test crate can use it too; the daemon
+//! never makes one. It behaves like libvirt where the difference would hide a bug: two definitions
+//! per domain, transient domains that vanish when they end, refused double starts, managed save
+//! images, events as hints. It knows no XML beyond `<name>` and `<uuid>`, and no guest: what a guest
+//! does is told by the test.
+//!
+//! A [`FakeHypervisor`] is one agent process at a [host](FakeHypervisor::attach). The host outlives
+//! the process: a test lets a process die ([`FakeHypervisor::stop_after`]) and attaches the next one.
+//! Clones are the same process.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use async_trait::async_trait;
+use tokio::sync::{broadcast, watch};
+use uuid::Uuid;
+
+use super::{
+    CryptHash, Definition, DomainStatus, HostFacts, Hypervisor, HypervisorError, HypervisorEvent,
+    HypervisorResult, LinkState, Nvram, StuckCall,
+};
+use crate::core::state::PowerState;
+
+/// How many events a receiver may be behind.
+const EVENT_BUFFER: usize = 1024;
+
+/// One domain of the fake host.
+#[derive(Debug, Clone)]
+struct Domain {
+    name: String,
+    inactive: Option<String>,
+    live: Option<String>,
+    power: PowerState,
+    reason: &'static str,
+    managed_save: bool,
+}
+
+impl Domain {
+    fn status(&self, id: Uuid) -> DomainStatus {
+        DomainStatus {
+            id,
+            name: self.name.clone(),
+            power: self.power,
+            reason: self.reason.to_owned(),
+            persistent: self.inactive.is_some(),
+            managed_save: self.managed_save,
+        }
+    }
+}
+
+/// What a test has said of the guest that runs in a domain.
+#[derive(Debug, Clone, Copy, Default)]
+struct Guest {
+    acpi_requests_to_ignore: u32,
+    agent: bool,
+}
+
+/// What is to happen to the next call of one name.
+#[derive(Debug)]
+struct Planned {
+    error: HypervisorError,
+    takes_effect: bool,
+}
+
+#[derive(Debug, Default)]
+struct HostState {
+    domains: BTreeMap<Uuid, Domain>,
+    guests: HashMap<Uuid, Guest>,
+    passwords: HashMap<Uuid, Vec<(String, CryptHash)>>,
+    planned: Vec<(String, Planned)>,
+    calls: Vec<String>,
+    stuck: Vec<StuckCall>,
+}
+
+#[derive(Debug)]
+struct Host {
+    state: Mutex<HostState>,
+    events: broadcast::Sender<HypervisorEvent>,
+    link: watch::Sender<LinkState>,
+}
+
+/// Where a process dies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Death {
+    Never,
+    /// Before the call after the n-th takes effect.
+    After(usize),
+    /// When the n-th call has taken effect but not answered.
+    Within(usize),
+}
+
+#[derive(Debug)]
+struct Process {
+    death: Mutex<(Death, usize)>,
+    dead: watch::Sender<bool>,
+}
+
+impl Process {
+    fn new() -> Self {
+        Self {
+            death: Mutex::new((Death::Never, 0)),
+            dead: watch::Sender::new(false),
+        }
+    }
+}
+
+/// What becomes of one call of a process.
+enum Fate {
+    Lives,
+    DiesBefore,
+    DiesAfter,
+}
+
+/// A hypervisor in memory. See the module's description.
+#[derive(Debug, Clone)]
+pub struct FakeHypervisor {
+    host: Arc<Host>,
+    process: Arc<Process>,
+}
+
+impl Default for FakeHypervisor {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn element<'a>(xml: &'a str, name: &str) -> Option<&'a str> {
+    let (_, rest) = xml.split_once(&format!("<{name}>"))?;
+    let (text, _) = rest.split_once(&format!("</{name}>"))?;
+    Some(text.trim())
+}
+
+fn refused<T>(call: &'static str, message: impl Into<String>) -> HypervisorResult<T> {
+    Err(HypervisorError::Refused {
+        call,
+        message: message.into(),
+    })
+}
+
+fn identity(call: &'static str, xml: &str) -> HypervisorResult<(Uuid, String)> {
+    let id = element(xml, "uuid").and_then(|text| Uuid::parse_str(text).ok());
+    match (id, element(xml, "name")) {
+        (Some(id), Some(name)) if !name.is_empty() => Ok((id, name.to_owned())),
+        _ => refused(call, "XML error: give the domain a <name> and a <uuid>"),
+    }
+}
+
+impl FakeHypervisor {
+    /// An empty host with its first agent process.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            host: Arc::new(Host {
+                state: Mutex::default(),
+                events: broadcast::Sender::new(EVENT_BUFFER),
+                link: watch::Sender::new(LinkState::Up),
+            }),
+            process: Arc::new(Process::new()),
+        }
+    }
+
+    /// The next agent process at the same host. An earlier one that has died stays dead.
+    #[must_use]
+    pub fn attach(&self) -> Self {
+        Self {
+            host: Arc::clone(&self.host),
+            process: Arc::new(Process::new()),
+        }
+    }
+
+    /// This process dies when it has made `n` more calls: the next one has no effect, and neither it
+    /// nor any later one ever answers.
+    pub fn stop_after(&self, n: usize) {
+        *lock(&self.process.death) = (Death::After(n), 0);
+    }
+
+    /// This process dies in its `n`-th call from now (counted from 1), which takes effect but never
+    /// answers; nor does any later one, which has no effect.
+    pub fn stop_within(&self, n: usize) {
+        *lock(&self.process.death) = (Death::Within(n), 0);
+    }
+
+    /// Comes back when this process has died of [`Self::stop_after`] or [`Self::stop_within`].
+    pub async fn stopped(&self) {
+        let mut dead = self.process.dead.subscribe();
+        // The sender lives in `self`, so the wait can only end with the value.
+        let _ = dead.wait_for(|dead| *dead).await;
+    }
+
+    /// The next call of this name (`start`, `domain_xml`, …) fails so and has no effect.
+    pub fn fail_next(&self, call: &str, error: HypervisorError) {
+        self.plan(call, error, false);
+    }
+
+    /// The next call of this name takes effect and then fails so, as a call does whose answer was
+    /// lost or came too late.
+    pub fn lose_next_answer(&self, call: &str, error: HypervisorError) {
+        self.plan(call, error, true);
+    }
+
+    fn plan(&self, call: &str, error: HypervisorError, takes_effect: bool) {
+        let planned = Planned {
+            error,
+            takes_effect,
+        };
+        lock(&self.host.state)
+            .planned
+            .push((call.to_owned(), planned));
+    }
+
+    /// Every call of every process so far, as `name` or `name argument`.
+    #[must_use]
+    pub fn calls(&self) -> Vec<String> {
+        lock(&self.host.state).calls.clone()
+    }
+
+    /// Forgets [`Self::calls`].
+    pub fn clear_calls(&self) {
+        lock(&self.host.state).calls.clear();
+    }
+
+    /// The guest does not hear the power button from now on.
+    pub fn guest_ignores_acpi(&self, id: Uuid) {
+        self.guest_misses_acpi(id, u32::MAX);
+    }
+
+    /// The guest misses the next `n` presses of the power button and hears the one after.
+    pub fn guest_misses_acpi(&self, id: Uuid, n: u32) {
+        lock(&self.host.state)
+            .guests
+            .entry(id)
+            .or_default()
+            .acpi_requests_to_ignore = n;
+    }
+
+    /// Whether what runs in the domain has a guest agent, from now on.
+    pub fn guest_agent(&self, id: Uuid, connected: bool) {
+        let mut state = lock(&self.host.state);
+        state.guests.entry(id).or_default().agent = connected;
+        if state.domains.get(&id).is_some_and(|d| d.power.is_on()) {
+            self.emit(HypervisorEvent::GuestAgent { id, connected });
+        }
+    }
+
+    /// The passwords that were set through the guest agent, in order.
+    #[must_use]
+    pub fn passwords(&self, id: Uuid) -> Vec<(String, CryptHash)> {
+        let state = lock(&self.host.state);
+        state.passwords.get(&id).cloned().unwrap_or_default()
+    }
+
+    /// Loses the connection to libvirt, or brings it back. While it is down every call fails and
+    /// the domains go on.
+    pub fn set_link(&self, link: LinkState) {
+        if self.host.link.send_replace(link.clone()) == link {
+            return;
+        }
+        let back = link == LinkState::Up;
+        self.emit(HypervisorEvent::Link(link));
+        if back {
+            self.emit(HypervisorEvent::Resync);
+        }
+    }
+
+    /// What [`Hypervisor::stuck_calls`] says from now on.
+    pub fn set_stuck_calls(&self, stuck: Vec<StuckCall>) {
+        lock(&self.host.state).stuck = stuck;
+    }
+
+    /// The guest powers itself off.
+    pub fn guest_powers_off(&self, id: Uuid) {
+        self.end(&mut lock(&self.host.state), id, "shutdown");
+    }
+
+    /// The domain's QEMU dies: it is off, for the reason `crashed`.
+    pub fn crash_guest(&self, id: Uuid) {
+        self.end(&mut lock(&self.host.state), id, "crashed");
+    }
+
+    /// Puts the domain into a state that no call of the seam leads to (`paused`, `crashed`, …).
+    pub fn set_power(&self, id: Uuid, power: PowerState, reason: &'static str) {
+        if let Some(domain) = lock(&self.host.state).domains.get_mut(&id) {
+            domain.power = power;
+            domain.reason = reason;
+            if !power.is_on() && power != PowerState::Crashed {
+                domain.live = None;
+            } else if domain.live.is_none() {
+                domain.live.clone_from(&domain.inactive);
+            }
+        }
+        self.emit(HypervisorEvent::Domain {
+            id,
+            what: "changed",
+        });
+    }
+
+    /// Gives the domain a managed save image; it is off then.
+    pub fn managed_save(&self, id: Uuid) {
+        let mut state = lock(&self.host.state);
+        self.end(&mut state, id, "saved");
+        if let Some(domain) = state.domains.get_mut(&id) {
+            domain.managed_save = true;
+        }
+    }
+
+    /// Starts a transient domain, as somebody else at the host may do.
+    ///
+    /// # Errors
+    /// [`HypervisorError::Refused`] if the XML has no name or uuid or there is such a domain.
+    pub fn create_transient(&self, xml: &str) -> HypervisorResult<Uuid> {
+        let call = "create_transient";
+        let (id, name) = identity(call, xml)?;
+        let mut state = lock(&self.host.state);
+        if state
+            .domains
+            .iter()
+            .any(|(i, d)| *i == id || d.name == name)
+        {
+            return refused(call, format!("domain '{name}' already exists"));
+        }
+        state.domains.insert(
+            id,
+            Domain {
+                name,
+                inactive: None,
+                live: Some(xml.to_owned()),
+                power: PowerState::Running,
+                reason: "booted",
+                managed_save: false,
+            },
+        );
+        self.emit(HypervisorEvent::Domain {
+            id,
+            what: "started",
+        });
+        Ok(id)
+    }
+
+    /// The host goes down and comes up: every domain is off, transient ones are gone, and no event
+    /// tells of it.
+    pub fn host_reboot(&self) {
+        let mut state = lock(&self.host.state);
+        state.domains.retain(|_, domain| domain.inactive.is_some());
+        for domain in state.domains.values_mut() {
+            domain.live = None;
+            domain.power = PowerState::Shutdown;
+            domain.reason = "unknown";
+        }
+    }
+
+    fn emit(&self, event: HypervisorEvent) {
+        // Nobody listening is no error.
+        let _ = self.host.events.send(event);
+    }
+
+    /// The domain's guest ends: off if persistent, gone if not.
+    fn end(&self, state: &mut HostState, id: Uuid, reason: &'static str) {
+        let Some(domain) = state.domains.get_mut(&id) else {
+            return;
+        };
+        if domain.live.take().is_none() {
+            return;
+        }
+        domain.power = PowerState::Shutdown;
+        domain.reason = reason;
+        if domain.inactive.is_none() {
+            state.domains.remove(&id);
+        }
+        if state.guests.get(&id).is_some_and(|guest| guest.agent) {
+            self.emit(HypervisorEvent::GuestAgent {
+                id,
+                connected: false,
+            });
+        }
+        self.emit(HypervisorEvent::Domain {
+            id,
+            what: "stopped",
+        });
+    }
+
+    fn fate(&self) -> Fate {
+        let mut death = lock(&self.process.death);
+        death.1 = death.1.saturating_add(1);
+        match *death {
+            (Death::After(n), call) if call > n => Fate::DiesBefore,
+            (Death::Within(n), call) if call > n => Fate::DiesBefore,
+            (Death::Within(n), call) if call == n => Fate::DiesAfter,
+            _ => Fate::Lives,
+        }
+    }
+
+    /// Every call goes through here: it is logged, may die or fail as planned, and works on the state.
+    async fn call<T: Send>(
+        &self,
+        call: &'static str,
+        argument: &str,
+        effect: impl FnOnce(&Self, &mut HostState) -> HypervisorResult<T> + Send,
+    ) -> HypervisorResult<T> {
+        let fate = self.fate();
+        if matches!(fate, Fate::DiesBefore) {
+            return self.die().await;
+        }
+        let answer = self.run(call, argument, effect);
+        if matches!(fate, Fate::DiesAfter) {
+            return self.die().await;
+        }
+        answer
+    }
+
+    fn run<T>(
+        &self,
+        call: &'static str,
+        argument: &str,
+        effect: impl FnOnce(&Self, &mut HostState) -> HypervisorResult<T>,
+    ) -> HypervisorResult<T> {
+        let mut state = lock(&self.host.state);
+        state
+            .calls
+            .push(format!("{call} {argument}").trim_end().to_owned());
+        let planned = state.planned.iter().position(|(name, _)| name == call);
+        let planned = planned.map(|at| state.planned.remove(at).1);
+        if let LinkState::Down { reason } = &*self.host.link.borrow() {
+            return Err(HypervisorError::LinkDown {
+                reason: reason.clone(),
+            });
+        }
+        match planned {
+            Some(planned) if planned.takes_effect => {
+                effect(self, &mut state)?;
+                Err(planned.error)
+            }
+            Some(planned) => Err(planned.error),
+            None => effect(self, &mut state),
+        }
+    }
+
+    async fn die<T>(&self) -> T {
+        self.process.dead.send_replace(true);
+        std::future::pending().await
+    }
+}
+
+impl HostState {
+    fn known(&mut self, id: Uuid) -> HypervisorResult<&mut Domain> {
+        let missing = HypervisorError::NoDomain {
+            domain: id.to_string(),
+        };
+        self.domains.get_mut(&id).ok_or(missing)
+    }
+
+    fn running(&mut self, call: &'static str, id: Uuid) -> HypervisorResult<&mut Domain> {
+        let domain = self.known(id)?;
+        if domain.live.is_none() {
+            return refused(call, "domain is not running");
+        }
+        Ok(domain)
+    }
+
+    fn agent(&mut self, call: &'static str, id: Uuid) -> HypervisorResult<()> {
+        self.running(call, id)?;
+        if self.guests.get(&id).is_some_and(|guest| guest.agent) {
+            return Ok(());
+        }
+        Err(HypervisorError::NoGuestAgent {
+            reason: "QEMU guest agent is not connected".to_owned(),
+        })
+    }
+
+    fn define(&mut self, xml: &str) -> HypervisorResult<Uuid> {
+        let call = "define";
+        let (id, name) = identity(call, xml)?;
+        if let Some((other, _)) = self
+            .domains
+            .iter()
+            .find(|(i, d)| **i != id && d.name == name)
+        {
+            return refused(
+                call,
+                format!("domain '{name}' already exists with uuid {other}"),
+            );
+        }
+        let domain = self.domains.entry(id).or_insert_with(|| Domain {
+            name: name.clone(),
+            inactive: None,
+            live: None,
+            power: PowerState::Shutdown,
+            reason: "unknown",
+            managed_save: false,
+        });
+        if domain.name != name {
+            let old = &domain.name;
+            return refused(
+                call,
+                format!("domain '{old}' is already defined with uuid {id}"),
+            );
+        }
+        domain.inactive = Some(xml.to_owned());
+        Ok(id)
+    }
+
+    fn undefine(&mut self, id: Uuid) -> bool {
+        let Some(domain) = self.domains.get_mut(&id) else {
+            return false;
+        };
+        domain.managed_save = false;
+        let was = domain.inactive.take().is_some();
+        if domain.live.is_none() {
+            self.domains.remove(&id);
+        }
+        was
+    }
+}
+
+#[async_trait]
+impl Hypervisor for FakeHypervisor {
+    async fn host(&self) -> HypervisorResult<HostFacts> {
+        self.call("host", "", |_, _| {
+            Ok(HostFacts {
+                hostname: "fake-host".to_owned(),
+                uuid: "00000000-0000-4000-8000-00000000fa4e".to_owned(),
+                arch: "x86_64".to_owned(),
+                cpus: 8,
+                memory_kib: 32 * 1024 * 1024,
+                libvirt_version: "9.0.0".to_owned(),
+                hypervisor_version: "7.2.0".to_owned(),
+                domain_types: vec!["qemu".to_owned(), "kvm".to_owned()],
+            })
+        })
+        .await
+    }
+
+    async fn domains(&self) -> HypervisorResult<Vec<DomainStatus>> {
+        self.call("domains", "", |_, state| {
+            Ok(state.domains.iter().map(|(id, d)| d.status(*id)).collect())
+        })
+        .await
+    }
+
+    async fn domain(&self, id: Uuid) -> HypervisorResult<Option<DomainStatus>> {
+        self.call("domain", &id.to_string(), |_, state| {
+            Ok(state.domains.get(&id).map(|d| d.status(id)))
+        })
+        .await
+    }
+
+    async fn domain_by_name(&self, name: &str) -> HypervisorResult<Option<DomainStatus>> {
+        self.call("domain_by_name", name, |_, state| {
+            let found = state.domains.iter().find(|(_, d)| d.name == name);
+            Ok(found.map(|(id, d)| d.status(*id)))
+        })
+        .await
+    }
+
+    async fn domain_xml(&self, id: Uuid, which: Definition) -> HypervisorResult<String> {
+        self.call("domain_xml", &id.to_string(), |_, state| {
+            let domain = state.known(id)?;
+            let xml = match which {
+                Definition::Live => &domain.live,
+                Definition::Inactive => &domain.inactive,
+            };
+            xml.clone().ok_or(HypervisorError::NoDomain {
+                domain: id.to_string(),
+            })
+        })
+        .await
+    }
+
+    async fn validate(&self, xml: &str) -> HypervisorResult<()> {
+        self.call("validate", "", |_, _| identity("validate", xml).map(drop))
+            .await
+    }
+
+    async fn define(&self, xml: &str) -> HypervisorResult<()> {
+        let argument = element(xml, "uuid").unwrap_or_default();
+        self.call("define", argument, |fake, state| {
+            let id = state.define(xml)?;
+            fake.emit(HypervisorEvent::Domain {
+                id,
+                what: "defined",
+            });
+            Ok(())
+        })
+        .await
+    }
+
+    async fn undefine(&self, id: Uuid, nvram: Nvram) -> HypervisorResult<()> {
+        let argument = match nvram {
+            Nvram::Keep => format!("{id} keep"),
+            Nvram::Remove => format!("{id} remove"),
+        };
+        self.call("undefine", &argument, |fake, state| {
+            if state.undefine(id) {
+                fake.emit(HypervisorEvent::Domain {
+                    id,
+                    what: "undefined",
+                });
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    async fn start(&self, id: Uuid) -> HypervisorResult<()> {
+        self.call("start", &id.to_string(), |fake, state| {
+            let domain = state.known(id)?;
+            if domain.live.is_some() {
+                return refused("start", "domain is already running");
+            }
+            domain.live.clone_from(&domain.inactive);
+            domain.power = PowerState::Running;
+            domain.reason = if std::mem::take(&mut domain.managed_save) {
+                "restored"
+            } else {
+                "booted"
+            };
+            fake.emit(HypervisorEvent::Domain {
+                id,
+                what: "started",
+            });
+            if state.guests.get(&id).is_some_and(|guest| guest.agent) {
+                fake.emit(HypervisorEvent::GuestAgent {
+                    id,
+                    connected: true,
+                });
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    async fn shutdown(&self, id: Uuid) -> HypervisorResult<()> {
+        self.call("shutdown", &id.to_string(), |fake, state| {
+            state.running("shutdown", id)?;
+            let guest = state.guests.entry(id).or_default();
+            if guest.acpi_requests_to_ignore == 0 {
+                fake.end(state, id, "shutdown");
+            } else if guest.acpi_requests_to_ignore != u32::MAX {
+                guest.acpi_requests_to_ignore -= 1;
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    async fn destroy(&self, id: Uuid) -> HypervisorResult<()> {
+        self.call("destroy", &id.to_string(), |fake, state| {
+            fake.end(state, id, "destroyed");
+            Ok(())
+        })
+        .await
+    }
+
+    async fn set_user_password(
+        &self,
+        id: Uuid,
+        user: &str,
+        hash: &CryptHash,
+    ) -> HypervisorResult<()> {
+        self.call("set_user_password", &id.to_string(), |_, state| {
+            state.agent("set_user_password", id)?;
+            let passwords = state.passwords.entry(id).or_default();
+            passwords.push((user.to_owned(), hash.clone()));
+            Ok(())
+        })
+        .await
+    }
+
+    async fn ping_guest_agent(&self, id: Uuid) -> HypervisorResult<()> {
+        self.call("ping_guest_agent", &id.to_string(), |_, state| {
+            state.agent("ping_guest_agent", id)
+        })
+        .await
+    }
+
+    fn events(&self) -> broadcast::Receiver<HypervisorEvent> {
+        self.host.events.subscribe()
+    }
+
+    fn link(&self) -> watch::Receiver<LinkState> {
+        self.host.link.subscribe()
+    }
+
+    fn stuck_calls(&self) -> Vec<StuckCall> {
+        lock(&self.host.state).stuck.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::panic)]
+
+    use super::*;
+
+    const ID: Uuid = Uuid::from_u128(7);
+
+    fn xml(id: Uuid, name: &str) -> String {
+        format!("<domain><name>{name}</name><uuid>{id}</uuid></domain>")
+    }
+
+    async fn running() -> FakeHypervisor {
+        let fake = FakeHypervisor::new();
+        fake.define(&xml(ID, "a")).await.unwrap();
+        fake.start(ID).await.unwrap();
+        fake
+    }
+
+    async fn power(fake: &FakeHypervisor) -> PowerState {
+        fake.domain(ID).await.unwrap().unwrap().power
+    }
+
+    #[tokio::test]
+    async fn redefining_leaves_the_live_definition_alone() {
+        let fake = running().await;
+        let live = fake.domain_xml(ID, Definition::Live).await.unwrap();
+        let other = xml(ID, "a").replace("<name>", "<!-- new --><name>");
+        fake.define(&other).await.unwrap();
+        let of = |which| fake.domain_xml(ID, which);
+        assert_eq!(of(Definition::Live).await.unwrap(), live);
+        assert_eq!(of(Definition::Inactive).await.unwrap(), other);
+    }
+
+    #[tokio::test]
+    async fn a_name_belongs_to_one_uuid() {
+        let fake = running().await;
+        let taken = fake.define(&xml(Uuid::from_u128(8), "a")).await;
+        assert!(matches!(taken, Err(HypervisorError::Refused { .. })));
+        let renamed = fake.define(&xml(ID, "b")).await;
+        assert!(matches!(renamed, Err(HypervisorError::Refused { .. })));
+    }
+
+    #[tokio::test]
+    async fn an_undefined_running_domain_is_transient_and_vanishes_when_it_ends() {
+        let fake = running().await;
+        fake.undefine(ID, Nvram::Keep).await.unwrap();
+        assert!(!fake.domain(ID).await.unwrap().unwrap().persistent);
+        fake.destroy(ID).await.unwrap();
+        assert_eq!(fake.domain(ID).await.unwrap(), None);
+        fake.destroy(ID).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn starting_twice_is_refused_and_a_managed_save_image_is_used_up() {
+        let fake = running().await;
+        assert!(fake.start(ID).await.is_err());
+        fake.managed_save(ID);
+        assert!(fake.domain(ID).await.unwrap().unwrap().managed_save);
+        fake.start(ID).await.unwrap();
+        let status = fake.domain(ID).await.unwrap().unwrap();
+        assert!(!status.managed_save);
+        assert_eq!(status.reason, "restored");
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_misses_two_requests_hears_the_third() {
+        let fake = running().await;
+        fake.guest_misses_acpi(ID, 2);
+        fake.shutdown(ID).await.unwrap();
+        fake.shutdown(ID).await.unwrap();
+        assert_eq!(power(&fake).await, PowerState::Running);
+        fake.shutdown(ID).await.unwrap();
+        assert_eq!(power(&fake).await, PowerState::Shutdown);
+        assert!(fake.shutdown(ID).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_process_that_died_stays_dead_and_the_next_one_sees_the_host() {
+        let fake = running().await;
+        fake.stop_within(1);
+        let dying = tokio::spawn({
+            let fake = fake.clone();
+            async move { fake.destroy(ID).await }
+        });
+        fake.stopped().await;
+        let next = fake.attach();
+        assert_eq!(power(&next).await, PowerState::Shutdown);
+        assert!(!dying.is_finished());
+        dying.abort();
+
+        next.stop_after(1);
+        next.start(ID).await.unwrap();
+        let dying = tokio::spawn({
+            let next = next.clone();
+            async move { next.destroy(ID).await }
+        });
+        next.stopped().await;
+        dying.abort();
+        assert_eq!(power(&next.attach()).await, PowerState::Running);
+    }
+
+    #[tokio::test]
+    async fn planned_failures_have_no_effect_and_lost_answers_do() {
+        let fake = running().await;
+        let error = HypervisorError::Refused {
+            call: "destroy",
+            message: "no".to_owned(),
+        };
+        fake.fail_next("destroy", error.clone());
+        assert_eq!(fake.destroy(ID).await, Err(error.clone()));
+        assert_eq!(power(&fake).await, PowerState::Running);
+        fake.lose_next_answer("destroy", error.clone());
+        assert_eq!(fake.destroy(ID).await, Err(error));
+        assert_eq!(power(&fake).await, PowerState::Shutdown);
+    }
+
+    #[tokio::test]
+    async fn while_the_link_is_down_nothing_is_known() {
+        let fake = running().await;
+        let mut events = fake.events();
+        let down = LinkState::Down {
+            reason: "socket closed".to_owned(),
+        };
+        fake.set_link(down.clone());
+        assert!(matches!(
+            fake.domain(ID).await,
+            Err(HypervisorError::LinkDown { .. })
+        ));
+        fake.set_link(LinkState::Up);
+        assert_eq!(power(&fake).await, PowerState::Running);
+        assert_eq!(events.recv().await.unwrap(), HypervisorEvent::Link(down));
+        let up = HypervisorEvent::Link(LinkState::Up);
+        assert_eq!(events.recv().await.unwrap(), up);
+        assert_eq!(events.recv().await.unwrap(), HypervisorEvent::Resync);
+    }
+
+    #[tokio::test]
+    async fn a_host_reboot_turns_all_off_and_forgets_transient_domains() {
+        let fake = running().await;
+        let other = Uuid::from_u128(9);
+        fake.create_transient(&xml(other, "t")).unwrap();
+        fake.host_reboot();
+        assert_eq!(power(&fake).await, PowerState::Shutdown);
+        assert_eq!(fake.domain(other).await.unwrap(), None);
+    }
+
+    #[tokio::test]
+    async fn the_guest_agent_answers_only_where_one_is() {
+        let fake = running().await;
+        let absent = fake.ping_guest_agent(ID).await;
+        assert!(matches!(absent, Err(HypervisorError::NoGuestAgent { .. })));
+        fake.guest_agent(ID, true);
+        let hash = CryptHash("$6$x$y".to_owned());
+        fake.set_user_password(ID, "root", &hash).await.unwrap();
+        assert_eq!(fake.passwords(ID), [("root".to_owned(), hash)]);
+        fake.crash_guest(ID);
+        assert!(fake.ping_guest_agent(ID).await.is_err());
+        assert_eq!(fake.domain(ID).await.unwrap().unwrap().reason, "crashed");
+    }
+}

@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+//! libvirt's errors in the words of the seam.
+
+use virt::enumutil::Enum;
+use virt::error::{Error, ErrorNumber};
+
+use super::Call;
+use super::schema::SchemaError;
+use crate::hypervisor::HypervisorError;
+
+/// Why a piece of work on a connection failed.
+#[derive(Debug)]
+pub(super) enum Failure {
+    /// libvirt says so. Whether it means the connection is seen when it is looked at.
+    Libvirt(Error),
+    /// It is said already.
+    Said(HypervisorError),
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self::Libvirt(error)
+    }
+}
+
+impl From<HypervisorError> for Failure {
+    fn from(error: HypervisorError) -> Self {
+        Self::Said(error)
+    }
+}
+
+/// Does libvirt say this?
+pub(super) fn is(error: &Error, number: ErrorNumber) -> bool {
+    error.code() == Enum::Known(number)
+}
+
+/// What libvirt said of a call on a connection that is alive.
+pub(super) fn refusal(call: &Call, error: &Error) -> HypervisorError {
+    let message = error.message().trim().to_owned();
+    match (error.code(), call.domain) {
+        (Enum::Known(ErrorNumber::NoDomain), Some(domain)) => HypervisorError::NoDomain {
+            domain: domain.to_string(),
+        },
+        (
+            Enum::Known(
+                ErrorNumber::AgentUnresponsive
+                | ErrorNumber::AgentUnsynced
+                | ErrorNumber::AgentCommandTimeout,
+            ),
+            _,
+        ) => HypervisorError::NoGuestAgent { reason: message },
+        _ => HypervisorError::Refused {
+            call: call.name,
+            message,
+        },
+    }
+}
+
+/// What libvirt said of a command to the guest agent. "No channel for an agent" has no number of
+/// its own; it comes as an unsupported argument or configuration.
+pub(super) fn agent_failure(error: Error) -> Failure {
+    match error.code() {
+        Enum::Known(ErrorNumber::ArgumentUnsupported | ErrorNumber::ConfigUnsupported) => {
+            Failure::Said(HypervisorError::NoGuestAgent {
+                reason: error.message().trim().to_owned(),
+            })
+        }
+        _ => Failure::Libvirt(error),
+    }
+}
+
+/// The answer of a schema check as that of a call.
+pub(super) fn schema_failure(call: &'static str, error: &SchemaError) -> Failure {
+    let mut message = error.to_string();
+    if let SchemaError::TestHost(cause) = error {
+        message = format!("{message}: {cause}");
+    }
+    Failure::Said(HypervisorError::Refused { call, message })
+}

@@ -1,0 +1,360 @@
+// SPDX-License-Identifier: Apache-2.0
+//! All of Salvor's `unsafe` code: the libvirt functions that the `virt` crate does not wrap, or wraps
+//! so that they leak or never fail; and one of the C library.
+//!
+//! Whatever libvirt allocates for us is owned by a type here and freed when that is dropped.
+//! Callbacks run on libvirt's threads, and a close callback even on whichever thread happens to read
+//! the socket: they do nothing but send on a channel, and a panic never crosses into C.
+#![allow(unsafe_code)]
+
+use std::ffi::{CStr, c_int, c_void};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr;
+
+use uuid::Uuid;
+use virt::connect::Connect;
+use virt::domain::Domain;
+use virt::error::Error;
+use virt::sys;
+
+/// A domain's state and the reason for it, as libvirt numbers them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct RawState {
+    /// One of `VIR_DOMAIN_RUNNING`, ….
+    pub(super) state: c_int,
+    /// Which numbers there are depends on the state.
+    pub(super) reason: c_int,
+}
+
+/// One domain in the listing of a whole host.
+#[derive(Debug)]
+pub(super) struct ListedDomain {
+    pub(super) id: Uuid,
+    pub(super) name: String,
+    pub(super) state: RawState,
+}
+
+/// What libvirt tells through a callback.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Told {
+    /// A `virDomainEventType` of a domain.
+    Lifecycle { id: Uuid, event: c_int },
+    /// A `virConnectDomainEventAgentLifecycleState` of a domain.
+    GuestAgent { id: Uuid, state: c_int },
+    /// The connection has ended, for this `virConnectCloseReason`.
+    Closed { reason: c_int },
+}
+
+/// Where callbacks deliver. It runs on libvirt's threads: it may only send on a channel.
+pub(super) type Sink = Box<dyn Fn(Told) + Send + Sync>;
+
+/// `virDomainGetState`, which `virt` 0.5 answers with `Ok` even when it fails.
+pub(super) fn domain_state(domain: &Domain) -> Result<RawState, Error> {
+    let mut raw = RawState {
+        state: 0,
+        reason: 0,
+    };
+    // SAFETY: `domain` keeps its handle alive for the call, and both out pointers are valid for it.
+    let answer = unsafe {
+        sys::virDomainGetState(domain.as_ptr(), &raw mut raw.state, &raw mut raw.reason, 0)
+    };
+    if answer < 0 {
+        return Err(Error::last_error());
+    }
+    Ok(raw)
+}
+
+/// The records of `virConnectGetAllDomainStats`, freed on drop (`virt` 0.5 never frees them).
+struct StatsRecords {
+    list: *mut sys::virDomainStatsRecordPtr,
+    count: usize,
+}
+
+impl Drop for StatsRecords {
+    fn drop(&mut self) {
+        // SAFETY: `list` came from virConnectGetAllDomainStats and is freed here alone, once.
+        unsafe { sys::virDomainStatsRecordListFree(self.list) };
+    }
+}
+
+impl StatsRecords {
+    fn all(connect: &Connect) -> Result<Self, Error> {
+        let mut list = ptr::null_mut();
+        // SAFETY: `connect` keeps its handle alive for the call, and `list` is a valid out pointer.
+        let count = unsafe {
+            sys::virConnectGetAllDomainStats(
+                connect.as_ptr(),
+                sys::VIR_DOMAIN_STATS_STATE,
+                &raw mut list,
+                0,
+            )
+        };
+        let count = usize::try_from(count).map_err(|_| Error::last_error())?;
+        Ok(Self { list, count })
+    }
+
+    fn records(&self) -> impl Iterator<Item = &sys::virDomainStatsRecord> {
+        (0..self.count).filter_map(|at| {
+            // SAFETY: libvirt returned `count` pointers to records that live until the list is
+            // freed, which `self` outlives.
+            unsafe { (*self.list.add(at)).as_ref() }
+        })
+    }
+}
+
+/// Name, uuid and state of every domain in one call that takes no domain's job lock and asks no
+/// monitor.
+pub(super) fn all_domain_states(connect: &Connect) -> Result<Vec<ListedDomain>, Error> {
+    let records = StatsRecords::all(connect)?;
+    records
+        .records()
+        .map(|record| {
+            let (id, name) = identity(record.dom)?;
+            let number = |field| int_parameter(record, field).unwrap_or_default();
+            let state = RawState {
+                state: number(c"state.state"),
+                reason: number(c"state.reason"),
+            };
+            Ok(ListedDomain { id, name, state })
+        })
+        .collect()
+}
+
+/// The integer parameter of this name in a record.
+fn int_parameter(record: &sys::virDomainStatsRecord, field: &CStr) -> Option<c_int> {
+    let count = usize::try_from(record.nparams).ok()?;
+    (0..count).find_map(|at| {
+        // SAFETY: libvirt returned `nparams` parameters that live as long as the record.
+        let parameter = unsafe { record.params.add(at).as_ref() }?;
+        // SAFETY: libvirt ends the name of a parameter with a NUL inside its array.
+        let name = unsafe { CStr::from_ptr(parameter.field.as_ptr()) };
+        if name != field || parameter.type_ != sys::VIR_TYPED_PARAM_INT.cast_signed() {
+            return None;
+        }
+        // SAFETY: the type says that `i` is the member of the union that was written.
+        Some(unsafe { parameter.value.i })
+    })
+}
+
+/// Uuid and name of a domain handle that somebody else owns. Both are fields of the handle: neither
+/// asks the daemon.
+fn identity(domain: sys::virDomainPtr) -> Result<(Uuid, String), Error> {
+    let id = domain_uuid(domain).ok_or_else(Error::last_error)?;
+    // SAFETY: the caller's handle is valid; a null one makes libvirt return null.
+    let name = unsafe { sys::virDomainGetName(domain) };
+    if name.is_null() {
+        return Err(Error::last_error());
+    }
+    // SAFETY: libvirt's name is a C string that belongs to the handle, which is still alive.
+    let name = unsafe { CStr::from_ptr(name) };
+    Ok((id, name.to_string_lossy().into_owned()))
+}
+
+fn domain_uuid(domain: sys::virDomainPtr) -> Option<Uuid> {
+    let mut bytes = [0; 16];
+    // SAFETY: the handle is valid (a null one makes libvirt return -1), and libvirt writes
+    // VIR_UUID_BUFLEN = 16 bytes.
+    let answer = unsafe { sys::virDomainGetUUID(domain, bytes.as_mut_ptr()) };
+    (answer == 0).then(|| Uuid::from_bytes(bytes))
+}
+
+/// A registration for domain events. It ends when this is dropped.
+pub(super) struct DomainEvents {
+    connect: Connect,
+    callback: c_int,
+}
+
+impl DomainEvents {
+    /// Registers for the lifecycle of every domain.
+    pub(super) fn lifecycle(connect: &Connect, sink: Sink) -> Result<Self, Error> {
+        // SAFETY: for VIR_DOMAIN_EVENT_ID_LIFECYCLE libvirt calls the function with the arguments
+        // of virConnectDomainEventCallback, which `on_lifecycle` has; C converts it in the same way
+        // (VIR_DOMAIN_EVENT_CALLBACK).
+        let callback =
+            unsafe { std::mem::transmute::<LifecycleCallback, GenericCallback>(on_lifecycle) };
+        Self::register(connect, sys::VIR_DOMAIN_EVENT_ID_LIFECYCLE, callback, sink)
+    }
+
+    /// Registers for the coming and going of every domain's guest agent.
+    pub(super) fn guest_agents(connect: &Connect, sink: Sink) -> Result<Self, Error> {
+        // SAFETY: for VIR_DOMAIN_EVENT_ID_AGENT_LIFECYCLE libvirt calls the function with the
+        // arguments of virConnectDomainEventAgentLifecycleCallback, which `on_guest_agent` has.
+        let callback =
+            unsafe { std::mem::transmute::<AgentCallback, GenericCallback>(on_guest_agent) };
+        Self::register(
+            connect,
+            sys::VIR_DOMAIN_EVENT_ID_AGENT_LIFECYCLE,
+            callback,
+            sink,
+        )
+    }
+
+    fn register(
+        connect: &Connect,
+        event: sys::virDomainEventID,
+        callback: GenericCallback,
+        sink: Sink,
+    ) -> Result<Self, Error> {
+        let opaque = Box::into_raw(Box::new(sink)).cast::<c_void>();
+        // SAFETY: the connection is alive, the callback fits the event (see the callers), and
+        // `opaque` is a boxed sink that libvirt hands to `free_sink` when it needs it no more.
+        let callback = unsafe {
+            sys::virConnectDomainEventRegisterAny(
+                connect.as_ptr(),
+                ptr::null_mut(),
+                event.cast_signed(),
+                Some(callback),
+                opaque,
+                Some(free_sink),
+            )
+        };
+        if callback < 0 {
+            let error = Error::last_error();
+            // SAFETY: libvirt does not call the free function when it refuses a registration, so
+            // the box is still ours.
+            unsafe { free_sink(opaque) };
+            return Err(error);
+        }
+        Ok(Self {
+            connect: connect.clone(),
+            callback,
+        })
+    }
+}
+
+impl Drop for DomainEvents {
+    fn drop(&mut self) {
+        // SAFETY: the connection is alive and the id is of a registration of it that only this drop
+        // ends. On a broken connection it still ends our side, so the answer does not matter.
+        unsafe {
+            sys::virConnectDomainEventDeregisterAny(self.connect.as_ptr(), self.callback);
+        }
+    }
+}
+
+/// A registration for the end of a connection. It ends when this is dropped.
+pub(super) struct CloseWatch {
+    connect: Connect,
+}
+
+impl CloseWatch {
+    /// Registers; fails with `NoSupport` for drivers that have no connection to lose.
+    pub(super) fn new(connect: &Connect, sink: Sink) -> Result<Self, Error> {
+        let opaque = Box::into_raw(Box::new(sink)).cast::<c_void>();
+        // SAFETY: the connection is alive, `on_close` is a virConnectCloseFunc, and `opaque` is a
+        // boxed sink that libvirt hands to `free_sink` when it needs it no more.
+        let answer = unsafe {
+            sys::virConnectRegisterCloseCallback(
+                connect.as_ptr(),
+                Some(on_close),
+                opaque,
+                Some(free_sink),
+            )
+        };
+        if answer < 0 {
+            let error = Error::last_error();
+            // SAFETY: libvirt does not call the free function when it refuses a registration, so
+            // the box is still ours.
+            unsafe { free_sink(opaque) };
+            return Err(error);
+        }
+        Ok(Self {
+            connect: connect.clone(),
+        })
+    }
+}
+
+impl Drop for CloseWatch {
+    fn drop(&mut self) {
+        // SAFETY: the connection is alive and this is the function it was registered with.
+        unsafe { sys::virConnectUnregisterCloseCallback(self.connect.as_ptr(), Some(on_close)) };
+    }
+}
+
+/// Gives the memory that was freed back to the host, where the C library keeps it (glibc does).
+///
+/// libvirt builds its whole schema in memory for each check and frees it again: some 10 MB, which
+/// would stay with each thread that ever made a check.
+pub(super) fn give_memory_back() {
+    #[cfg(target_env = "gnu")]
+    {
+        unsafe extern "C" {
+            fn malloc_trim(pad: usize) -> c_int;
+        }
+        // SAFETY: glibc's function has this type, may be called at any time from any thread, and
+        // touches only what is free.
+        unsafe { malloc_trim(0) };
+    }
+}
+
+type GenericCallback = unsafe extern "C" fn(sys::virConnectPtr, sys::virDomainPtr, *mut c_void);
+type LifecycleCallback =
+    unsafe extern "C" fn(sys::virConnectPtr, sys::virDomainPtr, c_int, c_int, *mut c_void) -> c_int;
+type AgentCallback =
+    unsafe extern "C" fn(sys::virConnectPtr, sys::virDomainPtr, c_int, c_int, *mut c_void);
+
+unsafe extern "C" fn on_lifecycle(
+    _connect: sys::virConnectPtr,
+    domain: sys::virDomainPtr,
+    event: c_int,
+    _detail: c_int,
+    opaque: *mut c_void,
+) -> c_int {
+    // SAFETY: libvirt passes the sink that was registered, and frees it only after the last call.
+    unsafe {
+        deliver(opaque, || {
+            Some(Told::Lifecycle {
+                id: domain_uuid(domain)?,
+                event,
+            })
+        })
+    };
+    0
+}
+
+unsafe extern "C" fn on_guest_agent(
+    _connect: sys::virConnectPtr,
+    domain: sys::virDomainPtr,
+    state: c_int,
+    _reason: c_int,
+    opaque: *mut c_void,
+) {
+    // SAFETY: libvirt passes the sink that was registered, and frees it only after the last call.
+    unsafe {
+        deliver(opaque, || {
+            Some(Told::GuestAgent {
+                id: domain_uuid(domain)?,
+                state,
+            })
+        })
+    };
+}
+
+unsafe extern "C" fn on_close(_connect: sys::virConnectPtr, reason: c_int, opaque: *mut c_void) {
+    // SAFETY: libvirt passes the sink that was registered, and frees it only after the last call.
+    unsafe { deliver(opaque, || Some(Told::Closed { reason })) };
+}
+
+/// Hands to the sink what `told` makes, if anything.
+///
+/// # Safety
+/// `opaque` must point to a live, boxed [`Sink`].
+unsafe fn deliver(opaque: *mut c_void, told: impl FnOnce() -> Option<Told>) {
+    // SAFETY: see above.
+    let sink = unsafe { &*opaque.cast::<Sink>() };
+    // A panic must not unwind into libvirt; there is nobody to tell of it here but the panic hook.
+    let _ = catch_unwind(AssertUnwindSafe(|| {
+        if let Some(told) = told() {
+            sink(told);
+        }
+    }));
+}
+
+/// Frees a boxed [`Sink`].
+///
+/// # Safety
+/// `opaque` must come from `Box::into_raw` of a boxed [`Sink`] and not be used again.
+unsafe extern "C" fn free_sink(opaque: *mut c_void) {
+    // SAFETY: see above.
+    drop(unsafe { Box::from_raw(opaque.cast::<Sink>()) });
+}
