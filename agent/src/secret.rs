@@ -15,7 +15,11 @@ use crate::hypervisor::CryptHash;
 /// Nova's `password_length`.
 const LENGTH: usize = 12;
 /// Nova's classes, without the letters and digits that look alike (0 O, 1 I l).
-const CLASSES: [&[u8]; 3] = [b"23456789", b"ABCDEFGHJKLMNPQRSTUVWXYZ", b"abcdefghijkmnopqrstuvwxyz"];
+const CLASSES: [&[u8]; 3] = [
+    b"23456789",
+    b"ABCDEFGHJKLMNPQRSTUVWXYZ",
+    b"abcdefghijkmnopqrstuvwxyz",
+];
 /// The longest password that is taken, in bytes. The time to hash grows with it.
 pub const LONGEST: usize = 128;
 /// The alphabet of crypt(3) salts, and the longest salt of SHA-512.
@@ -61,9 +65,14 @@ impl AdminPass {
         let secret = Self(SecretString::from(clear));
         let clear = secret.0.expose_secret();
         if !(1..=LONGEST).contains(&clear.len()) {
-            return Err(PasswordError::Length { length: clear.len() });
+            return Err(PasswordError::Length {
+                length: clear.len(),
+            });
         }
-        if clear.chars().any(|letter| letter.is_control() || letter == ':') {
+        if clear
+            .chars()
+            .any(|letter| letter.is_control() || letter == ':')
+        {
             return Err(PasswordError::Characters);
         }
         Ok(secret)
@@ -110,8 +119,12 @@ impl AdminPass {
     }
 
     fn crypt_with(&self, salt: &str) -> Result<CryptHash, PasswordError> {
-        let hash = sha512_crypt_b64(self.expose().as_bytes(), salt.as_bytes(), &Sha512Params::default())
-            .map_err(|_| PasswordError::Hash)?;
+        let hash = sha512_crypt_b64(
+            self.expose().as_bytes(),
+            salt.as_bytes(),
+            &Sha512Params::default(),
+        )
+        .map_err(|_| PasswordError::Hash)?;
         Ok(CryptHash(format!("$6${salt}${hash}")))
     }
 }
@@ -181,7 +194,10 @@ mod tests {
             "$6$saltstring$svn8UoSVapNtMuq1ukKS4tPQd8iKwSMHWjl/O817G3uBnIFNjnQJuesI68u4OTLiBFdcbYEdFCoEOfaS35inz1"
         );
         for clear in ["x", "Grüße 'n' \"$HOME\"", &"long".repeat(32)] {
-            let hash = AdminPass::new(clear.to_owned()).unwrap().crypt_sha512().unwrap();
+            let hash = AdminPass::new(clear.to_owned())
+                .unwrap()
+                .crypt_sha512()
+                .unwrap();
             let salt = hash.0.split('$').nth(2).unwrap();
             assert_eq!(salt.len(), SALT_LENGTH);
             let mut openssl = Command::new("openssl")
@@ -190,7 +206,12 @@ mod tests {
                 .stdout(Stdio::piped())
                 .spawn()
                 .unwrap();
-            openssl.stdin.take().unwrap().write_all(clear.as_bytes()).unwrap();
+            openssl
+                .stdin
+                .take()
+                .unwrap()
+                .write_all(clear.as_bytes())
+                .unwrap();
             let output = openssl.wait_with_output().unwrap();
             assert_eq!(String::from_utf8(output.stdout).unwrap().trim(), hash.0);
         }
@@ -210,6 +231,9 @@ mod tests {
         let hash = password.crypt_sha512().unwrap();
         let refused = AdminPass::new("hunter2:".to_owned()).unwrap_err();
         let printed = format!("{password:?} {hash:?} {refused} {refused:?}");
-        assert!(!printed.contains("hunter2") && !printed.contains("$6$"), "{printed}");
+        assert!(
+            !printed.contains("hunter2") && !printed.contains("$6$"),
+            "{printed}"
+        );
     }
 }

@@ -1,0 +1,276 @@
+// SPDX-License-Identifier: Apache-2.0
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+use std::fs;
+use std::io::Read as _;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::PathBuf;
+use std::process::Command;
+
+use fatfs::{FileSystem, FsOptions};
+use serde_json::Value;
+
+use super::*;
+
+const HASH: &str = "$6$saltstring$svn8UoSVapNtMuq1ukKS4tPQd8iKwSMHWjl/O817G3uBnIFNjnQJuesI68u4OTLiBFdcbYEdFCoEOfaS35inz1";
+
+fn drive() -> ConfigDrive {
+    ConfigDrive {
+        instance_id: "1d2c3b4a-0000-4000-8000-123456789abc".parse().unwrap(),
+        hostname: "web-1".to_owned(),
+        name: "Web \"1\" \u{1f980}".to_owned(),
+        public_keys: [("laptop".to_owned(), "ssh-ed25519 AAAA me@laptop".to_owned())].into(),
+        admin_pass_hash: Some(CryptHash(HASH.to_owned())),
+        user_data: Some(STANDARD.encode(b"#!/bin/sh\necho \xff\n")),
+        metadata: [("role".to_owned(), "db: {x}\n".to_owned())].into(),
+        plan: "plan-17".to_owned(),
+    }
+}
+
+fn build(drive: &ConfigDrive, dir: &Path) -> PathBuf {
+    let path = dir.join("disk.config");
+    drive.build(&path).unwrap();
+    path
+}
+
+fn read(path: &Path, name: &str) -> Vec<u8> {
+    let volume = FileSystem::new(
+        fs::File::options()
+            .read(true)
+            .write(true)
+            .open(path)
+            .unwrap(),
+        FsOptions::new(),
+    )
+    .unwrap();
+    let mut bytes = Vec::new();
+    volume
+        .root_dir()
+        .open_file(name)
+        .unwrap()
+        .read_to_end(&mut bytes)
+        .unwrap();
+    bytes
+}
+
+fn json(path: &Path, name: &str) -> Value {
+    serde_json::from_slice(&read(path, name)).unwrap()
+}
+
+#[test]
+fn the_drive_tells_who_the_guest_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = build(&drive(), dir.path());
+    for version in ["latest", "2012-08-10", "2020-10-14"] {
+        let metadata = json(&path, &format!("openstack/{version}/meta_data.json"));
+        assert_eq!(metadata["uuid"], "1d2c3b4a-0000-4000-8000-123456789abc");
+        assert_eq!(metadata["hostname"], "web-1");
+        assert_eq!(metadata["name"], "Web \"1\" \u{1f980}");
+        assert_eq!(metadata["meta"]["role"], "db: {x}\n");
+        assert_eq!(
+            metadata["public_keys"]["laptop"],
+            "ssh-ed25519 AAAA me@laptop"
+        );
+        assert_eq!(metadata["keys"][0]["type"], "ssh");
+        let user_data = read(&path, &format!("openstack/{version}/user_data"));
+        assert_eq!(user_data, b"#!/bin/sh\necho \xff\n");
+    }
+    let metadata = json(&path, "ec2/latest/meta-data.json");
+    assert_eq!(
+        metadata["public-keys"]["0"]["openssh-key"],
+        "ssh-ed25519 AAAA me@laptop"
+    );
+    assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, 0o600);
+    assert!(fs::metadata(&path).unwrap().blocks() * 512 < 4 << 20);
+}
+
+#[test]
+fn the_password_travels_as_a_hash_in_vendor_data_and_nowhere_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = build(&drive(), dir.path());
+    let vendor_data = json(&path, "openstack/latest/vendor_data.json");
+    let text = vendor_data["cloud-init"].as_str().unwrap();
+    let config: Value =
+        serde_json::from_str(text.strip_prefix("#cloud-config\n").unwrap()).unwrap();
+    assert_eq!(config["chpasswd"]["expire"], false);
+    assert_eq!(config["chpasswd"]["users"][0]["name"], "root");
+    assert_eq!(config["chpasswd"]["users"][0]["password"], HASH);
+    assert_eq!(config["chpasswd"]["users"][0]["type"], "hash");
+    assert_eq!(config["chpasswd"]["list"], format!("root:{HASH}\n"));
+    let metadata = json(&path, "openstack/latest/meta_data.json");
+    assert!(metadata.get("admin_pass").is_none());
+    assert!(!format!("{:?}", drive()).contains("$6$"));
+
+    let without = ConfigDrive {
+        admin_pass_hash: None,
+        ..drive()
+    };
+    let path = build(&without, dir.path());
+    assert_eq!(
+        json(&path, "openstack/latest/vendor_data.json"),
+        serde_json::json!({})
+    );
+}
+
+#[test]
+fn the_same_spec_gives_the_same_bytes() {
+    let dirs = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    let [first, second] = [0, 1].map(|index| build(&drive(), dirs[index].path()));
+    assert!(fs::read(&first).unwrap() == fs::read(&second).unwrap());
+    let other = ConfigDrive {
+        instance_id: Uuid::nil(),
+        ..drive()
+    };
+    build(&other, dirs[1].path());
+    assert!(fs::read(&first).unwrap() != fs::read(&second).unwrap());
+}
+
+#[test]
+fn the_drive_says_nothing_about_the_network() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = build(&drive(), dir.path());
+    let output = Command::new("mdir")
+        .args(["-b", "-/", "-i"])
+        .arg(&path)
+        .arg("::openstack")
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        text.contains("::/openstack/latest/vendor_data2.json"),
+        "{text}"
+    );
+    assert!(!text.contains("network"), "{text}");
+}
+
+#[test]
+fn other_tools_read_the_drive() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = build(&drive(), dir.path());
+    let output = Command::new("blkid")
+        .args(["-p", "-o", "export"])
+        .arg(&path)
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    for line in ["LABEL=config-2", "TYPE=vfat"] {
+        assert!(text.lines().any(|found| found == line), "{text}");
+    }
+    let output = Command::new("mcopy")
+        .arg("-i")
+        .arg(&path)
+        .args(["::openstack/latest/meta_data.json", "-"])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(
+        output.stdout,
+        read(&path, "openstack/latest/meta_data.json")
+    );
+    let output = Command::new("fsck.fat")
+        .args(["-n", "-v"])
+        .arg(&path)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+}
+
+#[test]
+fn the_marker_names_the_plan_and_only_a_whole_drive_has_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk.config");
+    assert_eq!(plan_of(&path).unwrap(), None);
+    build(&drive(), dir.path());
+    assert_eq!(plan_of(&path).unwrap().as_deref(), Some("plan-17"));
+    let other = ConfigDrive {
+        plan: "plan-18".to_owned(),
+        ..drive()
+    };
+    build(&other, dir.path());
+    assert_eq!(plan_of(&path).unwrap().as_deref(), Some("plan-18"));
+
+    let file = fs::File::options().write(true).open(&path).unwrap();
+    file.write_all_at(b"\xff\n", VOLUME + MARKER.len() as u64)
+        .unwrap();
+    assert_eq!(plan_of(&path).unwrap(), None);
+    file.set_len(VOLUME).unwrap();
+    assert_eq!(plan_of(&path).unwrap(), None);
+    assert!(plan_of(dir.path()).unwrap().is_none());
+}
+
+#[test]
+fn what_does_not_fit_is_refused_and_the_old_drive_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = build(&drive(), dir.path());
+    let refused = |drive: ConfigDrive| {
+        assert!(drive.build(&path).is_err(), "{drive:?}");
+        assert_eq!(plan_of(&path).unwrap().as_deref(), Some("plan-17"));
+    };
+    for user_data in ["no base64!".to_owned(), "A".repeat(LONGEST_USER_DATA + 1)] {
+        refused(ConfigDrive {
+            user_data: Some(user_data),
+            ..drive()
+        });
+    }
+    let hashes = [
+        "",
+        "clear",
+        "$6$salt$x\nevil:y",
+        "$6$salt$x:y",
+        "$6$x",
+        "$6$a$b c",
+    ];
+    for hash in hashes {
+        refused(ConfigDrive {
+            admin_pass_hash: Some(CryptHash(hash.to_owned())),
+            ..drive()
+        });
+    }
+    for plan in ["", "a b", "a\nb", &"a".repeat(129)] {
+        refused(ConfigDrive {
+            plan: plan.to_owned(),
+            ..drive()
+        });
+    }
+}
+
+#[test]
+fn the_largest_drive_that_the_api_allows_has_room() {
+    let dir = tempfile::tempdir().unwrap();
+    let metadata = (0..128)
+        .map(|index| (format!("{index:0>255}"), "\u{1}".repeat(255)))
+        .collect();
+    let largest = ConfigDrive {
+        user_data: Some("QUJD".repeat(LONGEST_USER_DATA / 4)),
+        metadata,
+        ..drive()
+    };
+    let path = build(&largest, dir.path());
+    assert_eq!(
+        read(&path, "openstack/latest/user_data").len(),
+        LONGEST_USER_DATA / 4 * 3
+    );
+}
+
+#[test]
+fn host_names_are_valid_whatever_the_server_is_called() {
+    let id = Uuid::nil();
+    let long = "a".repeat(62) + "-b";
+    for (name, expected) in [
+        ("web", "web"),
+        ("My Server_1.example.org", "my-server-1-example-org"),
+        ("--x--", "x"),
+        ("Zürich", "zrich"),
+        ("日本", "server-00000000-0000-0000-0000-000000000000"),
+        ("...", "server-00000000-0000-0000-0000-000000000000"),
+        ("<a href='x'>", "a-hrefx"),
+        (&long, &"a".repeat(62)),
+    ] {
+        assert_eq!(host_name(name, id), expected, "{name}");
+    }
+}

@@ -1,0 +1,492 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Files that are there after a power cut, or were never there.
+//!
+//! **Who may read what.** Folders are 0711: QEMU (an unprivileged user) reaches a file whose name
+//! libvirt tells it, nobody lists them. Disks, config drives and NVRAM are 0600: libvirt's dynamic
+//! ownership gives them to QEMU's user while the domain runs and takes them back after. Images are
+//! 0444: many domains stand on one image at a time, so nobody owns it and nobody writes to it.
+//!
+//! Everything here blocks: call it from `tokio::task::spawn_blocking`. It knows nothing of servers or
+//! images.
+
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
+use std::io::{ErrorKind, Read, Seek as _, SeekFrom, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::path::{Component, Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::unistd::{Whence, lseek};
+use sha2::{Digest as _, Sha256};
+
+use super::Cancel;
+
+/// Folders: to be passed through, not listed.
+pub const DIR_MODE: u32 = 0o711;
+/// Disks and everything that may hold a guest's secrets.
+pub const DISK_MODE: u32 = 0o600;
+/// Images, which many domains read and none writes.
+pub const IMAGE_MODE: u32 = 0o444;
+
+/// How much is read or copied between two looks at [`Cancel`].
+const CHUNK: usize = 1 << 20;
+const COPY_CHUNK: u64 = 64 << 20;
+
+/// Told how many bytes are done so far.
+pub type BytesDone<'a> = &'a mut dyn FnMut(u64);
+
+/// What went wrong with a file.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    /// The system refused.
+    #[error("{} could not be {action}", path.display())]
+    Io {
+        /// What was to be done with it ("created", "renamed" …).
+        action: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// Why it could not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The work was no longer wanted.
+    #[error("the work on {} was cancelled", path.display())]
+    Cancelled {
+        /// The file that was worked on.
+        path: PathBuf,
+    },
+    /// A name that could lead out of its folder.
+    #[error("{name:?} is not a file name: it must be relative, without `.`, `..` and NUL bytes")]
+    Name {
+        /// The name.
+        name: String,
+    },
+}
+
+impl FileError {
+    /// Is the file system (or a quota) full?
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        matches!(self, Self::Io { source, .. }
+            if matches!(source.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded))
+    }
+}
+
+/// Makes a [`FileError`] of an [`std::io::Error`], for `map_err`.
+pub(super) fn cannot(
+    action: &'static str,
+    path: &Path,
+) -> impl FnOnce(std::io::Error) -> FileError + use<> {
+    let path = path.to_owned();
+    move |source| FileError::Io {
+        action,
+        path,
+        source,
+    }
+}
+
+/// Puts a name below a folder, and refuses one that would leave it.
+///
+/// # Errors
+/// [`FileError::Name`].
+pub fn safe_join(folder: &Path, name: &str) -> Result<PathBuf, FileError> {
+    let plain = |name: &str| {
+        Path::new(name)
+            .components()
+            .all(|part| matches!(part, Component::Normal(_)))
+    };
+    // `components` swallows a `.` in the middle and slashes at the end; a name has neither.
+    let odd = name.is_empty()
+        || name.contains('\0')
+        || name
+            .split('/')
+            .any(|part| part.is_empty() || part == "." || part == "..");
+    if odd || !plain(name) {
+        return Err(FileError::Name {
+            name: name.to_owned(),
+        });
+    }
+    Ok(folder.join(name))
+}
+
+/// Makes sure that a folder is there with this mode; parents that are missing get it too.
+///
+/// # Errors
+/// [`FileError::Io`].
+pub fn ensure_dir(path: &Path, mode: u32) -> Result<(), FileError> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(mode)
+        .create(path)
+        .map_err(cannot("created", path))?;
+    // The umask had its say in the first place, and an old folder may be anything.
+    fs::set_permissions(path, Permissions::from_mode(mode))
+        .map_err(cannot("given its mode", path))?;
+    sync_parent(path)
+}
+
+/// Removes a file if it is there, for good. Says whether it was.
+///
+/// # Errors
+/// [`FileError::Io`].
+pub fn remove_if_exists(path: &Path) -> Result<bool, FileError> {
+    match fs::remove_file(path) {
+        Ok(()) => sync_parent(path).map(|()| true),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(cannot("removed", path)(error)),
+    }
+}
+
+/// Writes a whole file: it is there with all its bytes or as it was before, whatever happens.
+///
+/// # Errors
+/// [`FileError::Io`].
+pub fn write_file_durable(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
+    replace_durable(path, mode, |file, part| {
+        file.write_all(bytes).map_err(cannot("written", part))
+    })
+}
+
+/// Copies a file: holes stay holes, and a file system that can share blocks does. The copy is there
+/// with all its bytes or not at all.
+///
+/// # Errors
+/// [`FileError`].
+pub fn copy_file_durable(
+    from: &Path,
+    to: &Path,
+    mode: u32,
+    cancel: &Cancel,
+    done: BytesDone<'_>,
+) -> Result<(), FileError> {
+    let source = File::open(from).map_err(cannot("opened", from))?;
+    replace_durable(to, mode, |file, part| {
+        copy_contents(&source, file, part, cancel, done)
+    })
+}
+
+/// Has `fill` write a file beside `path`, and puts it in its place when that succeeded.
+pub(super) fn replace_durable(
+    path: &Path,
+    mode: u32,
+    fill: impl FnOnce(&mut File, &Path) -> Result<(), FileError>,
+) -> Result<(), FileError> {
+    let part = part_of(path);
+    let mut file = create_part(&part)?;
+    let made = fill(&mut file, &part).and_then(|()| finish_part(&file, &part, path, mode));
+    if made.is_err() {
+        // The first error is the one to tell; a part left here is replaced by the next try.
+        let _ = fs::remove_file(&part);
+    }
+    made
+}
+
+/// The name under which a file is written before it is complete. Derived, not chosen at random: what
+/// a crash left is overwritten by the next try. One agent owns the folder.
+pub(super) fn part_of(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".part");
+    PathBuf::from(name)
+}
+
+/// Creates a part anew, for reading and writing by us only.
+pub(super) fn create_part(part: &Path) -> Result<File, FileError> {
+    remove_if_exists(part)?;
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(DISK_MODE)
+        .open(part)
+        .map_err(cannot("created", part))
+}
+
+/// Syncs a complete part and renames it to what it is.
+pub(super) fn finish_part(
+    file: &File,
+    part: &Path,
+    path: &Path,
+    mode: u32,
+) -> Result<(), FileError> {
+    file.set_permissions(Permissions::from_mode(mode))
+        .map_err(cannot("given its mode", part))?;
+    file.sync_all().map_err(cannot("synced", part))?;
+    fs::rename(part, path).map_err(cannot("put in place", path))?;
+    sync_parent(path)
+}
+
+/// Brings a folder's entry for a file to the disk.
+fn sync_parent(path: &Path) -> Result<(), FileError> {
+    let Some(folder) = path
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty())
+    else {
+        return Ok(());
+    };
+    File::open(folder)
+        .and_then(|folder| folder.sync_all())
+        .map_err(cannot("synced", folder))
+}
+
+/// Copies what `from` holds into the empty file `to`, from its beginning, holes left out.
+pub(super) fn copy_contents(
+    from: &File,
+    to: &File,
+    path: &Path,
+    cancel: &Cancel,
+    done: BytesDone<'_>,
+) -> Result<(), FileError> {
+    let failed = || cannot("copied", path);
+    let (mut from, mut to) = (from, to);
+    let size = from.metadata().map_err(failed())?.len();
+    to.set_len(size).map_err(failed())?;
+    let mut offset = 0;
+    while let Some((start, end)) = next_data(from, offset, size).map_err(failed())? {
+        from.seek(SeekFrom::Start(start)).map_err(failed())?;
+        to.seek(SeekFrom::Start(start)).map_err(failed())?;
+        offset = start;
+        while offset < end {
+            if cancel.is_cancelled() {
+                return Err(FileError::Cancelled {
+                    path: path.to_owned(),
+                });
+            }
+            // The standard library uses copy_file_range here, which shares blocks where it can.
+            let length = COPY_CHUNK.min(end - offset);
+            let copied = std::io::copy(&mut Read::take(from, length), &mut to).map_err(failed())?;
+            if copied == 0 {
+                // The source became shorter than it was.
+                return Err(failed()(ErrorKind::UnexpectedEof.into()));
+            }
+            offset += copied;
+            done(offset);
+        }
+    }
+    done(size);
+    Ok(())
+}
+
+/// The next stretch of `file` at or after `offset` that is not a hole; `None` at the end.
+fn next_data(file: &File, offset: u64, size: u64) -> std::io::Result<Option<(u64, u64)>> {
+    if offset >= size {
+        return Ok(None);
+    }
+    let seek = |offset: u64, whence| {
+        let offset = i64::try_from(offset).map_err(|_| Errno::EOVERFLOW)?;
+        let found = lseek(file, offset, whence)?;
+        u64::try_from(found).map_err(|_| Errno::EOVERFLOW)
+    };
+    match seek(offset, Whence::SeekData) {
+        Ok(start) => {
+            let end = seek(start, Whence::SeekHole)?.min(size);
+            Ok((start < end).then_some((start, end)))
+        }
+        Err(Errno::ENXIO) => Ok(None),
+        // A file system that knows no holes: all of it is data.
+        Err(Errno::EINVAL) => Ok(Some((offset, size))),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The bytes that we may still write to the file system that holds `path`.
+///
+/// # Errors
+/// [`FileError::Io`].
+pub fn free_space(path: &Path) -> Result<u64, FileError> {
+    let stat = nix::sys::statvfs::statvfs(path)
+        .map_err(|errno| cannot("measured for free space", path)(errno.into()))?;
+    Ok(stat.blocks_available().saturating_mul(stat.fragment_size()))
+}
+
+/// The SHA-256 of a file, in lower-case hexadecimal digits.
+///
+/// # Errors
+/// [`FileError`].
+pub fn sha256_file(path: &Path, cancel: &Cancel, done: BytesDone<'_>) -> Result<String, FileError> {
+    let file = File::open(path).map_err(cannot("opened", path))?;
+    sha256_contents(&file, path, cancel, done)
+}
+
+/// The same of an open file, from its beginning.
+pub(super) fn sha256_contents(
+    mut file: &File,
+    path: &Path,
+    cancel: &Cancel,
+    done: BytesDone<'_>,
+) -> Result<String, FileError> {
+    let failed = || cannot("read", path);
+    file.seek(SeekFrom::Start(0)).map_err(failed())?;
+    let mut digest = Sha256::new();
+    let mut chunk = vec![0; CHUNK];
+    let mut total = 0u64;
+    loop {
+        if cancel.is_cancelled() {
+            return Err(FileError::Cancelled {
+                path: path.to_owned(),
+            });
+        }
+        let count = match file.read(&mut chunk) {
+            Ok(0) => break,
+            Ok(count) => count,
+            Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+            Err(error) => return Err(failed()(error)),
+        };
+        digest.update(chunk.get(..count).unwrap_or_default());
+        total = total.saturating_add(count as u64);
+        done(total);
+    }
+    Ok(hex(&digest.finalize()))
+}
+
+/// Lower-case hexadecimal digits.
+pub(super) fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        // Writing to a String does not fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+
+    use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+
+    use tokio::sync::watch;
+
+    use super::*;
+
+    fn mode(path: &Path) -> u32 {
+        fs::metadata(path).unwrap().mode() & 0o7777
+    }
+
+    #[test]
+    fn names_that_leave_their_folder_are_refused() {
+        let folder = Path::new("/var/lib/salvor");
+        for name in [
+            "", ".", "..", "/", "/etc", "../x", "a/../b", "a/./b", "a//b", "a/", "a\0b", "./a",
+        ] {
+            assert!(safe_join(folder, name).is_err(), "{name:?}");
+        }
+        for name in ["a", "a/b", "...", "-rf", "disk.config", "Zürich"] {
+            assert_eq!(safe_join(folder, name).unwrap(), folder.join(name));
+        }
+    }
+
+    #[test]
+    fn a_written_file_replaces_the_old_one_and_leaves_no_part() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        fs::write(part_of(&path), "left by a crash").unwrap();
+        fs::write(&path, "old").unwrap();
+        let old = File::open(&path).unwrap();
+        write_file_durable(&path, b"new", DISK_MODE).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"new");
+        assert_eq!(std::io::read_to_string(old).unwrap(), "old");
+        assert_eq!(mode(&path), 0o600);
+        assert!(!part_of(&path).exists());
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_written_leaves_the_old_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        fs::write(&path, "old").unwrap();
+        let result = replace_durable(&path, DISK_MODE, |file, part| {
+            file.write_all(b"half").unwrap();
+            Err(cannot("written", part)(ErrorKind::StorageFull.into()))
+        });
+        assert!(result.unwrap_err().is_full());
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+        assert!(!part_of(&path).exists());
+    }
+
+    #[test]
+    fn folders_get_their_mode_whatever_they_had() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a/b");
+        ensure_dir(&path, DIR_MODE).unwrap();
+        assert_eq!(mode(&path), 0o711);
+        fs::set_permissions(&path, Permissions::from_mode(0o777)).unwrap();
+        ensure_dir(&path, DIR_MODE).unwrap();
+        assert_eq!(mode(&path), 0o711);
+        fs::write(dir.path().join("file"), "").unwrap();
+        assert!(ensure_dir(&dir.path().join("file"), DIR_MODE).is_err());
+    }
+
+    #[test]
+    fn removing_what_is_not_there_is_success() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        fs::write(&path, "").unwrap();
+        assert!(remove_if_exists(&path).unwrap());
+        assert!(!remove_if_exists(&path).unwrap());
+        assert!(remove_if_exists(dir.path()).is_err());
+    }
+
+    #[test]
+    fn copies_have_the_same_bytes_and_the_same_holes() {
+        let dir = tempfile::tempdir().unwrap();
+        let (from, to) = (dir.path().join("from"), dir.path().join("to"));
+        let source = File::create(&from).unwrap();
+        source.set_len(64 << 20).unwrap();
+        source.write_all_at(b"begin", 0).unwrap();
+        source.write_all_at(&[7; 300_000], 20 << 20).unwrap();
+        source.write_all_at(b"end", (64 << 20) - 3).unwrap();
+        let mut seen = Vec::new();
+        let never = Cancel::never();
+        copy_file_durable(&from, &to, IMAGE_MODE, &never, &mut |done| seen.push(done)).unwrap();
+        assert_eq!(fs::read(&from).unwrap(), fs::read(&to).unwrap());
+        assert_eq!(mode(&to), 0o444);
+        assert!(fs::metadata(&to).unwrap().blocks() * 512 < 2 << 20);
+        assert!(
+            seen.is_sorted() && seen.last() == Some(&(64 << 20)),
+            "{seen:?}"
+        );
+
+        // A file that is one hole, and one that is nothing.
+        for size in [0, 1 << 20] {
+            source.set_len(0).unwrap();
+            source.set_len(size).unwrap();
+            copy_file_durable(&from, &to, DISK_MODE, &never, &mut |_| {}).unwrap();
+            assert_eq!(fs::metadata(&to).unwrap().len(), size);
+        }
+    }
+
+    #[test]
+    fn cancelled_copies_and_sums_stop_and_leave_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let (from, to) = (dir.path().join("from"), dir.path().join("to"));
+        fs::write(&from, "x").unwrap();
+        let (_stop, signal) = watch::channel(true);
+        let cancel = Cancel::from(signal);
+        let copied = copy_file_durable(&from, &to, DISK_MODE, &cancel, &mut |_| {});
+        assert!(matches!(copied, Err(FileError::Cancelled { .. })));
+        assert!(!to.exists() && !part_of(&to).exists());
+        let summed = sha256_file(&from, &cancel, &mut |_| {});
+        assert!(matches!(summed, Err(FileError::Cancelled { .. })));
+    }
+
+    #[test]
+    fn sums_are_sha256_in_hexadecimal() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        // The vector of FIPS 180 for "abc".
+        fs::write(&path, "abc").unwrap();
+        let mut total = 0;
+        let sum = sha256_file(&path, &Cancel::never(), &mut |done| total = done).unwrap();
+        assert_eq!(
+            sum,
+            "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+        );
+        assert_eq!(total, 3);
+    }
+
+    #[test]
+    fn free_space_is_that_of_the_file_system_of_the_path() {
+        assert!(free_space(Path::new("/")).unwrap() > 0);
+        assert_eq!(free_space(Path::new("/proc")).unwrap(), 0);
+        assert!(free_space(Path::new("/absent")).is_err());
+    }
+}
