@@ -57,7 +57,9 @@ impl Api {
     /// Does what is asked for.
     pub(super) async fn perform<A: Ask>(&self, call: &Call, ask: A) -> Result<Done, Status> {
         let about = about(call, &ask);
-        self.begin(call, ask).await.map_err(|refusal| status(&refusal, &about))
+        self.begin(call, ask)
+            .await
+            .map_err(|refusal| status(&refusal, &about))
     }
 
     async fn begin<A: Ask>(&self, call: &Call, ask: A) -> Result<Done, Refusal> {
@@ -69,7 +71,11 @@ impl Api {
         };
         // First of all: what a repeated request names may be gone by now, by its own doing.
         if request.id.is_some()
-            && let Some(record) = self.store.repeated(request.clone()).await.map_err(refused)?
+            && let Some(record) = self
+                .store
+                .repeated(request.clone())
+                .await
+                .map_err(refused)?
         {
             return Ok(self.done(record, None));
         }
@@ -78,7 +84,8 @@ impl Api {
         // Between the journal and the engine there is no place to stop: a caller that goes away must
         // not take the task with it that has just given an operation its lane.
         let dispatcher = self.dispatcher.clone();
-        let work = async move { dispatcher.submit(target, action, request).await }.in_current_span();
+        let work =
+            async move { dispatcher.submit(target, action, request).await }.in_current_span();
         let Submitted {
             operation: record,
             plan,
@@ -137,7 +144,9 @@ impl Api {
     async fn target(&self, wish: &Wish) -> Result<Target, Refusal> {
         match &wish.subject {
             Subject::Server(word) => Ok(Target::Server(resolve::server(&self.store, word)?.id)),
-            Subject::Domain(word) => Ok(Target::New(resolve::domain(self.hypervisor.as_ref(), word).await?.id)),
+            Subject::Domain(word) => Ok(Target::New(
+                resolve::domain(self.hypervisor.as_ref(), word).await?.id,
+            )),
             Subject::New(id) => Ok(Target::New(*id)),
         }
     }

@@ -112,7 +112,10 @@ impl<S: NamedService> NamedService for Edge<S> {
 
 impl<S> Service<http::Request<Body>> for Edge<S>
 where
-    S: Service<http::Request<Body>, Response = http::Response<Body>, Error = Infallible> + Clone + Send + 'static,
+    S: Service<http::Request<Body>, Response = http::Response<Body>, Error = Infallible>
+        + Clone
+        + Send
+        + 'static,
     S::Future: Send,
 {
     type Response = http::Response<Body>;
@@ -132,7 +135,8 @@ where
         let mut inner = self.0.clone();
         let work = async move {
             let Some(caller) = caller else {
-                return Status::unauthenticated("the peer of this connection cannot be told").into_http();
+                return Status::unauthenticated("the peer of this connection cannot be told")
+                    .into_http();
             };
             let call = Call {
                 request_id,
@@ -206,9 +210,15 @@ fn caller(extensions: &http::Extensions) -> Option<Caller> {
 
 /// The caller's id of the call if it gave a usable one, else a new one.
 fn request_id(headers: &http::HeaderMap) -> Arc<str> {
-    let given = headers.get(REQUEST_ID_HEADER).and_then(|value| value.to_str().ok());
-    let usable =
-        |id: &&str| (1..=64).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
+    let given = headers
+        .get(REQUEST_ID_HEADER)
+        .and_then(|value| value.to_str().ok());
+    let usable = |id: &&str| {
+        (1..=64).contains(&id.len())
+            && id
+                .bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+    };
     match given.filter(usable) {
         Some(id) => Arc::from(id),
         None => Arc::from(format!("req-{}", Uuid::new_v4())),

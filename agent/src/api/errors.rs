@@ -66,7 +66,9 @@ const fn retry_after(reason: Reason) -> Option<Duration> {
 const fn resource(reason: Reason) -> Option<&'static str> {
     match reason {
         Reason::ServerNotFound | Reason::ServerExists => Some("salvor.compute.v1.Server"),
-        Reason::ImageNotFound | Reason::ImageExists | Reason::ImageInUse => Some("salvor.compute.v1.Image"),
+        Reason::ImageNotFound | Reason::ImageExists | Reason::ImageInUse => {
+            Some("salvor.compute.v1.Image")
+        }
         Reason::OperationNotFound => Some("google.longrunning.Operation"),
         Reason::DomainNotFound => Some("libvirt.Domain"),
         _ => None,
@@ -76,13 +78,17 @@ const fn resource(reason: Reason) -> Option<&'static str> {
 fn message(refusal: &Refusal) -> String {
     match refusal.reason {
         // What a fault of the agent looks like from inside is for its log.
-        Reason::Internal => "the agent failed; its log has the details under this request id".to_owned(),
+        Reason::Internal => {
+            "the agent failed; its log has the details under this request id".to_owned()
+        }
         _ => text::message(&refusal.message),
     }
 }
 
 fn details(refusal: &Refusal, about: &About) -> ErrorDetails {
-    let Refusal { reason, subject, .. } = refusal;
+    let Refusal {
+        reason, subject, ..
+    } = refusal;
     let message = message(refusal);
     let subject = subject
         .as_ref()
@@ -121,7 +127,11 @@ fn details(refusal: &Refusal, about: &About) -> ErrorDetails {
             );
         }
         _ if reason.code() == Code::FailedPrecondition => {
-            details.add_precondition_failure_violation(reason.name(), named.as_str(), message.as_str());
+            details.add_precondition_failure_violation(
+                reason.name(),
+                named.as_str(),
+                message.as_str(),
+            );
         }
         _ => {}
     }
@@ -158,7 +168,11 @@ pub(super) fn operation_error(record: &OperationRecord, refusal: &Refusal) -> rp
         verb: Some(record.verb),
         subject: record.server.to_string(),
     };
-    let status = Status::with_error_details(grpc(refusal.reason.code()), message(refusal), details(refusal, &about));
+    let status = Status::with_error_details(
+        grpc(refusal.reason.code()),
+        message(refusal),
+        details(refusal, &about),
+    );
     // The details of a status are themselves an encoded google.rpc.Status.
     rpc::Status::decode(status.details()).unwrap_or_else(|_| rpc::Status {
         code: status.code().into(),
@@ -188,12 +202,23 @@ mod tests {
             assert_eq!(status.code(), grpc(reason.code()));
             let details = status.get_error_details();
             let info = details.error_info().unwrap();
-            assert_eq!((info.reason.as_str(), info.domain.as_str()), (reason.name(), DOMAIN));
+            assert_eq!(
+                (info.reason.as_str(), info.domain.as_str()),
+                (reason.name(), DOMAIN)
+            );
             assert_eq!(info.metadata["http"], reason.http().to_string());
             assert_eq!(details.request_info().unwrap().request_id, "req-1");
-            assert_eq!(details.retry_info().is_some(), reason.retry_safe(), "{reason}");
+            assert_eq!(
+                details.retry_info().is_some(),
+                reason.retry_safe(),
+                "{reason}"
+            );
             let state = reason.code() == Code::FailedPrecondition;
-            assert_eq!(details.has_precondition_failure_violations(), state, "{reason}");
+            assert_eq!(
+                details.has_precondition_failure_violations(),
+                state,
+                "{reason}"
+            );
             if reason.code() == Code::NotFound {
                 assert_eq!(details.resource_info().unwrap().resource_name, "web");
             }
@@ -211,7 +236,10 @@ mod tests {
 
     #[test]
     fn a_wrong_state_says_which_and_of_what() {
-        let status = status(&Refusal::state("vm_state", "rescued", "unrescue it first"), &about());
+        let status = status(
+            &Refusal::state("vm_state", "rescued", "unrescue it first"),
+            &about(),
+        );
         let details = status.get_error_details();
         let violation = &details.precondition_failure().unwrap().violations[0];
         assert_eq!(
@@ -230,12 +258,18 @@ mod tests {
     fn a_busy_server_names_the_operation() {
         let refusal = Refusal::new(Reason::ServerBusy, "busy").about("operation", "operations/1");
         let details = status(&refusal, &about()).get_error_details();
-        assert_eq!(details.error_info().unwrap().metadata["operation"], "operations/1");
+        assert_eq!(
+            details.error_info().unwrap().metadata["operation"],
+            "operations/1"
+        );
     }
 
     #[test]
     fn an_internal_error_tells_nothing_of_the_inside() {
-        let status = status(&Refusal::new(Reason::Internal, "/etc/shadow: line 3"), &about());
+        let status = status(
+            &Refusal::new(Reason::Internal, "/etc/shadow: line 3"),
+            &about(),
+        );
         assert!(!status.message().contains("shadow"));
         assert!(!format!("{:?}", status.get_error_details()).contains("shadow"));
     }

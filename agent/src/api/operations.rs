@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use prost::Message as _;
 use salvor_proto::google::longrunning::{
-    CancelOperationRequest, DeleteOperationRequest, GetOperationRequest, ListOperationsRequest, ListOperationsResponse,
-    Operation, WaitOperationRequest, operations_server::Operations,
+    CancelOperationRequest, DeleteOperationRequest, GetOperationRequest, ListOperationsRequest,
+    ListOperationsResponse, Operation, WaitOperationRequest, operations_server::Operations,
 };
 use tonic::{Request, Response, Status};
 use uuid::Uuid;
@@ -43,7 +43,10 @@ fn id(name: &str) -> Checked<Uuid> {
     id.ok_or_else(|| {
         Refusal::field(
             "name",
-            format!("must be operations/ and a uuid, and is {:?}", text::echo(name)),
+            format!(
+                "must be operations/ and a uuid, and is {:?}",
+                text::echo(name)
+            ),
         )
     })
 }
@@ -108,7 +111,8 @@ impl Api {
     async fn get(&self, name: &str) -> Checked<Operation> {
         let id = id(name)?;
         let view = self.engine.operation(id).await.map_err(refused)?;
-        view.map(|view| self.show(&view)).ok_or_else(|| not_found(id))
+        view.map(|view| self.show(&view))
+            .ok_or_else(|| not_found(id))
     }
 
     async fn list(&self, request: &ListOperationsRequest) -> Checked<ListOperationsResponse> {
@@ -140,11 +144,17 @@ impl Api {
                 }
                 scanned += 1;
                 before = order;
-                if filter.done.is_some_and(|done| done != record.state.is_final()) {
+                if filter
+                    .done
+                    .is_some_and(|done| done != record.state.is_final())
+                {
                     continue;
                 }
                 // Progress is in the engine's memory only.
-                let percent = self.engine.watch(record.id).and_then(|view| view.borrow().percent);
+                let percent = self
+                    .engine
+                    .watch(record.id)
+                    .and_then(|view| view.borrow().percent);
                 let server = self.store.server(record.server);
                 let shown = operation(&record, percent, server.as_deref());
                 bytes += shown.encoded_len();
@@ -160,16 +170,22 @@ impl Api {
         let wanted = validate::duration("timeout", request.timeout, century)?.unwrap_or(WAIT);
         let limit = call.patience(wanted.min(WAIT));
         let view = self.engine.wait(id, limit).await.map_err(refused)?;
-        view.map(|view| self.show(&view)).ok_or_else(|| not_found(id))
+        view.map(|view| self.show(&view))
+            .ok_or_else(|| not_found(id))
     }
 }
 
 #[tonic::async_trait]
 impl Operations for Api {
-    async fn get_operation(&self, request: Request<GetOperationRequest>) -> Result<Response<Operation>, Status> {
+    async fn get_operation(
+        &self,
+        request: Request<GetOperationRequest>,
+    ) -> Result<Response<Operation>, Status> {
         let (call, message) = Call::open(request)?;
         let found = self.get(&message.name).await;
-        found.map(Response::new).map_err(|refusal| call.refuse(&refusal))
+        found
+            .map(Response::new)
+            .map_err(|refusal| call.refuse(&refusal))
     }
 
     async fn list_operations(
@@ -178,26 +194,42 @@ impl Operations for Api {
     ) -> Result<Response<ListOperationsResponse>, Status> {
         let (call, message) = Call::open(request)?;
         let page = self.list(&message).await;
-        page.map(Response::new).map_err(|refusal| call.refuse(&refusal))
+        page.map(Response::new)
+            .map_err(|refusal| call.refuse(&refusal))
     }
 
     /// The end of the wait is not the end of the operation: the answer says how it is then.
-    async fn wait_operation(&self, request: Request<WaitOperationRequest>) -> Result<Response<Operation>, Status> {
+    async fn wait_operation(
+        &self,
+        request: Request<WaitOperationRequest>,
+    ) -> Result<Response<Operation>, Status> {
         let (call, message) = Call::open(request)?;
         let view = self.wait(&call, message).await;
-        view.map(Response::new).map_err(|refusal| call.refuse(&refusal))
+        view.map(Response::new)
+            .map_err(|refusal| call.refuse(&refusal))
     }
 
-    async fn cancel_operation(&self, request: Request<CancelOperationRequest>) -> Result<Response<()>, Status> {
+    async fn cancel_operation(
+        &self,
+        request: Request<CancelOperationRequest>,
+    ) -> Result<Response<()>, Status> {
         let (call, message) = Call::open(request)?;
-        let cancelled = async { self.engine.cancel(id(&message.name)?).await.map_err(refused) };
+        let cancelled = async {
+            self.engine
+                .cancel(id(&message.name)?)
+                .await
+                .map_err(refused)
+        };
         cancelled
             .await
             .map(Response::new)
             .map_err(|refusal| call.refuse(&refusal.about("operation", message.name)))
     }
 
-    async fn delete_operation(&self, _request: Request<DeleteOperationRequest>) -> Result<Response<()>, Status> {
+    async fn delete_operation(
+        &self,
+        _request: Request<DeleteOperationRequest>,
+    ) -> Result<Response<()>, Status> {
         Err(Status::unimplemented(
             "operations are the record of what was done and cannot be deleted; the agent itself forgets them when \
              they are old. To stop one, use CancelOperation",
@@ -218,7 +250,10 @@ mod tests {
         let server = Some(Uuid::parse_str(ID).unwrap());
         let read = |filter: &str| Filter::read(filter);
         assert_eq!(read("").unwrap(), Filter::default());
-        assert_eq!(read(&format!("server={ID}")).unwrap(), Filter { server, done: None });
+        assert_eq!(
+            read(&format!("server={ID}")).unwrap(),
+            Filter { server, done: None }
+        );
         let done = Some(true);
         assert_eq!(
             read(&format!("done=true AND server = \"{ID}\"")).unwrap(),

@@ -15,7 +15,11 @@ pub(super) fn token(kind: char, place: &str) -> String {
 }
 
 /// The place behind a token of the list `kind`; `None` for the first page.
-pub(super) fn place<T>(kind: char, token: &str, read: impl Fn(&str) -> Option<T>) -> Checked<Option<T>> {
+pub(super) fn place<T>(
+    kind: char,
+    token: &str,
+    read: impl Fn(&str) -> Option<T>,
+) -> Checked<Option<T>> {
     if token.is_empty() {
         return Ok(None);
     }
@@ -24,9 +28,12 @@ pub(super) fn place<T>(kind: char, token: &str, read: impl Fn(&str) -> Option<T>
         .flatten()
         .and_then(|bytes| String::from_utf8(bytes).ok())
         .and_then(|text| read(text.strip_prefix(kind)?));
-    place
-        .map(Some)
-        .ok_or_else(|| Refusal::field("page_token", "must be the next_page_token of a page of this list"))
+    place.map(Some).ok_or_else(|| {
+        Refusal::field(
+            "page_token",
+            "must be the next_page_token of a page of this list",
+        )
+    })
 }
 
 #[cfg(test)]

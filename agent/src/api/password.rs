@@ -39,15 +39,18 @@ impl Password {
             Self::Generated => AdminPass::generate(),
             Self::Given(password) => password,
         };
-        let work = tokio::task::spawn_blocking(move || password.crypt_sha512().map(|hash| (password, hash)));
+        let work = tokio::task::spawn_blocking(move || {
+            password.crypt_sha512().map(|hash| (password, hash))
+        });
         match work.await {
             Ok(Ok(hashed)) => Ok(Some(hashed)),
             Ok(Err(error @ (PasswordError::Length { .. } | PasswordError::Characters))) => {
                 Err(Refusal::field("admin_pass", error.to_string()))
             }
-            Ok(Err(PasswordError::Hash)) | Err(_) => {
-                Err(Refusal::new(Reason::Internal, "the password could not be hashed"))
-            }
+            Ok(Err(PasswordError::Hash)) | Err(_) => Err(Refusal::new(
+                Reason::Internal,
+                "the password could not be hashed",
+            )),
         }
     }
 }

@@ -33,9 +33,14 @@ fn find<T>(
     name: impl Fn(&T) -> String,
 ) -> Result<T, Refusal> {
     let prefix = word.to_ascii_lowercase();
-    let is_prefix = word.len() >= SHORTEST && word.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-');
+    let is_prefix = word.len() >= SHORTEST
+        && word
+            .bytes()
+            .all(|byte| byte.is_ascii_hexdigit() || byte == b'-');
     let mut found: Vec<T> = all
-        .filter(|candidate| name(candidate) == word || (is_prefix && id(candidate).to_string().starts_with(&prefix)))
+        .filter(|candidate| {
+            name(candidate) == word || (is_prefix && id(candidate).to_string().starts_with(&prefix))
+        })
         .take(NAMED + 1)
         .collect();
     if found.len() > 1 {
@@ -44,7 +49,11 @@ fn find<T>(
             .take(NAMED)
             .map(|candidate| id(candidate).to_string())
             .collect();
-        let more = if found.len() > NAMED { " and others" } else { "" };
+        let more = if found.len() > NAMED {
+            " and others"
+        } else {
+            ""
+        };
         return Err(Refusal::new(
             Reason::AmbiguousName,
             format!(
@@ -63,8 +72,10 @@ fn not_found(what: &'static str, missing: Reason, word: &str) -> Refusal {
 }
 
 /// The id, if `word` is a whole one.
-fn whole_id(word: &str) -> Option<Uuid> {
-    (word.len() == 36).then(|| Uuid::try_parse(word).ok()).flatten()
+pub(super) fn whole_id(word: &str) -> Option<Uuid> {
+    (word.len() == 36)
+        .then(|| Uuid::try_parse(word).ok())
+        .flatten()
 }
 
 /// The server that `word` names.
@@ -80,7 +91,10 @@ pub(super) fn server(store: &Store, word: &str) -> Result<Arc<ServerRecord>, Ref
         "server",
         Reason::ServerNotFound,
         word,
-        store.servers_after(i64::MIN).into_iter().map(|(_, server)| server),
+        store
+            .servers_after(i64::MIN)
+            .into_iter()
+            .map(|(_, server)| server),
         |server| server.id,
         |server| server.name.clone(),
     )
@@ -112,7 +126,10 @@ pub(super) async fn image(store: &Store, word: &str) -> Result<(ImageRecord, u32
 ///
 /// # Errors
 /// [`Reason::InvalidField`], [`Reason::DomainNotFound`], or what the hypervisor says.
-pub(super) async fn domain(hypervisor: &dyn Hypervisor, word: &str) -> Result<DomainStatus, Refusal> {
+pub(super) async fn domain(
+    hypervisor: &dyn Hypervisor,
+    word: &str,
+) -> Result<DomainStatus, Refusal> {
     reference("domain", word)?;
     if let Some(id) = whole_id(word)
         && let Some(domain) = hypervisor.domain(id).await?

@@ -35,7 +35,8 @@ struct Filter {
 /// The values behind the numbers of a repeated field; the unspecified one is none to look for.
 fn values<T: Wire>(field: &str, numbers: &[i32]) -> Checked<Vec<T>> {
     let value = |number: &i32| {
-        T::from_wire(field, *number)?.ok_or_else(|| Refusal::field(field, "must not hold the unspecified value"))
+        T::from_wire(field, *number)?
+            .ok_or_else(|| Refusal::field(field, "must not hold the unspecified value"))
     };
     numbers.iter().map(value).collect()
 }
@@ -53,16 +54,27 @@ impl Filter {
         }
         let status = |name: &String| {
             ServerStatus::from_name(name).ok_or_else(|| {
-                let all: Vec<&str> = ServerStatus::ALL.iter().map(|status| status.name()).collect();
+                let all: Vec<&str> = ServerStatus::ALL
+                    .iter()
+                    .map(|status| status.name())
+                    .collect();
                 Refusal::field(
                     "statuses",
-                    format!("must be of {}, and one is {:?}", all.join(", "), text::echo(name)),
+                    format!(
+                        "must be of {}, and one is {:?}",
+                        all.join(", "),
+                        text::echo(name)
+                    ),
                 )
             })
         };
         Ok(Self {
             name_contains: request.name_contains.clone(),
-            statuses: request.statuses.iter().map(status).collect::<Checked<_>>()?,
+            statuses: request
+                .statuses
+                .iter()
+                .map(status)
+                .collect::<Checked<_>>()?,
             vm_states: values("vm_states", &request.vm_states)?,
             power_states: values("power_states", &request.power_states)?,
             origin: Origin::from_wire("origin", request.origin)?,
@@ -72,8 +84,14 @@ impl Filter {
     fn matches(&self, server: &ServerRecord) -> bool {
         let any = |wanted: bool, found: bool| !wanted || found;
         server.name.contains(&self.name_contains)
-            && any(!self.statuses.is_empty(), self.statuses.contains(&server.status()))
-            && any(!self.vm_states.is_empty(), self.vm_states.contains(&server.vm_state))
+            && any(
+                !self.statuses.is_empty(),
+                self.statuses.contains(&server.status()),
+            )
+            && any(
+                !self.vm_states.is_empty(),
+                self.vm_states.contains(&server.vm_state),
+            )
             && any(
                 !self.power_states.is_empty(),
                 self.power_states.contains(&server.power.state),
@@ -85,7 +103,8 @@ impl Filter {
 fn list(api: &Api, request: &v1::ListServersRequest) -> Checked<v1::ListServersResponse> {
     let size = validate::page_size(request.page_size)?;
     let filter = Filter::read(request)?;
-    let mut last = page::place('s', &request.page_token, |place| place.parse().ok())?.unwrap_or(i64::MIN);
+    let mut last =
+        page::place('s', &request.page_token, |place| place.parse().ok())?.unwrap_or(i64::MIN);
     let (mut servers, mut bytes) = (Vec::with_capacity(size), 0);
     let mut next_page_token = String::new();
     for (order, record) in api.store.servers_after(last) {
@@ -146,7 +165,9 @@ fn plan_response(preview: &Preview) -> v1::PlanActionResponse {
                 effect: effect.to_owned(),
             })
             .collect(),
-        warnings: plan.map(|plan| warnings(&plan.warnings)).unwrap_or_default(),
+        warnings: plan
+            .map(|plan| warnings(&plan.warnings))
+            .unwrap_or_default(),
     }
 }
 
@@ -163,7 +184,10 @@ impl From<Done> for Answer {
     fn from(done: Done) -> Self {
         let (admin_pass, admin_pass_delivery) = match &done.first {
             Some(first) => (
-                first.password.as_ref().map(|password| password.expose().to_owned()),
+                first
+                    .password
+                    .as_ref()
+                    .map(|password| password.expose().to_owned()),
                 deliveries(&first.delivery),
             ),
             None => (None, Vec::new()),

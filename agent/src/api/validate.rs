@@ -78,7 +78,9 @@ pub(super) fn reference(field: &str, value: &str) -> Checked<()> {
 
 /// A uuid in its usual form.
 pub(super) fn uuid(field: &str, value: &str) -> Checked<Uuid> {
-    let parsed = (value.len() == 36).then(|| Uuid::try_parse(value).ok()).flatten();
+    let parsed = (value.len() == 36)
+        .then(|| Uuid::try_parse(value).ok())
+        .flatten();
     match parsed {
         Some(id) if !id.is_nil() => Ok(id),
         _ => Err(Refusal::field(
@@ -121,15 +123,22 @@ fn value_text(field: &str, key: &str, value: &str) -> Checked<()> {
     }
     Err(Refusal::field(
         format!("{field}[{}]", echo(key)),
-        format!("must be at most {NAME} printable characters, and is {:?}", echo(value)),
+        format!(
+            "must be at most {NAME} printable characters, and is {:?}",
+            echo(value)
+        ),
     ))
 }
 
 /// Nova's metadata: at most 128 entries, keys of letters, digits and `-_:. `.
-pub(super) fn metadata(field: &str, map: HashMap<String, String>) -> Checked<BTreeMap<String, String>> {
+pub(super) fn metadata(
+    field: &str,
+    map: HashMap<String, String>,
+) -> Checked<BTreeMap<String, String>> {
     entries(field, &map)?;
     for (key, value) in &map {
-        let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | ':' | '.' | ' ');
+        let allowed =
+            |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | ':' | '.' | ' ');
         if !(1..=NAME).contains(&key.len()) || !key.chars().all(allowed) {
             return Err(Refusal::field(
                 field,
@@ -144,8 +153,24 @@ pub(super) fn metadata(field: &str, map: HashMap<String, String>) -> Checked<BTr
     Ok(map.into_iter().collect())
 }
 
+/// Properties of an image: at most 128, keys and values of at most 255 printable characters.
+pub(super) fn properties(
+    field: &str,
+    map: HashMap<String, String>,
+) -> Checked<BTreeMap<String, String>> {
+    entries(field, &map)?;
+    for (key, value) in &map {
+        name(field, key)?;
+        value_text(field, key, value)?;
+    }
+    Ok(map.into_iter().collect())
+}
+
 /// SSH public keys by name: at most 128, each one printable line.
-pub(super) fn public_keys(field: &str, map: HashMap<String, String>) -> Checked<BTreeMap<String, String>> {
+pub(super) fn public_keys(
+    field: &str,
+    map: HashMap<String, String>,
+) -> Checked<BTreeMap<String, String>> {
     entries(field, &map)?;
     for (key, value) in &map {
         name(field, key)?;
@@ -176,7 +201,10 @@ pub(super) fn user_data(field: &str, value: Vec<u8>) -> Checked<Option<Vec<u8>>>
 /// Host name: 1 to 63 letters, digits and hyphens, none at either end (RFC 1123).
 pub(super) fn hostname(field: &str, value: &str) -> Checked<()> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || c == '-';
-    if (1..=63).contains(&value.len()) && value.chars().all(allowed) && !value.starts_with('-') && !value.ends_with('-')
+    if (1..=63).contains(&value.len())
+        && value.chars().all(allowed)
+        && !value.starts_with('-')
+        && !value.ends_with('-')
     {
         return Ok(());
     }
@@ -213,7 +241,10 @@ pub(super) fn hostname_from(name: &str, server: Uuid) -> String {
 /// The word for a bridge, network, machine type or device model: it goes into XML and to QEMU.
 pub(super) fn word(field: &str, value: &str) -> Checked<()> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-');
-    if (1..=64).contains(&value.len()) && value.chars().all(allowed) && !value.starts_with(['-', '.']) {
+    if (1..=64).contains(&value.len())
+        && value.chars().all(allowed)
+        && !value.starts_with(['-', '.'])
+    {
         return Ok(());
     }
     Err(Refusal::field(
@@ -229,9 +260,15 @@ pub(super) fn word(field: &str, value: &str) -> Checked<()> {
 pub(super) fn mac(field: &str, value: &str) -> Checked<String> {
     let octets: Vec<&str> = value.split(':').take(7).collect();
     let hex = |octet: &&str| octet.len() == 2 && octet.bytes().all(|byte| byte.is_ascii_hexdigit());
-    let first = octets.first().and_then(|octet| u8::from_str_radix(octet, 16).ok());
+    let first = octets
+        .first()
+        .and_then(|octet| u8::from_str_radix(octet, 16).ok());
     let unicast = first.is_some_and(|first| first & 1 == 0);
-    if octets.len() == 6 && octets.iter().all(hex) && unicast && value.chars().any(|c| !matches!(c, '0' | ':')) {
+    if octets.len() == 6
+        && octets.iter().all(hex)
+        && unicast
+        && value.chars().any(|c| !matches!(c, '0' | ':'))
+    {
         return Ok(value.to_ascii_lowercase());
     }
     Err(Refusal::field(
@@ -244,7 +281,10 @@ pub(super) fn mac(field: &str, value: &str) -> Checked<String> {
 }
 
 /// The interfaces of a new server.
-pub(super) fn interfaces(field: &str, specs: Vec<salvor_proto::v1::NetworkInterfaceSpec>) -> Checked<Vec<NicArgs>> {
+pub(super) fn interfaces(
+    field: &str,
+    specs: Vec<salvor_proto::v1::NetworkInterfaceSpec>,
+) -> Checked<Vec<NicArgs>> {
     use salvor_proto::v1::network_interface_spec::Connection;
     if specs.len() > INTERFACES {
         return Err(Refusal::field(
@@ -281,7 +321,11 @@ pub(super) fn interfaces(field: &str, specs: Vec<salvor_proto::v1::NetworkInterf
                 spec.model
             }
         };
-        Ok(NicArgs { connection, mac, model })
+        Ok(NicArgs {
+            connection,
+            mac,
+            model,
+        })
     };
     specs.into_iter().enumerate().map(check).collect()
 }
@@ -293,7 +337,10 @@ pub(super) fn flavor(field: &str, value: Option<salvor_proto::v1::Flavor>) -> Ch
     };
     let refuse = |part: &str, rule: String| Err(Refusal::field(format!("{field}.{part}"), rule));
     if !(1..=VCPUS).contains(&flavor.vcpus) {
-        return refuse("vcpus", format!("must be 1 to {VCPUS}, and is {}", flavor.vcpus));
+        return refuse(
+            "vcpus",
+            format!("must be 1 to {VCPUS}, and is {}", flavor.vcpus),
+        );
     }
     if !MEMORY_MIB.contains(&flavor.memory_mib) {
         let (least, most) = (MEMORY_MIB.start(), MEMORY_MIB.end());
@@ -316,7 +363,11 @@ pub(super) fn flavor(field: &str, value: Option<salvor_proto::v1::Flavor>) -> Ch
 }
 
 /// A duration from 0 to `most`.
-pub(super) fn duration(field: &str, value: Option<prost_types::Duration>, most: Duration) -> Checked<Option<Duration>> {
+pub(super) fn duration(
+    field: &str,
+    value: Option<prost_types::Duration>,
+    most: Duration,
+) -> Checked<Option<Duration>> {
     let Some(given) = value else { return Ok(None) };
     let parsed = match (u64::try_from(given.seconds), u32::try_from(given.nanos)) {
         (Ok(seconds), Ok(nanos)) if nanos < 1_000_000_000 => Some(Duration::new(seconds, nanos)),

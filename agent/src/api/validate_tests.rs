@@ -29,7 +29,14 @@ fn map(pairs: &[(&str, &str)]) -> HashMap<String, String> {
 
 #[test]
 fn names_are_printable_and_bounded() {
-    for good in ["a", "web 1", "Größe", "サーバー", "a<b>&c", &"é".repeat(255)] {
+    for good in [
+        "a",
+        "web 1",
+        "Größe",
+        "サーバー",
+        "a<b>&c",
+        &"é".repeat(255),
+    ] {
         assert!(name("name", good).is_ok(), "{good}");
     }
     for bad in [
@@ -63,7 +70,10 @@ fn words_carry_nothing_into_xml_paths_or_command_lines() {
 fn request_ids_are_uuids_and_one_whatever_their_case() {
     assert_eq!(request_id("").unwrap(), None);
     let lower = "7f0c1a52-3d9e-4b6f-8a21-5c0e9d7b4f13";
-    assert_eq!(request_id(&lower.to_uppercase()).unwrap().as_deref(), Some(lower));
+    assert_eq!(
+        request_id(&lower.to_uppercase()).unwrap().as_deref(),
+        Some(lower)
+    );
     for bad in [
         "x",
         "7f0c1a523d9e4b6f8a215c0e9d7b4f13",
@@ -123,7 +133,10 @@ fn hostnames_are_labels() {
 #[test]
 fn a_hostname_follows_from_any_name() {
     let id = Uuid::from_u128(1);
-    assert_eq!(hostname_from("Web Server_1.example", id), "web-server-1-example");
+    assert_eq!(
+        hostname_from("Web Server_1.example", id),
+        "web-server-1-example"
+    );
     assert_eq!(hostname_from("..größe--", id), "gre");
     assert_eq!(hostname_from("サーバー", id), format!("server-{id}"));
     assert_eq!(hostname_from(&"a".repeat(200), id).len(), 63);
@@ -205,7 +218,13 @@ fn flavors_are_bounded() {
 
 #[test]
 fn durations_are_neither_negative_nor_endless() {
-    let check = |seconds, nanos| duration("d", Some(prost_types::Duration { seconds, nanos }), SHUTDOWN);
+    let check = |seconds, nanos| {
+        duration(
+            "d",
+            Some(prost_types::Duration { seconds, nanos }),
+            SHUTDOWN,
+        )
+    };
     assert_eq!(duration("d", None, SHUTDOWN).unwrap(), None);
     assert_eq!(check(0, 0).unwrap(), Some(Duration::ZERO));
     assert_eq!(check(3_600, 0).unwrap(), Some(SHUTDOWN));

@@ -104,7 +104,12 @@ fn shutdown(given: Option<prost_types::Duration>, usual: Shutdown) -> Checked<Sh
 }
 
 /// A wish without image and password.
-fn plain(request_id: Option<String>, body_hash: String, server: String, action: Action) -> Checked<Wish> {
+fn plain(
+    request_id: Option<String>,
+    body_hash: String,
+    server: String,
+    action: Action,
+) -> Checked<Wish> {
     validate::reference("server", &server)?;
     Ok(Wish {
         request_id,
@@ -139,7 +144,10 @@ impl Ask for v1::CreateServerRequest {
             std::mem::take(&mut self.metadata),
         );
         let body_hash = body_hash(Self::VERB, &self, &[&public_keys, &metadata]);
-        let id = match (validate::optional_uuid("server_id", &self.server_id)?, &request_id) {
+        let id = match (
+            validate::optional_uuid("server_id", &self.server_id)?,
+            &request_id,
+        ) {
             (Some(id), _) => id,
             (None, Some(request_id)) => Uuid::new_v5(&SERVER_IDS, request_id.as_bytes()),
             (None, None) => Uuid::new_v4(),
@@ -277,7 +285,12 @@ impl Ask for v1::RescueServerRequest {
             timeout_overlay: None,
             shutdown: shutdown(self.shutdown_timeout, usual)?,
         };
-        let wish = plain(request_id, body_hash, self.server, Action::Rescue(Box::new(args)))?;
+        let wish = plain(
+            request_id,
+            body_hash,
+            self.server,
+            Action::Rescue(Box::new(args)),
+        )?;
         Ok(Wish {
             image: self.image,
             password,
@@ -336,7 +349,9 @@ mod tests {
                 memory_mib: 64,
                 disk_gib: 0,
             }),
-            metadata: (0..20).map(|i| (format!("k{i}"), format!("v{i}"))).collect(),
+            metadata: (0..20)
+                .map(|i| (format!("k{i}"), format!("v{i}")))
+                .collect(),
             ..v1::CreateServerRequest::default()
         }
     }
@@ -421,7 +436,10 @@ mod tests {
     #[test]
     fn times_that_are_given_replace_the_usual_ones() {
         let given = v1::RescueServerRequest {
-            timeout: Some(prost_types::Duration { seconds: 0, nanos: 0 }),
+            timeout: Some(prost_types::Duration {
+                seconds: 0,
+                nanos: 0,
+            }),
             shutdown_timeout: Some(prost_types::Duration {
                 seconds: 1,
                 nanos: 500_000_000,
@@ -432,7 +450,10 @@ mod tests {
             panic!("no rescue")
         };
         assert_eq!(args.timeout_ms, Some(0));
-        assert_eq!((args.shutdown.timeout_ms, args.shutdown.retry_ms), (1_500, 10_000));
+        assert_eq!(
+            (args.shutdown.timeout_ms, args.shutdown.retry_ms),
+            (1_500, 10_000)
+        );
     }
 
     #[test]
@@ -453,7 +474,10 @@ mod tests {
         assert_eq!(refuse(|r| r.firmware = 9), "firmware");
         assert_eq!(refuse(|r| r.admin_pass = Some("a\nb".into())), "admin_pass");
         assert_eq!(refuse(|r| r.user_data = vec![0; 49_150]), "user_data");
-        assert_eq!(refuse(|r| r.interfaces = vec![Default::default()]), "interfaces[0]");
+        assert_eq!(
+            refuse(|r| r.interfaces = vec![Default::default()]),
+            "interfaces[0]"
+        );
         let refuse = |change: fn(&mut v1::RescueServerRequest)| {
             let mut request = rescue();
             change(&mut request);

@@ -57,7 +57,9 @@ pub(in crate::api) fn operation(
             .iter()
             .enumerate()
             .map(|(index, step)| {
-                let percent = percent.filter(|(of, _)| *of == index).map(|(_, percent)| percent);
+                let percent = percent
+                    .filter(|(of, _)| *of == index)
+                    .map(|(_, percent)| percent);
                 self::step(step, percent)
             })
             .collect(),
@@ -82,7 +84,10 @@ fn outcome(record: &OperationRecord, now: Option<&ServerRecord>) -> Option<Outco
             let gone = matches!(record.verb, Verb::Delete | Verb::Release);
             Some(Outcome::Response(any(&v1::ActionResult {
                 server: now.filter(|_| !gone).map(server),
-                guest_stop: record.guest_stop.map(|stop| stop.wire()).unwrap_or_default(),
+                guest_stop: record
+                    .guest_stop
+                    .map(|stop| stop.wire())
+                    .unwrap_or_default(),
             })))
         }
         OperationState::Failed | OperationState::Cancelled => {
@@ -166,12 +171,19 @@ mod tests {
     #[test]
     fn the_server_is_in_the_response_unless_the_action_removed_it() {
         for verb in Verb::ALL {
-            let shown = operation(&record(*verb, OperationState::Done), None, Some(&server_record()));
+            let shown = operation(
+                &record(*verb, OperationState::Done),
+                None,
+                Some(&server_record()),
+            );
             let Some(Outcome::Response(response)) = shown.result else {
                 panic!("{verb}")
             };
             let result: v1::ActionResult = response.to_msg().unwrap();
-            assert_eq!(result.server.is_none(), matches!(verb, Verb::Delete | Verb::Release));
+            assert_eq!(
+                result.server.is_none(),
+                matches!(verb, Verb::Delete | Verb::Release)
+            );
         }
     }
 
@@ -192,9 +204,17 @@ mod tests {
 
     #[test]
     fn progress_is_that_of_its_step() {
-        let shown = operation(&record(Verb::Rescue, OperationState::Running), Some((1, 42)), None);
+        let shown = operation(
+            &record(Verb::Rescue, OperationState::Running),
+            Some((1, 42)),
+            None,
+        );
         let metadata: v1::OperationMetadata = shown.metadata.unwrap().to_msg().unwrap();
-        let progress: Vec<_> = metadata.steps.iter().map(|step| step.progress_percent).collect();
+        let progress: Vec<_> = metadata
+            .steps
+            .iter()
+            .map(|step| step.progress_percent)
+            .collect();
         assert_eq!(progress, [None, Some(42)]);
     }
 }

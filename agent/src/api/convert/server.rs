@@ -23,7 +23,10 @@ pub(in crate::api) fn server(record: &ServerRecord) -> v1::Server {
         domain_name: record.domain_name.clone(),
         status: record.status().name().to_owned(),
         vm_state: record.vm_state.wire(),
-        task_state: record.task_state.map(|task| task.name().to_owned()).unwrap_or_default(),
+        task_state: record
+            .task_state
+            .map(|task| task.name().to_owned())
+            .unwrap_or_default(),
         power: Some(power(&record.power, record.last_known_power.as_ref())),
         image_id: record.image_id.map(|id| id.to_string()).unwrap_or_default(),
         flavor: Some(v1::Flavor {
@@ -54,7 +57,9 @@ fn power(seen: &PowerObservation, last_known: Option<&PowerObservation>) -> v1::
         reason: seen.reason.clone(),
         observe_time: Some(timestamp(seen.observed_at_ms)),
         source: seen.source.wire(),
-        last_known_state: last_known.map(|known| known.state.wire()).unwrap_or_default(),
+        last_known_state: last_known
+            .map(|known| known.state.wire())
+            .unwrap_or_default(),
         last_known_time: last_known.map(|known| timestamp(known.observed_at_ms)),
     }
 }
@@ -90,7 +95,11 @@ fn rescue(rescue: &RescueRecord) -> v1::RescueInfo {
         power_before: rescue.power_before.wire(),
         start_time: Some(timestamp(rescue.started_at_ms)),
         expire_time: rescue.expires_at_ms.map(timestamp),
-        admin_pass_delivered: rescue.password_delivered.iter().map(|way| way.wire()).collect(),
+        admin_pass_delivered: rescue
+            .password_delivered
+            .iter()
+            .map(|way| way.wire())
+            .collect(),
         disks: rescue
             .disks
             .iter()
@@ -206,7 +215,10 @@ pub(in crate::api) mod tests {
         assert_eq!(power.last_known_time.map(|time| time.seconds), Some(1));
         assert_eq!(shown.status, "RESCUE");
         assert_eq!(shown.task_state, "unrescuing");
-        assert_eq!(shown.operation, "operations/00000000-0000-0000-0000-000000000005");
+        assert_eq!(
+            shown.operation,
+            "operations/00000000-0000-0000-0000-000000000005"
+        );
         assert!(shown.rescue.is_some_and(|rescue| rescue.commit_started));
     }
 

@@ -10,7 +10,10 @@ use crate::core::{
     image::ImageFormat,
     operation::{GuestStop, OperationState, StepState},
     reason::Refusal,
-    record::{Origin, OverlayDisposition, PasswordDelivery, Protection, RescueBus, RescueDevice, RescueMode},
+    record::{
+        Origin, OverlayDisposition, PasswordDelivery, Protection, RescueBus, RescueDevice,
+        RescueMode,
+    },
     state::{ObservationSource, PowerState, VmState},
 };
 
