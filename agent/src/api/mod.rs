@@ -17,6 +17,9 @@ mod actions;
 mod convert;
 mod edge;
 mod errors;
+mod host;
+mod images;
+mod import;
 mod operations;
 mod page;
 mod password;
@@ -24,9 +27,14 @@ mod resolve;
 mod servers;
 mod text;
 mod validate;
+mod watch;
 mod wish;
 
-use std::{ops::Deref, sync::Arc};
+use std::{
+    ops::Deref,
+    path::PathBuf,
+    sync::{Arc, Mutex},
+};
 
 use salvor_proto::{
     google::longrunning::operations_server::OperationsServer,
@@ -37,10 +45,17 @@ use tonic::{
     service::{Routes, RoutesBuilder},
 };
 
-use crate::{dispatch::Dispatcher, engine::Engine, hypervisor::Hypervisor, store::Store};
+use crate::{
+    dispatch::Dispatcher, engine::Engine, hypervisor::Hypervisor, storage::images::ImageFiles,
+    store::Store,
+};
 
 pub use edge::REQUEST_ID_HEADER;
 pub use errors::DOMAIN;
+
+/// The services that cannot do their work while libvirt is away, for grpc.health.v1. The others
+/// answer from the records.
+pub const NEED_LINK: &[&str] = &[server_service_server::SERVICE_NAME];
 
 /// The largest request that is read. The largest that makes sense is a CreateServer with every field
 /// at its limit; up to this size a request is told which field is too long.
@@ -62,17 +77,50 @@ pub struct Parts {
     pub store: Store,
     /// Is asked for domains and the host.
     pub hypervisor: Arc<dyn Hypervisor>,
+    /// The files of images.
+    pub images: ImageFiles,
+    /// What the configuration and the host say.
+    pub host: HostSettings,
+    /// The agent is stopping: streams end, and nothing new begins.
+    pub draining: tokio::sync::watch::Receiver<bool>,
+}
+
+/// What the configuration and the host say about themselves.
+#[derive(Debug, Clone)]
+pub struct HostSettings {
+    /// Where the connection to libvirt goes.
+    pub libvirt_uri: String,
+    /// The kernel's id of this boot.
+    pub boot_id: String,
+    /// Folders from which images may be imported.
+    pub import_dirs: Vec<PathBuf>,
+    /// Describe the API to clients (grpc.reflection, v1 and v1alpha).
+    pub reflection: bool,
+}
+
+struct Shared {
+    parts: Parts,
+    known: host::Known,
+    importing: import::Importing,
 }
 
 /// A handle to the parts, which is what the services are implemented for.
 #[derive(Clone)]
-struct Api(Arc<Parts>);
+struct Api(Arc<Shared>);
 
 impl Deref for Api {
+    type Target = Shared;
+
+    fn deref(&self) -> &Shared {
+        &self.0
+    }
+}
+
+impl Deref for Shared {
     type Target = Parts;
 
     fn deref(&self) -> &Parts {
-        &self.0
+        &self.parts
     }
 }
 
@@ -80,19 +128,40 @@ impl Deref for Api {
 macro_rules! add {
     ($routes:ident, $server:ident, $api:expr) => {
         $routes.add_service(edge::Edge(
-            $server::new($api)
+            $server::new($api.clone())
                 .max_decoding_message_size(REQUEST_BYTES)
                 .max_encoding_message_size(ANSWER_BYTES),
         ))
     };
 }
 
-/// The routes to every service.
-#[must_use]
-pub fn routes(parts: Parts) -> Routes {
-    let api = Api(Arc::new(parts));
+/// The routes to every service but health, which the daemon answers. To be called in a runtime.
+///
+/// # Errors
+/// If the descriptors of the API cannot be read.
+pub fn routes(parts: Parts) -> Result<Routes, tonic_reflection::server::Error> {
+    let reflection = parts.host.reflection;
+    let api = Api(Arc::new(Shared {
+        known: host::Known::follow(&parts.hypervisor),
+        importing: Mutex::default(),
+        parts,
+    }));
     let mut routes = RoutesBuilder::default();
-    add!(routes, ServerServiceServer, api.clone());
+    add!(routes, ServerServiceServer, api);
     add!(routes, OperationsServer, api);
-    routes.routes()
+    add!(routes, WatchServiceServer, api);
+    add!(routes, ImageServiceServer, api);
+    add!(routes, HostServiceServer, api);
+    if reflection {
+        // Some tools know the older name only.
+        routes.add_service(edge::Edge(describe().build_v1()?));
+        routes.add_service(edge::Edge(describe().build_v1alpha()?));
+    }
+    Ok(routes.routes())
+}
+
+fn describe() -> tonic_reflection::server::Builder<'static> {
+    tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(salvor_proto::DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
 }

@@ -153,6 +153,19 @@ pub(super) fn metadata(
     Ok(map.into_iter().collect())
 }
 
+/// Properties of an image: at most 128, keys and values of at most 255 printable characters.
+pub(super) fn properties(
+    field: &str,
+    map: HashMap<String, String>,
+) -> Checked<BTreeMap<String, String>> {
+    entries(field, &map)?;
+    for (key, value) in &map {
+        name(field, key)?;
+        value_text(field, key, value)?;
+    }
+    Ok(map.into_iter().collect())
+}
+
 /// SSH public keys by name: at most 128, each one printable line.
 pub(super) fn public_keys(
     field: &str,
