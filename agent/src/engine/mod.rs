@@ -118,8 +118,7 @@ impl Engine {
     async fn accept(&self, accept: Accept) -> StoreResult<Accepted> {
         let plan = Arc::clone(&accept.plan);
         let request = accept.request.clone();
-        let expected =
-            OperationRecord::accepted(&plan, request.id, request.caller, accept.now_ms);
+        let expected = OperationRecord::accepted(&plan, request.id, request.caller, accept.now_ms);
         // Known before it is accepted: whoever finds it on the server's record can cancel it.
         let handles = self.register(&expected);
         let accepted = self.store.accept(accept).await;

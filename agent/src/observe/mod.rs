@@ -111,10 +111,8 @@ impl Observer {
         loop {
             let at = due.unwrap_or_else(|| Instant::now() + self.resync_interval);
             tokio::select! {
-                stopped = stop.wait_for(|stop| *stop) => {
-                    let _ = stopped;
-                    return;
-                }
+                // Told to stop, or nobody is left who could tell it.
+                _ = async { stop.wait_for(|stop| *stop).await.is_ok() } => return,
                 event = events.recv() => match event {
                     Ok(HypervisorEvent::Domain { id, .. }) => self.look_at(id, ObservationSource::Event).await,
                     Ok(HypervisorEvent::GuestAgent { id, connected: true }) => {

@@ -254,7 +254,10 @@ impl Db {
             self.events_since_trim = 0;
             // The change stands whatever becomes of old events; they are trimmed another time.
             if let Err(error) = events::trim(&self.connection, self.keep_events) {
-                tracing::warn!(error = &error as &dyn std::error::Error, "old events cannot be removed");
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "old events cannot be removed"
+                );
             }
         }
         Ok(value)

@@ -98,37 +98,62 @@ fn variants() -> Vec<Variant> {
         })
     };
     let after = |prior: &[Prior], more: &[Prior]| [prior, more].concat();
-    let in_rescue = |prior: &[Prior], action: &Action| {
-        after(prior, &[Prior::Done(ON, action.clone())])
-    };
+    let in_rescue =
+        |prior: &[Prior], action: &Action| after(prior, &[Prior::Done(ON, action.clone())]);
     let in_overlays = |prior: &[Prior]| after(&in_rescue(prior, &overlay), &[Prior::Writes]);
     let mut all = vec![
         variant("create, powered on", &[], NEW, create(false)),
         variant("create, powered off", &[], NEW, create(true)),
         variant(
             "adopt, running",
-            &[Prior::Foreign { uefi: false, on: true }],
+            &[Prior::Foreign {
+                uefi: false,
+                on: true,
+            }],
             NEW,
             adopt(),
         ),
         variant(
             "adopt, off",
-            &[Prior::Foreign { uefi: true, on: false }],
+            &[Prior::Foreign {
+                uefi: true,
+                on: false,
+            }],
             NEW,
             adopt(),
         ),
         variant("release", &foreign(false, true), ON, Action::Release),
         variant("start", &[off.clone()], ON, Action::Start),
-        variant("stop, by itself", &[running.clone()], ON, Action::Stop(PROMPT)),
+        variant(
+            "stop, by itself",
+            &[running.clone()],
+            ON,
+            Action::Stop(PROMPT),
+        ),
         variant(
             "stop, ignored",
             &[running.clone(), Prior::IgnoresPowerButton],
             ON,
             Action::Stop(PROMPT),
         ),
-        variant("stop, at once", &[running.clone()], ON, Action::Stop(AT_ONCE)),
-        variant("rescue, classic, running", &[running.clone()], ON, plain.clone()),
-        variant("rescue, classic, off", &foreign(false, false), ON, plain.clone()),
+        variant(
+            "stop, at once",
+            &[running.clone()],
+            ON,
+            Action::Stop(AT_ONCE),
+        ),
+        variant(
+            "rescue, classic, running",
+            &[running.clone()],
+            ON,
+            plain.clone(),
+        ),
+        variant(
+            "rescue, classic, off",
+            &foreign(false, false),
+            ON,
+            plain.clone(),
+        ),
         variant(
             "rescue, from error",
             &[running.clone(), Prior::Fault(Action::Stop(AT_ONCE))],
@@ -185,7 +210,10 @@ fn variants() -> Vec<Variant> {
         },
         variant(
             "unrescue, domain gone",
-            &after(&in_rescue(&foreign(true, true), &plain), &[Prior::Undefined]),
+            &after(
+                &in_rescue(&foreign(true, true), &plain),
+                &[Prior::Undefined],
+            ),
             ON,
             back(None, false),
         ),
@@ -212,7 +240,10 @@ fn variants() -> Vec<Variant> {
     ];
     all.push(variant(
         "deliverPassword",
-        &after(&in_rescue(&foreign(false, true), &plain), &[Prior::GuestAgent]),
+        &after(
+            &in_rescue(&foreign(false, true), &plain),
+            &[Prior::GuestAgent],
+        ),
         ON,
         Action::DeliverPassword,
     ));
@@ -306,7 +337,8 @@ async fn prepare(host: &Host, prior: &[Prior]) {
             }
             Prior::Done(target, action) => agent.succeed(*target, action.clone()).await,
             Prior::Fault(action) => {
-                let plot = Plot::new(&[(Point::BeforeCommit, FAIL), (Point::BeforeRevert(0), FAIL)]);
+                let plot =
+                    Plot::new(&[(Point::BeforeCommit, FAIL), (Point::BeforeRevert(0), FAIL)]);
                 let agent = host.agent(plot).await;
                 let operation = agent.carry_out(ON, action.clone()).await;
                 assert_eq!(operation.state, OperationState::Failed);
@@ -441,9 +473,14 @@ impl Trial {
             Some(ended) => ended,
             None => self.live_on(),
         };
-        let left_behind = !operation.warnings.is_empty() && operation.warnings != self.plan.warnings;
+        let left_behind =
+            !operation.warnings.is_empty() && operation.warnings != self.plan.warnings;
         // What clean-up could not remove goes when the agent starts next.
-        let (operation, seen) = if left_behind { self.live_on() } else { (operation, seen) };
+        let (operation, seen) = if left_behind {
+            self.live_on()
+        } else {
+            (operation, seen)
+        };
         let done = operation.state == OperationState::Done;
         let right = match expected {
             Expected::Done => done,
@@ -482,7 +519,10 @@ impl Trial {
             .as_ref()
             .and_then(|record| record.rescue.as_ref())
             .is_some_and(|rescue| rescue.commit_started);
-        if let Some(rescue) = before.record.as_mut().and_then(|record| record.rescue.as_mut())
+        if let Some(rescue) = before
+            .record
+            .as_mut()
+            .and_then(|record| record.rescue.as_mut())
             && began
         {
             rescue.commit_started = true;
@@ -505,7 +545,11 @@ impl Trial {
             .iter()
             .map(|step| format!("{} {} {}", step.kind, step.state, step.message))
             .collect();
-        let _ = writeln!(text, "  {} {:?} {steps:?}", operation.state, operation.error);
+        let _ = writeln!(
+            text,
+            "  {} {:?} {steps:?}",
+            operation.state, operation.error
+        );
         self.failures.push(text);
     }
 
@@ -514,7 +558,10 @@ impl Trial {
     fn check_fault(&mut self, index: usize) {
         self.cases += 1;
         self.host.restore(&self.saved);
-        let plot = Plot::new(&[(Point::BeforeCommit, FAIL), (Point::BeforeRevert(index), FAIL)]);
+        let plot = Plot::new(&[
+            (Point::BeforeCommit, FAIL),
+            (Point::BeforeRevert(index), FAIL),
+        ]);
         let probe: Arc<dyn Probe> = plot;
         let kind = self.plan.steps[index].step.kind();
         let wrong: Vec<String> = runtime().block_on(async {
@@ -539,10 +586,16 @@ impl Trial {
                 expect("for the roll-back", reason == Some(Reason::RollbackFailed));
                 let record = agent.record();
                 expect("ERROR", record.vm_state == VmState::Error);
-                expect("no task", record.task_state.is_none() && record.operation.is_none());
+                expect(
+                    "no task",
+                    record.task_state.is_none() && record.operation.is_none(),
+                );
                 let fault = record.fault.clone().unwrap();
                 expect("the fault names the step", fault.step == kind);
-                expect("the fault names what is left", !fault.left_behind.is_empty());
+                expect(
+                    "the fault names what is left",
+                    !fault.left_behind.is_empty(),
+                );
                 if record.rescue.is_some() && index.is_multiple_of(2) {
                     let record = record.rescue.clone().unwrap();
                     let mut args = unrescue();
@@ -556,7 +609,10 @@ impl Trial {
                     let original = agent.store.saved_definition(SERVER).await.unwrap();
                     agent.succeed(ON, Action::Unrescue(args)).await;
                     let seen = self.host.look(&agent).await;
-                    expect("the definition is back", seen.inactive == original && original.is_some());
+                    expect(
+                        "the definition is back",
+                        seen.inactive == original && original.is_some(),
+                    );
                     expect("it runs", seen.live.is_some());
                 }
                 agent.succeed(ON, Action::Delete).await;
@@ -577,7 +633,10 @@ impl Trial {
         });
         if !wrong.is_empty() {
             let plan = &self.plan;
-            let text = format!("{}: fault at {index} ({kind}) of {}: {wrong:?}", self.variant.name, plan.id);
+            let text = format!(
+                "{}: fault at {index} ({kind}) of {}: {wrong:?}",
+                self.variant.name, plan.id
+            );
             self.failures.push(text);
         }
     }
@@ -597,7 +656,10 @@ impl Trial {
                 self.check(&Trouble::At(vec![(*point, Event::Cancel)]), Expected::Done);
                 continue;
             }
-            self.check(&Trouble::At(vec![(*point, Event::Cancel)]), Expected::Either);
+            self.check(
+                &Trouble::At(vec![(*point, Event::Cancel)]),
+                Expected::Either,
+            );
             let seen = self.check(&Trouble::At(vec![(*point, FAIL)]), Expected::Before);
             let reverting = seen.iter().skip_while(|at| *at != point).skip(1);
             for revert in reverting.filter(|at| !before_commit(at)) {

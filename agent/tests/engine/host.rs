@@ -135,7 +135,14 @@ impl Host {
         let data = outside.join("data.qcow2");
         qemu(
             "qemu-img",
-            &["create", "-q", "-f", "qcow2", data.to_str().unwrap(), "128K"],
+            &[
+                "create",
+                "-q",
+                "-f",
+                "qcow2",
+                data.to_str().unwrap(),
+                "128K",
+            ],
         );
         qemu_io(&data, "qcow2", "write -q -P 0x64 0 4k");
         fs::write(outside.join("vars.fd"), vec![b'v'; 4096]).unwrap();
@@ -230,7 +237,9 @@ impl Host {
     /// What there is to be seen of the host and of the record.
     pub(crate) async fn look(&self, agent: &Agent) -> Seen {
         let store = &agent.store;
-        let mut record = store.server(SERVER).map(|record| ServerRecord::clone(&record));
+        let mut record = store
+            .server(SERVER)
+            .map(|record| ServerRecord::clone(&record));
         if let Some(record) = &mut record {
             // What changes with every change, or with every look.
             record.revision = 0;
@@ -359,7 +368,10 @@ fn hashes(folder: &Path) -> BTreeMap<String, String> {
 
 fn qemu(program: &str, arguments: &[&str]) {
     let output = Command::new(program).args(arguments).output().unwrap();
-    assert!(output.status.success(), "{program} {arguments:?}: {output:?}");
+    assert!(
+        output.status.success(),
+        "{program} {arguments:?}: {output:?}"
+    );
 }
 
 /// Writes to a disk as a guest would.
@@ -436,7 +448,11 @@ impl Agent {
     }
 
     /// Asks for an action as nobody in particular.
-    pub(crate) async fn submit(&self, target: Target, action: Action) -> Result<Submitted, Refusal> {
+    pub(crate) async fn submit(
+        &self,
+        target: Target,
+        action: Action,
+    ) -> Result<Submitted, Refusal> {
         self.dispatcher.submit(target, action, anonymous()).await
     }
 
