@@ -36,8 +36,9 @@ use crate::core::reason::{Reason, Refusal};
 /// The header that names a call across services, as OpenStack's services do.
 pub const REQUEST_ID_HEADER: &str = "x-openstack-request-id";
 
-/// The answer leaves this long before the caller's deadline, so that it is there in time.
-const ANSWER_MARGIN: Duration = Duration::from_millis(20);
+/// An answer leaves at least and at most so long before the caller's deadline, and otherwise a tenth
+/// of its time, so that it is there in time.
+const ANSWER_MARGIN: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
 
 /// Who calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,8 +60,8 @@ pub(super) struct Call {
     pub(super) request_id: Arc<str>,
     /// Who calls; operations record it.
     pub(super) caller: Caller,
-    /// When the answer must be there.
-    pub(super) deadline: Option<Instant>,
+    /// When the answer must leave.
+    pub(super) answer_by: Option<Instant>,
 }
 
 impl Call {
@@ -89,14 +90,10 @@ impl Call {
         status(refusal, &self.about())
     }
 
-    /// How long a wait may take, if `wanted` is what was asked for: the answer must be in time.
+    /// How long a wait may take, if `wanted` is what was asked for: its answer must be in time.
     pub(super) fn patience(&self, wanted: Duration) -> Duration {
-        match self.deadline {
-            Some(deadline) => wanted.min(
-                deadline
-                    .saturating_duration_since(Instant::now())
-                    .saturating_sub(ANSWER_MARGIN),
-            ),
+        match self.answer_by {
+            Some(by) => wanted.min(by.saturating_duration_since(Instant::now())),
             None => wanted,
         }
     }
@@ -127,7 +124,7 @@ where
     }
 
     fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
-        let deadline = timeout(request.headers()).map(|timeout| Instant::now() + timeout);
+        let times = timeout(request.headers()).map(|timeout| times(Instant::now(), timeout));
         let caller = caller(request.extensions());
         let request_id = request_id(request.headers());
         let span = tracing::info_span!("call", method = %request.uri().path(), request_id = %request_id,
@@ -141,11 +138,11 @@ where
             let call = Call {
                 request_id,
                 caller,
-                deadline,
+                answer_by: times.map(|(by, _)| by),
             };
             request.extensions_mut().insert(call.clone());
             let handler = AssertUnwindSafe(async move { inner.call(request).await }).catch_unwind();
-            let mut response = match within(deadline, handler).await {
+            let mut response = match within(times.map(|(_, at)| at), handler).await {
                 Some(Ok(Ok(response))) => response,
                 Some(Err(_)) => {
                     tracing::error!("a handler panicked");
@@ -168,13 +165,20 @@ where
     }
 }
 
-/// The outcome of `work`, or `None` if it is not there shortly before `deadline`.
-async fn within<F: Future>(deadline: Option<Instant>, work: F) -> Option<F::Output> {
-    match deadline {
-        Some(deadline) => {
-            let at = deadline.checked_sub(ANSWER_MARGIN / 2).unwrap_or(deadline);
-            tokio::time::timeout_at(at, work).await.ok()
-        }
+/// When a handler should answer, and when it is no longer waited for.
+fn times(now: Instant, timeout: Duration) -> (Instant, Instant) {
+    let (least, most) = ANSWER_MARGIN;
+    let margin = (timeout / 10).clamp(least, most);
+    (
+        now + timeout.saturating_sub(margin),
+        now + timeout.saturating_sub(margin / 2),
+    )
+}
+
+/// The outcome of `work`, or `None` if it is not there by then.
+async fn within<F: Future>(at: Option<Instant>, work: F) -> Option<F::Output> {
+    match at {
+        Some(at) => tokio::time::timeout_at(at, work).await.ok(),
         None => Some(work.await),
     }
 }
@@ -249,6 +253,20 @@ mod tests {
         for wrong in ["", "S", "5", "-1S", "+1S", "123456789S", "5x", "5 S"] {
             assert_eq!(read(wrong), None, "{wrong}");
         }
+    }
+
+    #[test]
+    fn an_answer_leaves_before_the_deadline() {
+        let now = Instant::now();
+        let before = |timeout: Duration| {
+            let (by, at) = times(now, timeout);
+            assert!(by < at && at < now + timeout);
+            now + timeout - by
+        };
+        assert_eq!(before(Duration::from_millis(50)), Duration::from_millis(20));
+        assert_eq!(before(Duration::from_secs(2)), Duration::from_millis(200));
+        assert_eq!(before(Duration::from_secs(600)), Duration::from_millis(500));
+        assert_eq!(times(now, Duration::ZERO), (now, now));
     }
 
     #[test]
