@@ -124,7 +124,8 @@ where
     }
 
     fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
-        let times = timeout(request.headers()).map(|timeout| times(Instant::now(), timeout));
+        let begun = Instant::now();
+        let times = timeout(request.headers()).map(|timeout| times(begun, timeout));
         let caller = caller(request.extensions());
         let request_id = request_id(request.headers());
         let span = tracing::info_span!("call", method = %request.uri().path(), request_id = %request_id,
@@ -156,6 +157,14 @@ where
                     ))
                     .into_http(),
             };
+            tracing::debug!(
+                status = response
+                    .headers()
+                    .get("grpc-status")
+                    .and_then(|status| status.to_str().ok()),
+                elapsed_us = begun.elapsed().as_micros(),
+                "answered"
+            );
             if let Ok(value) = http::HeaderValue::from_str(&call.request_id) {
                 response.headers_mut().insert(REQUEST_ID_HEADER, value);
             }
@@ -231,9 +240,78 @@ fn request_id(headers: &http::HeaderMap) -> Arc<str> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
+    #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
     use super::*;
+
+    /// A service that does what its path says.
+    #[derive(Clone)]
+    struct Acts;
+
+    impl Service<http::Request<Body>> for Acts {
+        type Response = http::Response<Body>;
+        type Error = Infallible;
+        type Future = BoxFuture<Self::Response, Infallible>;
+
+        fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+            Box::pin(async move {
+                match request.uri().path() {
+                    "/panic" => panic!("a fault with /a/secret/path"),
+                    "/hang" => std::future::pending().await,
+                    _ => Ok(http::Response::new(Body::empty())),
+                }
+            })
+        }
+    }
+
+    async fn call(path: &str, peer: bool) -> (http::HeaderMap, Status) {
+        let (ours, _theirs) = tokio::net::UnixStream::pair().unwrap();
+        let mut request = http::Request::new(Body::empty());
+        *request.uri_mut() = path.parse().unwrap();
+        request
+            .headers_mut()
+            .insert("grpc-timeout", "300m".parse().unwrap());
+        request
+            .headers_mut()
+            .insert(REQUEST_ID_HEADER, "req-1".parse().unwrap());
+        request.extensions_mut().insert(UdsConnectInfo {
+            peer_addr: None,
+            peer_cred: peer.then(|| ours.peer_cred().unwrap()),
+        });
+        let response = Edge(Acts).call(request).await.unwrap();
+        let status = Status::from_header_map(response.headers());
+        (response.headers().clone(), status.unwrap_or(Status::ok("")))
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_an_internal_error_that_tells_nothing() {
+        let (headers, status) = call("/panic", true).await;
+        assert_eq!(status.code(), tonic::Code::Internal);
+        assert!(!status.message().contains("secret"));
+        assert_eq!(headers[REQUEST_ID_HEADER], "req-1");
+    }
+
+    #[tokio::test]
+    async fn a_call_that_takes_too_long_is_answered_by_its_deadline() {
+        let begun = std::time::Instant::now();
+        let (headers, status) = call("/hang", true).await;
+        assert_eq!(status.code(), tonic::Code::DeadlineExceeded);
+        assert_eq!(headers[REQUEST_ID_HEADER], "req-1");
+        assert!(begun.elapsed() < Duration::from_secs(20));
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_cannot_be_told_is_refused() {
+        assert_eq!(call("/", true).await.1.code(), tonic::Code::Ok);
+        assert_eq!(
+            call("/", false).await.1.code(),
+            tonic::Code::Unauthenticated
+        );
+    }
 
     fn headers(name: &'static str, value: &str) -> http::HeaderMap {
         let mut headers = http::HeaderMap::new();

@@ -6,6 +6,7 @@
     clippy::expect_used,
     clippy::panic,
     clippy::indexing_slicing,
+    clippy::needless_update,
     missing_docs,
     unreachable_pub
 )]
@@ -14,6 +15,7 @@ mod harness;
 mod host;
 mod hostile;
 mod images;
+mod lists;
 mod operations;
 mod reasons;
 mod servers;
