@@ -139,3 +139,50 @@ async fn names_that_several_have_are_refused() {
         one.to_string()
     );
 }
+
+#[tokio::test]
+async fn a_page_ends_before_it_is_too_large_for_a_client() {
+    let agent = Agent::start().await;
+    agent.image("cirros").await;
+    for index in 0..40 {
+        let request = v1::CreateServerRequest {
+            name: format!("web-{index}"),
+            image: "cirros".to_owned(),
+            flavor: Some(v1::Flavor {
+                vcpus: 1,
+                memory_mib: 64,
+                disk_gib: 0,
+            }),
+            metadata: (0..128)
+                .map(|i| (format!("k{i}"), "🚀".repeat(255)))
+                .collect(),
+            ..v1::CreateServerRequest::default()
+        };
+        let answer = agent.servers().create_server(request).await.unwrap();
+        agent.ended(answer.into_inner().operation).await;
+    }
+    let (mut names, mut page_token) = (Vec::new(), String::new());
+    loop {
+        let request = v1::ListServersRequest {
+            page_token,
+            ..v1::ListServersRequest::default()
+        };
+        let page = agent
+            .servers()
+            .list_servers(request)
+            .await
+            .unwrap()
+            .into_inner();
+        names.extend(page.servers.into_iter().map(|server| server.name));
+        page_token = page.next_page_token;
+        if page_token.is_empty() {
+            break;
+        }
+        assert!(
+            names.len() < 40,
+            "there is a next page, and it is not empty"
+        );
+    }
+    let all: Vec<_> = (0..40).map(|index| format!("web-{index}")).collect();
+    assert_eq!(names, all);
+}
