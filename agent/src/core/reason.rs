@@ -424,9 +424,15 @@ impl WarningName {
             Self::TimeoutNotApplied => {
                 "The configured rescue timeout does not apply, for nobody said what becomes of the overlays when it is over."
             }
-            Self::DisksKept => "The disks of an adopted server stay where they are when it is deleted.",
-            Self::LeftBehind => "A file or folder could not be removed and is left behind. The message says which.",
-            Self::NoConfigDrive => "A CD-ROM rescue has no config drive, or the original's one stays in place.",
+            Self::DisksKept => {
+                "The disks of an adopted server stay where they are when it is deleted."
+            }
+            Self::LeftBehind => {
+                "A file or folder could not be removed and is left behind. The message says which."
+            }
+            Self::NoConfigDrive => {
+                "A CD-ROM rescue has no config drive, or the original's one stays in place."
+            }
         }
     }
 }
