@@ -282,7 +282,10 @@ impl Ask for v1::RescueServerRequest {
                 .unwrap_or(Protection::ReadWrite),
             password: no_hash(),
             timeout_ms: timeout.map(millis),
-            timeout_overlay: None,
+            timeout_overlay: OverlayDisposition::from_wire(
+                "timeout_overlay",
+                self.timeout_overlay,
+            )?,
             shutdown: shutdown(self.shutdown_timeout, usual)?,
         };
         let wish = plain(
@@ -436,6 +439,7 @@ mod tests {
     #[test]
     fn times_that_are_given_replace_the_usual_ones() {
         let given = v1::RescueServerRequest {
+            timeout_overlay: v1::OverlayDisposition::Discard.into(),
             timeout: Some(prost_types::Duration {
                 seconds: 0,
                 nanos: 0,
@@ -450,6 +454,7 @@ mod tests {
             panic!("no rescue")
         };
         assert_eq!(args.timeout_ms, Some(0));
+        assert_eq!(args.timeout_overlay, Some(OverlayDisposition::Discard));
         assert_eq!(
             (args.shutdown.timeout_ms, args.shutdown.retry_ms),
             (1_500, 10_000)
