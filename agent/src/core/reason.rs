@@ -407,8 +407,6 @@ named_states! {
         DisksKept = "DISKS_KEPT",
         /// A file or folder could not be removed and is left behind.
         LeftBehind = "LEFT_BEHIND",
-        /// A cdrom rescue has no config drive, or the original's one stays in place.
-        NoConfigDrive = "NO_CONFIG_DRIVE",
     }
 }
 
