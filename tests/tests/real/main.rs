@@ -13,3 +13,5 @@
 mod deploy;
 mod harness;
 mod power;
+mod rescue_modes;
+mod scene;
