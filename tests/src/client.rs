@@ -14,11 +14,11 @@ use salvor_proto::{
     v1::{
         ActionResult, AdoptServerRequest, CreateServerRequest, CreateServerResponse,
         DeleteServerRequest, GetServerRequest, Image, ImageFormat, ImageSpec, ImportImageRequest,
-        ListServersRequest, OperationMetadata, OperationState, RescueServerRequest,
-        RescueServerResponse, Server, StartServerRequest, StopServerRequest, UnrescueServerRequest,
-        VmState, host_service_client::HostServiceClient, image_service_client::ImageServiceClient,
-        import_image_request::Part, server_service_client::ServerServiceClient,
-        watch_service_client::WatchServiceClient,
+        ImportImageResponse, ListServersRequest, OperationMetadata, OperationState,
+        RescueServerRequest, RescueServerResponse, Server, StartServerRequest, StopServerRequest,
+        UnrescueServerRequest, VmState, host_service_client::HostServiceClient,
+        image_service_client::ImageServiceClient, import_image_request::Part,
+        server_service_client::ServerServiceClient, watch_service_client::WatchServiceClient,
     },
 };
 use tonic::{Code, Status, transport::Channel};
@@ -126,6 +126,27 @@ impl Client {
         properties: &[(&str, &str)],
         bytes: Vec<u8>,
     ) -> Image {
+        let answer = self.send_image(name, format, properties, bytes).await;
+        answer.unwrap().into_inner().image.unwrap()
+    }
+
+    /// Imports an image that may well be refused.
+    pub async fn try_import(
+        &mut self,
+        name: &str,
+        format: ImageFormat,
+        bytes: Vec<u8>,
+    ) -> Result<tonic::Response<ImportImageResponse>, Status> {
+        self.send_image(name, format, &[], bytes).await
+    }
+
+    async fn send_image(
+        &mut self,
+        name: &str,
+        format: ImageFormat,
+        properties: &[(&str, &str)],
+        bytes: Vec<u8>,
+    ) -> Result<tonic::Response<ImportImageResponse>, Status> {
         let spec = ImageSpec {
             name: name.to_owned(),
             format: format.into(),
@@ -143,11 +164,8 @@ impl Client {
                 part: Some(Part::Chunk(chunk.to_vec())),
             });
         }
-        let answer = self
-            .images
-            .import_image(futures_util::stream::iter(parts))
-            .await;
-        answer.unwrap().into_inner().image.unwrap()
+        let parts = futures_util::stream::iter(parts);
+        self.images.import_image(parts).await
     }
 
     /// Imports the image in a file.

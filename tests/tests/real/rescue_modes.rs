@@ -9,13 +9,11 @@ use salvor_proto::v1::{
     DiskProtection, OverlayDisposition, RescueBus, RescueDevice, RescueInfo, RescueMode,
     RescueServerRequest, UnrescueServerRequest, VmState,
 };
-use salvor_tests::client::{Client, assert_refused, reason};
-use salvor_tests::console::{Console, GuestDisk, Mark};
+use salvor_tests::client::Client;
+use salvor_tests::console::GuestDisk;
 use salvor_tests::domain::DomainXml;
 use salvor_tests::guests::{Format, LinuxGuest, TinyGuest, labelled_disk, linux_slot};
 use salvor_tests::wait::{BOOT, SOON};
-use tonic::Code;
-use uuid::Uuid;
 
 use crate::scene::{PROTECTIONS, Scene, rescue_with, sha256, unrescue_of};
 
