@@ -22,6 +22,7 @@ use super::{
 use crate::{
     cancel::Cancel,
     core::{
+        errors::chain,
         image::{ImageFormat, ImageRecord},
         reason::{Reason, Refusal},
     },
@@ -30,7 +31,7 @@ use crate::{
     storage::{
         files::{self, FileError},
         images::{ImportError, ImportWriter, Imported},
-        inspect::{Format, Unsafe},
+        inspect::Unsafe,
     },
 };
 
@@ -69,14 +70,6 @@ impl Wanted {
         })
     }
 
-    fn declared(&self) -> Option<Format> {
-        self.format.map(|format| match format {
-            ImageFormat::Raw => Format::Raw,
-            ImageFormat::Qcow2 => Format::Qcow2,
-            ImageFormat::Iso => Format::Iso,
-        })
-    }
-
     /// Has the content the sum that was named?
     fn check_sum(&self, found: &str) -> Checked<()> {
         match &self.sha256 {
@@ -92,11 +85,7 @@ impl Wanted {
         ImageRecord {
             id: self.id,
             name: self.name,
-            format: match imported.format {
-                Format::Raw => ImageFormat::Raw,
-                Format::Qcow2 => ImageFormat::Qcow2,
-                Format::Iso => ImageFormat::Iso,
-            },
+            format: imported.format,
             size: imported.size,
             virtual_size: imported.virtual_size,
             sha256: imported.sha256,
@@ -214,7 +203,7 @@ impl Upload {
             match sink {
                 Sink::Compare(sum, there) => wanted.same(*there, &format!("{:x}", sum.finalize())),
                 Sink::Image(writer) => {
-                    let declared = wanted.declared();
+                    let declared = wanted.format;
                     let imported =
                         blocking(move || writer.finish(declared).map_err(import_refused)).await?;
                     claim.keep(wanted, imported).await
@@ -318,7 +307,7 @@ impl Api {
                 });
                 return wanted.same(there, &sum.await?);
             }
-            let (id, declared) = (wanted.id, wanted.declared());
+            let (id, declared) = (wanted.id, wanted.format);
             let imported = blocking(move || {
                 images
                     .import_from_path(id, &path, declared, &cancel, &mut |bytes| progress(bytes))
@@ -362,18 +351,6 @@ pub(super) fn allowed(path: &str, folders: &[PathBuf]) -> Checked<(PathBuf, u64)
         }
         _ => refuse(outside),
     }
-}
-
-/// An error with everything that it says was its cause.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 fn file_refused(error: FileError) -> Refusal {

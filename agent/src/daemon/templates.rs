@@ -9,8 +9,8 @@ use std::{
 
 use salvor_domain_templates::{Templates, TemplatesError, fixtures};
 
+use crate::core::errors::chain;
 use crate::libvirt::check_schema;
-use crate::telemetry::chain;
 
 /// A template larger than this is none.
 const MAX_BYTES: u64 = 1 << 20;
@@ -62,7 +62,7 @@ pub fn load_templates(folder: Option<&Path>) -> Result<Templates, TemplatesDirEr
         let Some(name) = path.file_name().and_then(|name| name.to_str()) else {
             continue;
         };
-        if !path.extension().is_some_and(|extension| extension == "xml") {
+        if path.extension().is_none_or(|extension| extension != "xml") {
             continue;
         }
         if fs::metadata(&path).map_err(failed(&path))?.len() > MAX_BYTES {
