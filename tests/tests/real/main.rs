@@ -10,6 +10,8 @@
     clippy::indexing_slicing
 )]
 
+mod crash;
 mod deploy;
 mod harness;
 mod power;
+mod stage;
