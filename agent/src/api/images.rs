@@ -29,12 +29,12 @@ use super::{
     validate::{self, Checked},
 };
 use crate::{
+    cancel::Cancel,
     core::{
         image::ImageRecord,
         reason::{Reason, Refusal},
     },
     dispatch::refused,
-    storage::Cancel,
 };
 
 /// The most bytes of an image in one message.

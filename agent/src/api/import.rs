@@ -20,6 +20,7 @@ use super::{
     validate::{self, Checked},
 };
 use crate::{
+    cancel::Cancel,
     core::{
         image::{ImageFormat, ImageRecord},
         reason::{Reason, Refusal},
@@ -27,7 +28,6 @@ use crate::{
     dispatch::refused,
     engine::now_ms,
     storage::{
-        Cancel,
         files::{self, FileError},
         images::{ImportError, ImportWriter, Imported},
         inspect::{Format, Unsafe},

@@ -38,12 +38,14 @@ use std::{
 
 use salvor_proto::{
     google::longrunning::operations_server::OperationsServer,
-    v1::server_service_server::ServerServiceServer,
+    v1::{
+        host_service_server::HostServiceServer,
+        image_service_server::ImageServiceServer,
+        server_service_server::{self, ServerServiceServer},
+        watch_service_server::WatchServiceServer,
+    },
 };
-use tonic::{
-    server::NamedService,
-    service::{Routes, RoutesBuilder},
-};
+use tonic::service::{Routes, RoutesBuilder};
 
 use crate::{
     dispatch::Dispatcher, engine::Engine, hypervisor::Hypervisor, storage::images::ImageFiles,
@@ -63,9 +65,6 @@ const REQUEST_BYTES: usize = 4 << 20;
 
 /// The largest answer that is sent: what clients take unless told otherwise. Pages end before it.
 const ANSWER_BYTES: usize = 4 << 20;
-
-/// The services whose health follows the link to libvirt; the others work without it.
-pub const NEED_LIBVIRT: &[&str] = &[<ServerServiceServer<Api> as NamedService>::NAME];
 
 /// What the services work on.
 pub struct Parts {

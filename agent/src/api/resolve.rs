@@ -72,7 +72,7 @@ fn not_found(what: &'static str, missing: Reason, word: &str) -> Refusal {
 }
 
 /// The id, if `word` is a whole one.
-fn whole_id(word: &str) -> Option<Uuid> {
+pub(super) fn whole_id(word: &str) -> Option<Uuid> {
     (word.len() == 36)
         .then(|| Uuid::try_parse(word).ok())
         .flatten()

@@ -154,7 +154,7 @@ const fn advice(verb: Verb, vm_state: VmState) -> &'static str {
 /// [`Reason::ServerBusy`] that names it, unless the verb overtakes.
 pub fn admit(verb: Verb, server: &ServerRecord) -> Result<(), Refusal> {
     if let Some(operation) = server.operation
-        && !verb.overtakes()
+        && !verb.overtakes(server.task_state)
     {
         let task = server.task_state.map_or("busy", |task| task.name());
         return Err(Refusal::new(

@@ -172,7 +172,7 @@ async fn live(config: &Config) -> Result<(), DaemonError> {
 
     let services = tokio::select! {
         // It may be dropped half-way by a signal, as if the process had been killed.
-        services = parts::assemble(config, &drain) => services?,
+        services = parts::assemble(config, boot, &drain) => services?,
         () = drain.draining() => {
             tracing::info!("asked to end while starting");
             return Ok(());

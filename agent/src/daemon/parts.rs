@@ -4,6 +4,7 @@
 use std::{path::Path, sync::Arc, time::Duration};
 
 use tokio::sync::watch;
+use uuid::Uuid;
 
 use super::{DaemonError, Drain, Services, check_templates, load_templates};
 use crate::{
@@ -32,7 +33,11 @@ const STORE_FILE: &str = "salvor.db";
 const FORGET_EVERY: Duration = Duration::from_secs(3600);
 
 /// Opens everything, takes up what was under way, and begins to observe.
-pub(super) async fn assemble(config: &Config, drain: &Drain) -> Result<Services, DaemonError> {
+pub(super) async fn assemble(
+    config: &Config,
+    boot: Uuid,
+    drain: &Drain,
+) -> Result<Services, DaemonError> {
     let layout = Layout::new(config.state_dir.to_string_lossy());
     for folder in [layout.images(), layout.servers()] {
         files::ensure_dir(Path::new(&folder), DIR_MODE).map_err(DaemonError::State)?;
@@ -117,11 +122,19 @@ pub(super) async fn assemble(config: &Config, drain: &Drain) -> Result<Services,
         engine,
         store,
         hypervisor,
+        images,
+        host: api::HostSettings {
+            libvirt_uri: config.libvirt.uri.clone(),
+            boot_id: boot.to_string(),
+            import_dirs: config.import_dirs.clone(),
+            reflection: config.api.reflection,
+        },
+        draining,
     };
     Ok(Services {
-        routes: api::routes(parts),
+        routes: api::routes(parts)?,
         link,
-        need_link: api::NEED_LIBVIRT,
+        need_link: api::NEED_LINK,
         at_rest: Box::pin(async move { at_rest.at_rest().await }),
         progress: Arc::new(|| true),
     })

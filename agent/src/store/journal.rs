@@ -14,9 +14,9 @@ use crate::core::{
     operation::{OperationRecord, OperationState},
     plan::{Outcome, Plan, RescueChange},
     reason::{Reason, Refusal},
-    reconcile::reconcile,
+    reconcile::{is_stale, reconcile},
     record::{Fault, RescueRecord, ServerRecord},
-    state::{ObservationSource, PowerObservation, PowerState, VmState},
+    state::{ObservationSource, PowerObservation, VmState},
 };
 
 /// Who asks for an action, and how the call can be repeated.
@@ -194,6 +194,7 @@ impl Store {
                 planned_for.as_deref(),
                 current.as_ref().map(|(_, record)| record),
             )?;
+            check_no_remains(&db.connection, plan.server)?;
             let operation = OperationRecord::accepted(&plan, request.id.clone(), request.caller.clone(), now_ms);
             db.change(Durability::Power, |tx, publish| {
                 tx.execute(
@@ -251,8 +252,7 @@ impl Store {
     }
 
     /// Makes a plan's outcome stand: the record's change, its event and the operation's state in one
-    /// transaction that survives a power cut. `power` is what the steps left the guest in, if they
-    /// changed it. The lane stays taken while the operation cleans up.
+    /// transaction that survives a power cut. The lane stays taken while the operation cleans up.
     ///
     /// # Errors
     /// If the store fails.
@@ -260,7 +260,6 @@ impl Store {
         &self,
         plan: Arc<Plan>,
         operation: OperationRecord,
-        power: Option<PowerState>,
         now_ms: i64,
     ) -> StoreResult<()> {
         self.run(move |db| {
@@ -289,15 +288,7 @@ impl Store {
                         record.operation = lane;
                         record.fault = None;
                         record.settled_at_ms = now_ms;
-                        if let Some(state) = power {
-                            record.power = PowerObservation {
-                                state,
-                                reason: String::new(),
-                                observed_at_ms: now_ms,
-                                source: ObservationSource::Inferred,
-                            };
-                            record.last_known_power = None;
-                        }
+                        infer_power(&mut record, &plan, &operation, now_ms);
                         change_rescue(&mut record, rescue);
                         if let Some((disks, nics)) = devices {
                             record.disks.clone_from(disks);
@@ -305,7 +296,8 @@ impl Store {
                         }
                         put_server(tx, publish, order, record, now_ms)?;
                     }
-                    (Outcome::Change { .. }, None) => return Err(missing_server(plan.server)),
+                    // Nothing is left to be changed; the operation has to end all the same.
+                    (Outcome::Change { .. }, None) => {}
                 }
                 put_operation(tx, &operation)?;
                 announce(tx, publish, &operation, now_ms)
@@ -509,6 +501,30 @@ impl Store {
         .await
     }
 
+    /// Servers with a stored definition, each with the plan that stored it.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn saved_definitions(&self) -> StoreResult<Vec<(Uuid, Uuid)>> {
+        self.run(|db| {
+            let mut statement = db
+                .connection
+                .prepare_cached("SELECT server, plan FROM saved_definitions ORDER BY server")?;
+            let rows = statement.query_map([], |row| {
+                Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?))
+            })?;
+            let mut saved = Vec::new();
+            for row in rows {
+                let (server, plan) = row?;
+                if let (Ok(server), Ok(plan)) = (Uuid::parse_str(&server), Uuid::parse_str(&plan)) {
+                    saved.push((server, plan));
+                }
+            }
+            Ok(saved)
+        })
+        .await
+    }
+
     /// Forgets the stored definition. With a plan, only if that plan stored it.
     ///
     /// # Errors
@@ -553,6 +569,9 @@ impl Store {
             let Some((order, mut record)) = db.server(server) else {
                 return Ok(false);
             };
+            if is_stale(&record, &seen) {
+                return Ok(false);
+            }
             let now_ms = seen.observed_at_ms;
             let Some(reconciled) = reconcile(&record, seen.clone()) else {
                 // Nothing new but its age, which is kept in memory only.
@@ -573,6 +592,44 @@ impl Store {
             Ok(true)
         })
         .await
+    }
+}
+
+/// A server's record is gone when its delete is decided; what it left is removed only after that, and
+/// nothing new of the same id may be made before.
+fn check_no_remains(connection: &Connection, server: Uuid) -> StoreResult<()> {
+    let under_way: Option<String> = connection
+        .query_row(
+            "SELECT id FROM operations WHERE server = ?1 AND final = 0",
+            [server.to_string()],
+            |row| row.get(0),
+        )
+        .optional()?;
+    match under_way {
+        None => Ok(()),
+        Some(operation) => Err(Refusal::new(
+            Reason::ServerBusy,
+            format!("operations/{operation} is still under way for {server}; wait for it"),
+        )
+        .into()),
+    }
+}
+
+/// Notes the power state that the plan left the guest in, unless the guest was looked at since.
+fn infer_power(record: &mut ServerRecord, plan: &Plan, operation: &OperationRecord, now_ms: i64) {
+    let Some((index, state)) = plan.power_after() else {
+        return;
+    };
+    let ended = operation.steps.get(index).and_then(|step| step.ended_at_ms);
+    let seen = PowerObservation {
+        state,
+        reason: String::new(),
+        observed_at_ms: ended.unwrap_or(now_ms),
+        source: ObservationSource::Inferred,
+    };
+    if !is_stale(record, &seen) {
+        record.power = seen;
+        record.last_known_power = None;
     }
 }
 
@@ -640,7 +697,10 @@ fn check_lane(
                 .about("operation", format!("operations/{operation}")));
             }
             let plan_of = |record: &ServerRecord| record.rescue.as_ref().map(|rescue| rescue.plan);
-            if planned.vm_state != current.vm_state || plan_of(planned) != plan_of(current) {
+            if planned.vm_state != current.vm_state
+                || planned.settled_at_ms != current.settled_at_ms
+                || plan_of(planned) != plan_of(current)
+            {
                 return Err(Refusal::new(
                     Reason::ServerBusy,
                     format!(

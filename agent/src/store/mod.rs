@@ -252,7 +252,13 @@ impl Db {
         self.publish(publish);
         if self.events_since_trim > 1_000 {
             self.events_since_trim = 0;
-            events::trim(&self.connection, self.keep_events)?;
+            // The change stands whatever becomes of old events; they are trimmed another time.
+            if let Err(error) = events::trim(&self.connection, self.keep_events) {
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "old events cannot be removed"
+                );
+            }
         }
         Ok(value)
     }

@@ -200,6 +200,7 @@ pub(in crate::api) mod tests {
             operation: Some(Uuid::from_u128(5)),
             revision: 9,
             created_at_ms: 1,
+            settled_at_ms: 0,
             updated_at_ms: 2,
             metadata: BTreeMap::from([("k".to_owned(), "v".to_owned())]),
             hostname: "web".to_owned(),
