@@ -223,7 +223,7 @@ pub(crate) fn variants() -> Vec<Variant> {
 /// Brings a host to where a plan begins.
 pub(crate) async fn prepare(host: &Host, prior: &[Prior]) {
     let agent = host.agent(Arc::new(NoProbe)).await;
-    Host::add_images(&agent.store).await;
+    host.add_images(&agent.store).await;
     for prior in prior {
         match prior {
             Prior::Created { powered_off } => agent.succeed(NEW, create(*powered_off)).await,
