@@ -144,8 +144,8 @@ mod tests {
     use std::sync::{Arc, Mutex};
 
     use super::*;
-    use crate::core::errors::chain;
     use crate::config::LogLevel;
+    use crate::core::errors::chain;
 
     #[derive(Clone, Default)]
     struct Buffer(Arc<Mutex<Vec<u8>>>);

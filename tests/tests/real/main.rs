@@ -10,9 +10,14 @@
     clippy::indexing_slicing
 )]
 
+mod adopted;
+mod create;
 mod deploy;
+mod firmware;
 mod harness;
+mod password;
 mod power;
 mod rescue;
 mod rescue_modes;
 mod scene;
+mod timing;
