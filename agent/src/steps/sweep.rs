@@ -35,6 +35,12 @@ pub async fn sweep(store: &Store, layout: &Layout) -> StoreResult<Vec<String>> {
             store.release_image(image, holder).await?;
         }
     }
+    // One that stayed when its rescue ended would be in the next rescue's way.
+    for (server, plan) in store.definitions().await? {
+        if !known.contains(&(server, Some(plan))) {
+            store.drop_definition(server, Some(plan)).await?;
+        }
+    }
     let images = store
         .images()
         .await?

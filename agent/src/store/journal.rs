@@ -509,6 +509,31 @@ impl Store {
         .await
     }
 
+    /// Servers whose definition is stored, each with the plan that stored it.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn definitions(&self) -> StoreResult<Vec<(Uuid, Uuid)>> {
+        self.run(|db| {
+            let mut statement = db
+                .connection
+                .prepare("SELECT server, plan FROM saved_definitions")?;
+            let rows = statement.query_map([], |row| {
+                Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?))
+            })?;
+            let mut definitions = Vec::new();
+            for row in rows {
+                let (server, plan) = row?;
+                definitions.push((
+                    Uuid::parse_str(&server).unwrap_or_default(),
+                    Uuid::parse_str(&plan).unwrap_or_default(),
+                ));
+            }
+            Ok(definitions)
+        })
+        .await
+    }
+
     /// Forgets the stored definition. With a plan, only if that plan stored it.
     ///
     /// # Errors
