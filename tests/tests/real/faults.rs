@@ -4,10 +4,8 @@
 
 use std::time::{Duration, Instant};
 
-use salvor_proto::google::longrunning::Operation;
 use salvor_proto::v1::{
-    DiskProtection, GetHostRequest, OperationMetadata, OperationState, OverlayDisposition,
-    PowerState, Server, StepState, StopServerRequest, VmState,
+    DiskProtection, GetHostRequest, OperationState, PowerState, StopServerRequest, VmState,
 };
 use salvor_tests::agent::AgentSettings;
 use salvor_tests::client::{Client, Ended, assert_refused};
@@ -16,84 +14,16 @@ use salvor_tests::run_folder::RunFolder;
 use salvor_tests::wait::SOON;
 use tonic::Code;
 
-use super::stage::{Actor, FIXER, Play, rescue_of, tiny, unrescue_of};
-
-/// An actor that runs, adopted, with the rescue image at hand.
-async fn set_up<'h>(
-    host: &'h TestHost,
-    folder: &RunFolder,
-    name: &str,
-    settings: AgentSettings,
-) -> (Actor, Play<'h>) {
-    let actor = Actor::running(host, folder.path(), &tiny(name));
-    let mut play = Play::start(host, folder.path(), settings).await;
-    play.client.adopt(actor.id).await;
-    play.import_fixer(folder.path()).await;
-    (actor, play)
-}
-
-/// Waits until the operation has begun the step of this kind, or has ended.
-async fn wait_step(client: &mut Client, operation: &Operation, kind: &str) -> OperationMetadata {
-    let deadline = Instant::now() + SOON;
-    loop {
-        let (now, metadata) = client.operation(&operation.name).await;
-        let begun = |step: &&salvor_proto::v1::OperationStep| {
-            step.kind == kind && step.state() != StepState::Pending
-        };
-        if now.done || metadata.steps.iter().any(|step| begun(&step)) {
-            return metadata;
-        }
-        assert!(
-            Instant::now() < deadline,
-            "{kind} does not begin: {metadata:#?}"
-        );
-        tokio::task::yield_now().await;
-    }
-}
-
-async fn begin_rescue(play: &mut Play<'_>, actor: &Actor) -> Operation {
-    let request = rescue_of(actor, DiskProtection::ReadWrite);
-    let answer = play.client.servers.rescue_server(request).await.unwrap();
-    answer.into_inner().operation.unwrap()
-}
-
-async fn begin_unrescue(play: &mut Play<'_>, actor: &Actor) -> Operation {
-    let request = unrescue_of(actor, OverlayDisposition::Unspecified);
-    let answer = play.client.servers.unrescue_server(request).await.unwrap();
-    answer.into_inner().operation.unwrap()
-}
-
-/// Rescues the server and waits until its rescue guest is up.
-async fn rescue(play: &mut Play<'_>, actor: &Actor) -> Operation {
-    let (mark, number) = (actor.console().mark(), actor.number());
-    let operation = begin_rescue(play, actor).await;
-    play.client.wait(&operation).await.done();
-    play.assert_rescued(actor, &operation, mark, number).await;
-    operation
-}
-
-/// Unrescues the server and checks that it is the original one again, with the repair in place.
-async fn unrescue(play: &mut Play<'_>, actor: &Actor) {
-    let (mark, number) = (actor.console().mark(), actor.number());
-    let operation = begin_unrescue(play, actor).await;
-    play.client.wait(&operation).await.done();
-    play.assert_original(actor, mark, number).await;
-    assert!(actor.is_marked(), "the repair is lost");
-    actor.remove_mark();
-}
-
-fn power_of(server: &Server) -> PowerState {
-    server
-        .power
-        .as_ref()
-        .map_or(PowerState::Unspecified, |power| power.state())
-}
+use super::stage::{
+    Actor, FIXER, begin_rescue, begin_unrescue, power_of, rescue, rescue_of, set_up, tiny,
+    unrescue, wait_step,
+};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn rescue_and_unrescue_survive_the_death_of_libvirtd_in_every_phase() {
     let folder = RunFolder::for_this_test();
     let host = TestHost::start(folder.path());
-    let (actor, mut play) = set_up(&host, &folder, "outage", AgentSettings::default()).await;
+    let (actor, mut play) = set_up(&host, &folder, &tiny("outage"), AgentSettings::default()).await;
     let mut ends = Vec::new();
     for kind in [
         "HoldImage",
@@ -140,7 +70,7 @@ async fn rescue_and_unrescue_survive_the_death_of_libvirtd_in_every_phase() {
 async fn an_outage_is_told_as_one_and_the_truth_comes_back_with_libvirtd() {
     let folder = RunFolder::for_this_test();
     let host = TestHost::start(folder.path());
-    let (actor, mut play) = set_up(&host, &folder, "dark", AgentSettings::default()).await;
+    let (actor, mut play) = set_up(&host, &folder, &tiny("dark"), AgentSettings::default()).await;
     let mortal = Actor::running(&host, folder.path(), &tiny("mortal"));
     play.client.adopt(mortal.id).await;
     let number = actor.number();
@@ -206,7 +136,7 @@ async fn an_outage_is_told_as_one_and_the_truth_comes_back_with_libvirtd() {
 async fn a_call_while_libvirtd_is_away_is_refused_and_works_when_it_is_back() {
     let folder = RunFolder::for_this_test();
     let host = TestHost::start(folder.path());
-    let (actor, mut play) = set_up(&host, &folder, "retry", AgentSettings::default()).await;
+    let (actor, mut play) = set_up(&host, &folder, &tiny("retry"), AgentSettings::default()).await;
     host.kill_libvirtd();
     // Called at once: the agent may not even know yet that libvirtd is gone.
     let request = rescue_of(&actor, DiskProtection::ReadWrite);
@@ -243,7 +173,8 @@ async fn a_call_while_libvirtd_is_away_is_refused_and_works_when_it_is_back() {
 async fn rescue_survives_the_death_of_qemu_in_every_phase() {
     let folder = RunFolder::for_this_test();
     let host = TestHost::shared();
-    let (actor, mut play) = set_up(host, &folder, "qemu-dies", AgentSettings::default()).await;
+    let (actor, mut play) =
+        set_up(host, &folder, &tiny("qemu-dies"), AgentSettings::default()).await;
     let mut ends = Vec::new();
     for kind in [
         "HoldImage",
@@ -255,8 +186,11 @@ async fn rescue_survives_the_death_of_qemu_in_every_phase() {
         let mark = actor.console().mark();
         let operation = begin_rescue(&mut play, &actor).await;
         wait_step(&mut play.client, &operation, kind).await;
-        // It may be between two lives just now.
-        let killed = host.try_kill_qemu(actor.id);
+        let mut killed = false;
+        while !killed && !play.client.operation(&operation.name).await.0.done {
+            // It may be between two lives just now.
+            killed = host.try_kill_qemu(actor.id);
+        }
         let ended = play.client.wait(&operation).await;
         ends.push((kind, killed, ended.metadata.state()));
         let server = play.client.get(actor.id).await;
@@ -297,7 +231,13 @@ async fn rescue_survives_the_death_of_qemu_in_every_phase() {
 async fn a_rescue_guest_that_dies_leaves_the_server_rescued_and_the_way_back_open() {
     let folder = RunFolder::for_this_test();
     let host = TestHost::shared();
-    let (actor, mut play) = set_up(host, &folder, "rescue-dies", AgentSettings::default()).await;
+    let (actor, mut play) = set_up(
+        host,
+        &folder,
+        &tiny("rescue-dies"),
+        AgentSettings::default(),
+    )
+    .await;
     rescue(&mut play, &actor).await;
     host.kill_qemu(actor.id);
     let server = play
@@ -314,14 +254,14 @@ async fn a_rescue_guest_that_dies_leaves_the_server_rescued_and_the_way_back_ope
 async fn an_agent_that_is_restarted_knows_the_rescue_and_the_way_back() {
     let folder = RunFolder::for_this_test();
     let host = TestHost::shared();
-    let (actor, mut play) = set_up(host, &folder, "restarted", AgentSettings::default()).await;
+    let (actor, mut play) =
+        set_up(host, &folder, &tiny("restarted"), AgentSettings::default()).await;
     let mark = actor.console().mark();
     let operation = rescue(&mut play, &actor).await;
     let number = actor.number();
 
     play.agent.kill_9();
-    play.agent.restart().await;
-    play.client = Client::new(play.agent.channel());
+    play.restart().await;
     play.assert_rescued(&actor, &operation, mark, None).await;
     let again = play
         .client
@@ -331,8 +271,7 @@ async fn an_agent_that_is_restarted_knows_the_rescue_and_the_way_back() {
     assert_refused(again, Code::FailedPrecondition, "ALREADY_RESCUED");
 
     assert_eq!(play.agent.sigterm_and_wait(SOON), "exit 0");
-    play.agent.restart().await;
-    play.client = Client::new(play.agent.channel());
+    play.restart().await;
     play.assert_rescued(&actor, &operation, mark, None).await;
     assert_eq!(
         actor.number(),
@@ -347,12 +286,11 @@ async fn an_agent_that_is_restarted_knows_the_rescue_and_the_way_back() {
 async fn a_host_that_reboots_while_rescued_finds_record_and_domain_agreed() {
     let folder = RunFolder::for_this_test();
     let host = TestHost::start(folder.path());
-    let (actor, mut play) = set_up(&host, &folder, "reboot", AgentSettings::default()).await;
+    let (actor, mut play) = set_up(&host, &folder, &tiny("reboot"), AgentSettings::default()).await;
     let operation = rescue(&mut play, &actor).await;
     host.reboot();
     play.agent.forget_process();
-    play.agent.restart().await;
-    play.client = Client::new(play.agent.channel());
+    play.restart().await;
     let server = play.wait_power(actor.id, PowerState::Shutdown).await;
     Client::assert_settled(&server, VmState::Rescued);
     let plan = operation.name.strip_prefix("operations/").unwrap();
@@ -364,18 +302,15 @@ async fn a_host_that_reboots_while_rescued_finds_record_and_domain_agreed() {
 async fn a_rescue_that_a_reboot_cut_off_is_carried_on() {
     let folder = RunFolder::for_this_test();
     let host = TestHost::start(folder.path());
-    let actor = Actor::running(&host, folder.path(), &tiny("cut").deaf());
-    let mut play = Play::start(&host, folder.path(), AgentSettings::default()).await;
-    play.client.adopt(actor.id).await;
-    play.import_fixer(folder.path()).await;
+    let guest = tiny("cut").deaf();
+    let (actor, mut play) = set_up(&host, &folder, &guest, AgentSettings::default()).await;
     let mark = actor.console().mark();
     let operation = begin_rescue(&mut play, &actor).await;
     // The guest is deaf, so this step lasts until the power goes.
     wait_step(&mut play.client, &operation, "PowerOff").await;
     host.reboot();
     play.agent.forget_process();
-    play.agent.restart().await;
-    play.client = Client::new(play.agent.channel());
+    play.restart().await;
     let ended: Ended = play.client.wait(&operation).await;
     ended.done();
     assert_eq!(ended.metadata.recoveries, 1);

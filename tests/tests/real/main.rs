@@ -12,6 +12,7 @@
 
 mod crash;
 mod deploy;
+mod ends;
 mod faults;
 mod harness;
 mod power;
