@@ -410,6 +410,31 @@ named_states! {
     }
 }
 
+impl WarningName {
+    /// What it means.
+    #[must_use]
+    pub const fn explanation(self) -> &'static str {
+        match self {
+            Self::RescueImageIsServerImage => {
+                "The rescue image is the one that the server was made from: both disks have filesystems with the same UUIDs. The stable mode with the rescue disk booting first is safer."
+            }
+            Self::SpaceMayRunOut => "A disk may grow beyond the space that is free now.",
+            Self::TimeoutNotApplied => {
+                "The configured rescue timeout does not apply, for nobody said what becomes of the overlays when it is over."
+            }
+            Self::DisksKept => {
+                "The disks of an adopted server stay where they are when it is deleted."
+            }
+            Self::LeftBehind => {
+                "A file or folder could not be removed and is left behind. The message says which."
+            }
+            Self::NoConfigDrive => {
+                "A CD-ROM rescue has no config drive, or the original's one stays in place."
+            }
+        }
+    }
+}
+
 /// A warning.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Warning {

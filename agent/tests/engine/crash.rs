@@ -690,6 +690,35 @@ async fn bring_link_back(agent: &Agent) {
     }
 }
 
+/// What was applied is found to be so: doing it again would do no harm, but stop a guest twice.
+#[test]
+fn a_step_that_was_applied_before_the_agent_died_is_not_applied_again() {
+    let variant = variants()
+        .into_iter()
+        .find(|variant| variant.name == "rescue, classic, running");
+    let (mut trial, _, calls) = Trial::new(variant.unwrap());
+    for index in 0..trial.plan.steps.len() {
+        trial.host.restore(&trial.saved);
+        let before = trial.host.fake.calls().len();
+        let plot = Plot::new(&[(Point::AfterStep(index), Event::Die)]);
+        assert!(trial.live(&Trouble::At(Vec::new()), &plot).is_none());
+        let (operation, _) = trial.live_on();
+        assert_eq!(
+            (operation.state, operation.recoveries),
+            (OperationState::Done, 1)
+        );
+        let changes = |call: &&String| {
+            ["define ", "start ", "destroy ", "shutdown "]
+                .iter()
+                .any(|name| call.starts_with(name))
+        };
+        let calls_now = trial.host.fake.calls();
+        let changed: Vec<_> = calls_now[before..].iter().filter(changes).collect();
+        assert_eq!(changed.len(), 3, "after step {index}: {changed:?}");
+    }
+    assert!(calls > 3);
+}
+
 #[test]
 fn whatever_happens_to_a_plan_it_ends_done_or_as_before() {
     let queue: Mutex<VecDeque<Variant>> = Mutex::new(variants().into());
@@ -721,8 +750,9 @@ fn whatever_happens_to_a_plan_it_ends_done_or_as_before() {
     report.push(format!("crash cases: {} in all", total.into_inner()));
     let report = report.join("\n");
     println!("{report}");
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/crash-cases.txt");
-    fs::write(path, report + "\n").unwrap();
+    let target = concat!(env!("CARGO_MANIFEST_DIR"), "/../target");
+    fs::create_dir_all(target).unwrap();
+    fs::write(format!("{target}/crash-cases.txt"), report + "\n").unwrap();
     let failures = failures.into_inner().unwrap();
     assert!(
         failures.is_empty(),

@@ -9,4 +9,9 @@
 )]
 
 mod crash;
+mod dispatch;
+mod gate;
 mod host;
+mod observe;
+mod power_off;
+mod store;

@@ -13,3 +13,6 @@
 mod deploy;
 mod harness;
 mod power;
+mod rescue;
+mod rescue_modes;
+mod scene;
