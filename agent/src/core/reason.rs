@@ -428,9 +428,6 @@ impl WarningName {
             Self::LeftBehind => {
                 "A file or folder could not be removed and is left behind. The message says which."
             }
-            Self::NoConfigDrive => {
-                "A CD-ROM rescue has no config drive, or the original's one stays in place."
-            }
         }
     }
 }

@@ -10,9 +10,11 @@
     clippy::indexing_slicing
 )]
 
+mod crash;
 mod deploy;
 mod harness;
 mod power;
 mod rescue;
 mod rescue_modes;
 mod scene;
+mod stage;
