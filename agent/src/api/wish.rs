@@ -282,7 +282,10 @@ impl Ask for v1::RescueServerRequest {
                 .unwrap_or(Protection::ReadWrite),
             password: no_hash(),
             timeout_ms: timeout.map(millis),
-            timeout_overlay: None,
+            timeout_overlay: OverlayDisposition::from_wire(
+                "timeout_overlay",
+                self.timeout_overlay,
+            )?,
             shutdown: shutdown(self.shutdown_timeout, usual)?,
         };
         let wish = plain(
