@@ -65,7 +65,11 @@ impl Ended {
                 );
                 ActionResult::decode(any.value.as_slice()).unwrap()
             }
-            _ => panic!("the operation did not end as asked: {self:#?}"),
+            Some(operation::Result::Error(status)) => panic!(
+                "the operation did not end as asked: {}\n{:#?}",
+                status.message, self.metadata
+            ),
+            None => panic!("the operation has not ended: {:#?}", self.metadata),
         }
     }
 
@@ -74,7 +78,7 @@ impl Ended {
     pub fn error(&self) -> RpcStatus {
         match &self.operation.result {
             Some(operation::Result::Error(status)) => status.clone(),
-            _ => panic!("the operation did not fail: {self:#?}"),
+            _ => panic!("the operation did not fail: {:#?}", self.metadata),
         }
     }
 }

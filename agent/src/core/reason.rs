@@ -184,7 +184,7 @@ impl Reason {
             Self::ImageChecksum => (
                 InvalidArgument,
                 400,
-                "The content does not have the SHA-256 that was named. Fetch it again.",
+                "The content does not have the SHA-256 or the size that was named. Fetch it again.",
             ),
             Self::ImageTooLarge => (
                 InvalidArgument,

@@ -138,8 +138,13 @@ async fn an_import_that_fails_leaves_nothing() {
         format: v1::ImageFormat::Qcow2.into(),
         ..spec()
     };
+    let longer = v1::ImageSpec {
+        size_bytes: Some(4),
+        ..spec()
+    };
     let cases: Vec<(Vec<Part>, &str)> = vec![
         (vec![Part::Spec(sum), chunk(b"abc")], "IMAGE_CHECKSUM"),
+        (vec![Part::Spec(longer), chunk(b"abc")], "IMAGE_CHECKSUM"),
         (vec![Part::Spec(qcow2), chunk(b"abc")], "IMAGE_UNSAFE"),
         (vec![Part::Spec(spec())], "IMAGE_UNSAFE"),
         (

@@ -285,7 +285,9 @@ impl World {
                 let fine = match refusal.reason {
                     Reason::DomainNotFound => gone,
                     Reason::ServerExists => !gone && verb == Verb::Create,
-                    Reason::DomainUnsupported => verb == Verb::Adopt || choice / 3 % 3 != 0,
+                    Reason::DomainUnsupported => {
+                        verb == Verb::Adopt || !(choice / 3).is_multiple_of(3)
+                    }
                     Reason::NotRescued => verb == Verb::DeliverPassword,
                     _ => false,
                 };

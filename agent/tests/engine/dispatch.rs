@@ -31,7 +31,7 @@ const LONG: Shutdown = Shutdown {
 
 async fn agent(host: &Host, probe: Arc<dyn Probe>) -> Agent {
     let agent = host.agent(probe).await;
-    Host::add_images(&agent.store).await;
+    host.add_images(&agent.store).await;
     agent
 }
 

@@ -60,6 +60,20 @@ pub(crate) struct Host {
     databases: usize,
 }
 
+/// The record of an image.
+pub(crate) fn image(id: Uuid, name: &str, format: ImageFormat) -> ImageRecord {
+    ImageRecord {
+        id,
+        name: name.to_owned(),
+        format,
+        size: DISK as u64,
+        virtual_size: DISK as u64,
+        sha256: String::new(),
+        properties: BTreeMap::new(),
+        created_at_ms: 1,
+    }
+}
+
 /// Templates take a while to be compiled in a debug build.
 pub(crate) fn templates() -> Arc<Templates> {
     static TEMPLATES: OnceLock<Arc<Templates>> = OnceLock::new();
@@ -67,7 +81,7 @@ pub(crate) fn templates() -> Arc<Templates> {
 }
 
 impl Host {
-    /// A host with images and an agent's empty store.
+    /// A host with an agent's empty store.
     pub(crate) fn new() -> Self {
         // In memory if that is possible: a test of crashes syncs a thousand times.
         let dir = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir());
@@ -80,14 +94,6 @@ impl Host {
         fs::create_dir_all(host.layout().servers()).unwrap();
         fs::create_dir_all(host.outside()).unwrap();
         fs::create_dir_all(host.database().parent().unwrap()).unwrap();
-        for (id, name, format) in [
-            (BASE, "base", ImageFormat::Raw),
-            (RESCUE, "rescue", ImageFormat::Raw),
-            (CD, "cd", ImageFormat::Iso),
-        ] {
-            let path = format!("{}/{id}.{format}", host.layout().images());
-            fs::write(path, vec![name.as_bytes()[0]; DISK]).unwrap();
-        }
         host
     }
 
@@ -107,24 +113,16 @@ impl Host {
             .join(format!("store-{}/salvor.db", self.databases))
     }
 
-    /// Makes the images known.
-    pub(crate) async fn add_images(store: &Store) {
+    /// Imports the images.
+    pub(crate) async fn add_images(&self, store: &Store) {
         for (id, name, format) in [
             (BASE, "base", ImageFormat::Raw),
             (RESCUE, "rescue", ImageFormat::Raw),
             (CD, "cd", ImageFormat::Iso),
         ] {
-            let image = ImageRecord {
-                id,
-                name: name.to_owned(),
-                format,
-                size: DISK as u64,
-                virtual_size: DISK as u64,
-                sha256: String::new(),
-                properties: BTreeMap::new(),
-                created_at_ms: 1,
-            };
-            store.add_image(image).await.unwrap();
+            let path = format!("{}/{id}.{format}", self.layout().images());
+            fs::write(path, vec![name.as_bytes()[0]; DISK]).unwrap();
+            store.add_image(image(id, name, format)).await.unwrap();
         }
     }
 

@@ -15,3 +15,4 @@ mod host;
 mod observe;
 mod power_off;
 mod store;
+mod variants;

@@ -32,7 +32,7 @@ impl Watched {
     async fn new() -> Self {
         let host = Host::new();
         let agent = host.agent(Arc::new(NoProbe)).await;
-        Host::add_images(&agent.store).await;
+        host.add_images(&agent.store).await;
         host.fake.define(&host.foreign_domain(false)).await.unwrap();
         host.fake.start(SERVER).await.unwrap();
         agent.succeed(NEW, adopt()).await;

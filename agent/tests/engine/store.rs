@@ -7,6 +7,7 @@ use proptest::prelude::*;
 use salvor_agent::{
     core::{
         action::Verb,
+        image::ImageFormat,
         operation::{OperationRecord, OperationState},
         plan::{Outcome, Plan, RescueChange},
         reason::Reason,
@@ -354,8 +355,10 @@ fn set_version(path: &Path, version: i64) {
 async fn an_image_that_somebody_stands_on_is_not_removed() {
     let folder = folder();
     let store = open(&folder);
-    crate::host::Host::add_images(&store).await;
     let image = crate::host::BASE;
+    let record = crate::host::image(image, "base", ImageFormat::Raw);
+    store.add_image(record.clone()).await.unwrap();
+    assert_eq!(reason(store.add_image(record).await), Reason::ImageExists);
     let hold = || store.hold_image(image, "servers/a/disk".to_owned());
     hold().await.unwrap();
     hold().await.unwrap();

@@ -11,10 +11,15 @@
 )]
 
 mod crash;
+mod adopted;
+mod create;
 mod deploy;
+mod firmware;
 mod harness;
+mod password;
 mod power;
 mod rescue;
 mod rescue_modes;
 mod scene;
 mod stage;
+mod timing;
