@@ -17,3 +17,4 @@ mod faults;
 mod harness;
 mod power;
 mod stage;
+mod watch;
