@@ -9,6 +9,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use salvor_agent::config::{Config, ConfigError, Loaded};
+use salvor_agent::core::errors::chain;
 use salvor_agent::daemon;
 use salvor_agent::telemetry::{self, FILTER_VARIABLE};
 
@@ -143,7 +144,7 @@ fn run(loaded: &Loaded) -> ExitCode {
 
 /// Says once what went wrong, with all causes: in the log if there is one, else as plain text.
 fn failed(code: u8, error: &dyn std::error::Error) -> ExitCode {
-    let chain = telemetry::chain(error);
+    let chain = chain(error);
     if tracing::enabled!(tracing::Level::ERROR) {
         tracing::error!("{chain}");
     } else {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The API as tests use it: calls that must succeed, calls that must be refused, operations to their end.
 
-use std::time::Duration;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use prost::{Message as _, Name as _};
 use salvor_proto::{
@@ -11,8 +12,9 @@ use salvor_proto::{
     },
     google::rpc::Status as RpcStatus,
     v1::{
-        ActionResult, AdoptServerRequest, GetServerRequest, Image, ImageFormat, ImageSpec,
-        ImportImageRequest, ListServersRequest, OperationMetadata, OperationState,
+        ActionResult, AdoptServerRequest, CreateServerRequest, CreateServerResponse,
+        DeleteServerRequest, GetServerRequest, Image, ImageFormat, ImageSpec, ImportImageRequest,
+        ImportImageResponse, ListServersRequest, OperationMetadata, OperationState,
         RescueServerRequest, RescueServerResponse, Server, StartServerRequest, StopServerRequest,
         UnrescueServerRequest, VmState, host_service_client::HostServiceClient,
         image_service_client::ImageServiceClient, import_image_request::Part,
@@ -23,7 +25,7 @@ use tonic::{Code, Status, transport::Channel};
 use tonic_types::StatusExt as _;
 use uuid::Uuid;
 
-use crate::wait::BOOT;
+use crate::wait::{BOOT, SOON};
 
 /// A client of one agent. Its calls panic with what the agent said when they fail.
 #[derive(Debug, Clone)]
@@ -78,7 +80,11 @@ impl Ended {
                 );
                 ActionResult::decode(any.value.as_slice()).unwrap()
             }
-            _ => panic!("the operation did not end as asked: {self:#?}"),
+            Some(operation::Result::Error(status)) => panic!(
+                "the operation did not end as asked: {}\n{:#?}",
+                status.message, self.metadata
+            ),
+            None => panic!("the operation has not ended: {:#?}", self.metadata),
         }
     }
 
@@ -87,7 +93,7 @@ impl Ended {
     pub fn error(&self) -> RpcStatus {
         match &self.operation.result {
             Some(operation::Result::Error(status)) => status.clone(),
-            _ => panic!("the operation did not fail: {self:#?}"),
+            _ => panic!("the operation did not fail: {:#?}", self.metadata),
         }
     }
 }
@@ -139,6 +145,27 @@ impl Client {
         properties: &[(&str, &str)],
         bytes: Vec<u8>,
     ) -> Image {
+        let answer = self.send_image(name, format, properties, bytes).await;
+        answer.unwrap().into_inner().image.unwrap()
+    }
+
+    /// Imports an image that may well be refused.
+    pub async fn try_import(
+        &mut self,
+        name: &str,
+        format: ImageFormat,
+        bytes: Vec<u8>,
+    ) -> Result<tonic::Response<ImportImageResponse>, Status> {
+        self.send_image(name, format, &[], bytes).await
+    }
+
+    async fn send_image(
+        &mut self,
+        name: &str,
+        format: ImageFormat,
+        properties: &[(&str, &str)],
+        bytes: Vec<u8>,
+    ) -> Result<tonic::Response<ImportImageResponse>, Status> {
         let spec = ImageSpec {
             name: name.to_owned(),
             format: format.into(),
@@ -156,11 +183,60 @@ impl Client {
                 part: Some(Part::Chunk(chunk.to_vec())),
             });
         }
-        let answer = self
-            .images
-            .import_image(futures_util::stream::iter(parts))
-            .await;
-        answer.unwrap().into_inner().image.unwrap()
+        let parts = futures_util::stream::iter(parts);
+        self.images.import_image(parts).await
+    }
+
+    /// Imports the image in a file.
+    pub async fn import_file(
+        &mut self,
+        name: &str,
+        format: ImageFormat,
+        properties: &[(&str, &str)],
+        file: &Path,
+    ) -> Image {
+        let bytes = std::fs::read(file).unwrap();
+        self.import(name, format, properties, bytes).await
+    }
+
+    /// Creates a server and waits for the end.
+    pub async fn create(&mut self, request: CreateServerRequest) -> (CreateServerResponse, Ended) {
+        let answer = self.servers.create_server(request).await;
+        let answer = answer.unwrap().into_inner();
+        let ended = self.wait(answer.operation.as_ref().unwrap()).await;
+        (answer, ended)
+    }
+
+    /// Deletes a server and waits for the end.
+    pub async fn delete(&mut self, server: Uuid) -> Ended {
+        let request = DeleteServerRequest {
+            server: server.to_string(),
+            ..DeleteServerRequest::default()
+        };
+        let answer = self.servers.delete_server(request).await;
+        let answer = answer.unwrap().into_inner();
+        self.wait(&answer.operation.unwrap()).await
+    }
+
+    /// Looks at a server until `is_so`; returns it.
+    pub async fn wait_server(
+        &mut self,
+        server: Uuid,
+        what: &str,
+        is_so: impl Fn(&Server) -> bool,
+    ) -> Server {
+        let deadline = Instant::now() + SOON;
+        loop {
+            let found = self.get(server).await;
+            if is_so(&found) {
+                return found;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "waited {SOON:?} in vain until {what}: {found:#?}"
+            );
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
     }
 
     /// Adopts a domain.

@@ -27,6 +27,30 @@ impl Mark {
     pub const START: Self = Self(0);
 }
 
+/// A disk as a Linux guest sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GuestDisk {
+    /// The kernel's name for it: `vda`.
+    pub name: String,
+    /// Can the guest not write to it?
+    pub read_only: bool,
+    /// Its serial number.
+    pub serial: String,
+}
+
+impl GuestDisk {
+    /// Reads `vda bytes=B ro=0 serial=S model=M`.
+    fn told(words: &str) -> Option<Self> {
+        let (name, rest) = words.split_once(' ')?;
+        let value = |key: &str| rest.split(' ').find_map(|word| word.strip_prefix(key));
+        Some(Self {
+            name: name.to_owned(),
+            read_only: value("ro=")? == "1",
+            serial: value("serial=")?.to_owned(),
+        })
+    }
+}
+
 /// The console of one domain.
 #[derive(Debug)]
 pub struct Console {
@@ -85,6 +109,27 @@ impl Console {
                 self.since(mark)
             )
         })
+    }
+
+    /// The disks of which a Linux guest has told behind the mark.
+    pub fn disks(&self, mark: Mark) -> Vec<GuestDisk> {
+        let lines = self.since(mark);
+        lines
+            .lines()
+            .filter_map(|line| GuestDisk::told(line.strip_prefix("GUEST disk ")?))
+            .collect()
+    }
+
+    /// The MAC addresses of which a Linux guest has told behind the mark, in order.
+    pub fn macs(&self, mark: Mark) -> Vec<String> {
+        let lines = self.since(mark);
+        let mut macs: Vec<String> = lines
+            .lines()
+            .filter(|line| line.starts_with("GUEST nic "))
+            .filter_map(|line| Some(line.split_once(" mac=")?.1.to_owned()))
+            .collect();
+        macs.sort();
+        macs
     }
 
     /// Sends letters to the guest: orders to a tiny guest.

@@ -154,6 +154,15 @@ impl TestHost {
         &self.folder
     }
 
+    /// Where a file of the host is as the machine sees it: only some folders are the host's own.
+    pub fn outside(&self, path: &Path) -> PathBuf {
+        let own = self.plan.binds.iter().find_map(|(outside, inside)| {
+            let rest = path.strip_prefix(inside).ok()?;
+            Some(outside.join(rest))
+        });
+        own.unwrap_or_else(|| path.to_owned())
+    }
+
     fn socket(&self) -> PathBuf {
         self.plan.run.join("libvirt/libvirt-sock")
     }

@@ -22,6 +22,7 @@ use super::{
 use crate::{
     cancel::Cancel,
     core::{
+        errors::chain,
         image::{ImageFormat, ImageRecord},
         reason::{Reason, Refusal},
     },
@@ -30,7 +31,7 @@ use crate::{
     storage::{
         files::{self, FileError},
         images::{ImportError, ImportWriter, Imported},
-        inspect::{Format, Unsafe},
+        inspect::Unsafe,
     },
 };
 
@@ -42,6 +43,8 @@ pub(super) struct Wanted {
     format: Option<ImageFormat>,
     properties: BTreeMap<String, String>,
     sha256: Option<String>,
+    /// So many bytes are to come, if that was said.
+    pub(super) size: Option<u64>,
 }
 
 impl Wanted {
@@ -65,15 +68,8 @@ impl Wanted {
             format: ImageFormat::from_wire("spec.format", spec.format)?,
             properties: validate::properties("spec.properties", spec.properties)?,
             sha256,
+            size: spec.size_bytes,
             name: spec.name,
-        })
-    }
-
-    fn declared(&self) -> Option<Format> {
-        self.format.map(|format| match format {
-            ImageFormat::Raw => Format::Raw,
-            ImageFormat::Qcow2 => Format::Qcow2,
-            ImageFormat::Iso => Format::Iso,
         })
     }
 
@@ -88,15 +84,22 @@ impl Wanted {
         }
     }
 
+    /// Are these all the bytes that were announced?
+    fn check_size(&self, found: u64) -> Checked<()> {
+        match self.size {
+            Some(wanted) if wanted != found => Err(Refusal::new(
+                Reason::ImageChecksum,
+                format!("{found} bytes came instead of {wanted}; send it again"),
+            )),
+            _ => Ok(()),
+        }
+    }
+
     fn record(self, imported: Imported) -> ImageRecord {
         ImageRecord {
             id: self.id,
             name: self.name,
-            format: match imported.format {
-                Format::Raw => ImageFormat::Raw,
-                Format::Qcow2 => ImageFormat::Qcow2,
-                Format::Iso => ImageFormat::Iso,
-            },
+            format: imported.format,
             size: imported.size,
             virtual_size: imported.virtual_size,
             sha256: imported.sha256,
@@ -178,8 +181,8 @@ impl Upload {
         let sink = match there {
             Some(record) => Sink::Compare(Sha256::new(), Box::new(record)),
             None => {
-                let (images, id) = (api.images.clone(), wanted.id);
-                let begin = move || images.begin_import(id, None).map_err(import_refused);
+                let (images, id, size) = (api.images.clone(), wanted.id, wanted.size);
+                let begin = move || images.begin_import(id, size).map_err(import_refused);
                 Sink::Image(Box::new(blocking(begin).await?))
             }
         };
@@ -214,7 +217,7 @@ impl Upload {
             match sink {
                 Sink::Compare(sum, there) => wanted.same(*there, &format!("{:x}", sum.finalize())),
                 Sink::Image(writer) => {
-                    let declared = wanted.declared();
+                    let declared = wanted.format;
                     let imported =
                         blocking(move || writer.finish(declared).map_err(import_refused)).await?;
                     claim.keep(wanted, imported).await
@@ -240,7 +243,10 @@ impl Claim {
     /// Records an image whose file is in place, or removes the file.
     async fn keep(&self, wanted: Wanted, imported: Imported) -> Checked<ImageRecord> {
         let id = wanted.id;
-        let kept = match wanted.check_sum(&imported.sha256) {
+        let complete = wanted
+            .check_size(imported.size)
+            .and_then(|()| wanted.check_sum(&imported.sha256));
+        let kept = match complete {
             Ok(()) => {
                 let record = wanted.record(imported);
                 let added = self.api.store.add_image(record.clone()).await;
@@ -318,7 +324,7 @@ impl Api {
                 });
                 return wanted.same(there, &sum.await?);
             }
-            let (id, declared) = (wanted.id, wanted.declared());
+            let (id, declared) = (wanted.id, wanted.format);
             let imported = blocking(move || {
                 images
                     .import_from_path(id, &path, declared, &cancel, &mut |bytes| progress(bytes))
@@ -362,18 +368,6 @@ pub(super) fn allowed(path: &str, folders: &[PathBuf]) -> Checked<(PathBuf, u64)
         }
         _ => refuse(outside),
     }
-}
-
-/// An error with everything that it says was its cause.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 fn file_refused(error: FileError) -> Refusal {

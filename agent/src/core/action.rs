@@ -56,19 +56,21 @@ impl Verb {
         }
     }
 
-    /// Does it cancel what is under way instead of being refused?
+    /// Does it cancel what is under way instead of being refused? Everything that users ask for
+    /// overtakes what the agent does of its own; a delete overtakes everything but another delete.
     #[must_use]
-    pub const fn overtakes(self) -> bool {
+    pub const fn overtakes(self, under_way: Option<TaskState>) -> bool {
+        let own = matches!(under_way, Some(TaskState::UpdatingPassword));
         match self {
-            Self::Delete => true,
+            Self::Delete => !matches!(under_way, Some(TaskState::Deleting)),
             Self::Create
             | Self::Adopt
             | Self::Release
             | Self::Start
             | Self::Stop
             | Self::Rescue
-            | Self::Unrescue
-            | Self::DeliverPassword => false,
+            | Self::Unrescue => own,
+            Self::DeliverPassword => false,
         }
     }
 }

@@ -87,8 +87,7 @@ pub const fn allowed(verb: Verb, vm_state: VmState) -> Allowed {
             | S::ShelvedOffloaded => No,
         },
         Verb::Rescue => match vm_state {
-            S::Active | S::Stopped => Yes,
-            S::Error => UnlessRescued,
+            S::Active | S::Stopped | S::Error => UnlessRescued,
             S::Building
             | S::Paused
             | S::Suspended
@@ -154,7 +153,7 @@ const fn advice(verb: Verb, vm_state: VmState) -> &'static str {
 /// [`Reason::ServerBusy`] that names it, unless the verb overtakes.
 pub fn admit(verb: Verb, server: &ServerRecord) -> Result<(), Refusal> {
     if let Some(operation) = server.operation
-        && !verb.overtakes()
+        && !verb.overtakes(server.task_state)
     {
         let task = server.task_state.map_or("busy", |task| task.name());
         return Err(Refusal::new(

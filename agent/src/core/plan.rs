@@ -15,7 +15,7 @@ use super::{
     password::CryptHash,
     reason::Warning,
     record::{DiskSummary, NicSummary, PasswordDelivery, RescueRecord, ServerRecord},
-    state::{VmState, named_states},
+    state::{PowerState, VmState, named_states},
 };
 
 named_states! {
@@ -136,10 +136,9 @@ pub enum Step {
         /// The definition before, which taking back restores; without one it undefines.
         before: Option<String>,
     },
-    /// The persistent domain is gone.
+    /// The persistent domain is gone. Its NVRAM file stays: that of a created server goes with the server's folder, and any other
+    /// is not ours to remove.
     UndefineDomain {
-        /// The NVRAM file goes as well.
-        remove_nvram: bool,
         /// The definition before.
         before: String,
     },
@@ -266,6 +265,29 @@ impl Step {
         }
     }
 
+    /// The power state that it leaves the guest in, if it is about that.
+    #[must_use]
+    pub const fn power_after(&self) -> Option<PowerState> {
+        match self {
+            Self::PowerOff { .. } => Some(PowerState::Shutdown),
+            Self::StartDomain { .. } => Some(PowerState::Running),
+            Self::HoldImage { .. }
+            | Self::MakeFolder { .. }
+            | Self::CreateOverlay { .. }
+            | Self::CopyFile { .. }
+            | Self::BuildConfigDrive { .. }
+            | Self::SaveDefinition { .. }
+            | Self::MarkCommitStarted
+            | Self::CommitOverlay { .. }
+            | Self::DefineDomain { .. }
+            | Self::UndefineDomain { .. }
+            | Self::SetUserPassword { .. }
+            | Self::RemoveFolder { .. }
+            | Self::ReleaseImage { .. }
+            | Self::DropSavedDefinition => None,
+        }
+    }
+
     /// The files it makes, writes or removes, with `create`, `write` or `remove`.
     #[must_use]
     pub fn files(&self) -> Vec<(String, &'static str)> {
@@ -361,5 +383,16 @@ impl Plan {
             .iter()
             .filter(|step| step.phase != Phase::CleanUp)
             .count()
+    }
+
+    /// The power state that it leaves the guest in, with the index of the step that does; `None` if
+    /// it leaves it alone.
+    #[must_use]
+    pub fn power_after(&self) -> Option<(usize, PowerState)> {
+        self.steps
+            .iter()
+            .enumerate()
+            .rev()
+            .find_map(|(index, planned)| Some((index, planned.step.power_after()?)))
     }
 }

@@ -20,6 +20,22 @@ pub struct Reconciled {
     pub vm_state: VmState,
 }
 
+/// No call to the hypervisor takes longer, in milliseconds. An observation that seems older than that
+/// was made after the host's clock was set back.
+const SLOWEST_ANSWER_MS: i64 = 60_000;
+
+/// Was `seen` asked for before `known` was learned? Answers may come in another order than they were
+/// asked for.
+fn is_before(seen: i64, known: i64) -> bool {
+    seen < known && known.saturating_sub(seen) <= SLOWEST_ANSWER_MS
+}
+
+/// Is the observation older than what the record knows already?
+#[must_use]
+pub fn is_stale(server: &ServerRecord, seen: &PowerObservation) -> bool {
+    is_before(seen.observed_at_ms, server.power.observed_at_ms)
+}
+
 /// Folds an observation into a record; `None` if it tells nothing new.
 ///
 /// While an operation is under way the vm state is the operation's business. Otherwise a server that
@@ -28,7 +44,9 @@ pub struct Reconciled {
 #[must_use]
 pub fn reconcile(server: &ServerRecord, seen: PowerObservation) -> Option<Reconciled> {
     // Seen before the last operation ended: what it saw may be that operation's own work.
-    let settled = server.operation.is_none() && seen.observed_at_ms > server.settled_at_ms;
+    let settled = server.operation.is_none()
+        && seen.observed_at_ms != server.settled_at_ms
+        && !is_before(seen.observed_at_ms, server.settled_at_ms);
     let vm_state = match (settled, server.vm_state, seen.state) {
         (true, VmState::Active, PowerState::Shutdown | PowerState::Crashed) => VmState::Stopped,
         (true, VmState::Stopped, PowerState::Running) => VmState::Active,

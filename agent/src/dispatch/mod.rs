@@ -146,7 +146,16 @@ impl Dispatcher {
         let mut server = self.admitted(target, &action)?;
         if let Some(operation) = server.as_ref().and_then(|server| server.operation) {
             self.overtake(operation).await?;
-            server = self.admitted(target, &action)?;
+            server = self.admitted(target, &action).map_err(|refusal| {
+                if refusal.reason == Reason::ServerNotFound {
+                    let gone = format!(
+                        "server {} is gone: operations/{operation}, which was to make it or to remove it, has ended",
+                        target.id()
+                    );
+                    return Refusal::new(refusal.reason, gone);
+                }
+                refusal
+            })?;
         }
         let plan = self.plan(target, server.as_deref(), &action).await?;
         self.validate(&plan).await?;

@@ -35,7 +35,6 @@ use crate::{
         plan::{Plan, Step},
         reason::{Reason, Refusal, Warning, WarningName},
         record::Fault,
-        state::PowerState,
     },
     store::{Store, StoreError},
 };
@@ -79,13 +78,12 @@ pub(super) struct Execution {
     pub(super) operation: OperationRecord,
     pub(super) view: watch::Sender<View>,
     pub(super) cancel: watch::Sender<bool>,
-    /// The power state that the steps so far left the guest in.
-    pub(super) power: Option<PowerState>,
 }
 
 impl Execution {
     /// Carries the operation on until it has ended.
     pub(super) async fn run(mut self) -> Result<(), Abandoned> {
+        self.publish();
         loop {
             match self.operation.state {
                 OperationState::Running => self.forward().await?,
@@ -138,12 +136,7 @@ impl Execution {
             self.operation.ended_at_ms = Some(now_ms());
         }
         self.store
-            .commit(
-                Arc::clone(&self.plan),
-                self.operation.clone(),
-                self.power,
-                now_ms(),
-            )
+            .commit(Arc::clone(&self.plan), self.operation.clone(), now_ms())
             .await?;
         self.publish();
         // The outcome stands: whatever happens here can no longer take it back.
@@ -270,10 +263,11 @@ impl Execution {
         let progress = move |percent: u8| {
             view.send_modify(|view| view.percent = Some((index, percent.min(100))));
         };
-        let cancel = match direction {
-            Direction::Apply => Cancel::from(self.cancel.subscribe()),
-            // Taking back is what a cancel asks for.
-            Direction::Revert => Cancel::never(),
+        // Taking back is what a cancel asks for, and an outcome that stands is not taken back.
+        let cancel = if self.operation.state == OperationState::Running {
+            Cancel::from(self.cancel.subscribe())
+        } else {
+            Cancel::never()
         };
         let context = StepContext {
             plan: &plan,
@@ -306,7 +300,7 @@ impl Execution {
                 Ok(Err(error)) => return Ok(Err(error)),
                 Err(_) => return Ok(Err(deadline_exceeded(step, limit))),
             };
-            if direction == Direction::Apply && cancel.is_cancelled() {
+            if cancel.is_cancelled() {
                 return Ok(Err(StepError::cancelled()));
             }
             tracing::info!(operation = %self.operation.id, step = step.kind(), %error, "waiting for the hypervisor");
@@ -389,9 +383,6 @@ impl Execution {
     }
 
     fn step_done(&mut self, index: usize, report: StepReport) {
-        if report.power.is_some() {
-            self.power = report.power;
-        }
         if report.guest_stop.is_some() {
             self.operation.guest_stop = report.guest_stop;
         }

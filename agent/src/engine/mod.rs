@@ -45,10 +45,20 @@ pub struct View {
     pub percent: Option<(usize, u8)>,
 }
 
+/// The journal is tried again so long after it could not be written.
+const STORE_PAUSE: Duration = Duration::from_secs(2);
+
 #[derive(Clone)]
 struct Active {
     cancel: watch::Sender<bool>,
     view: watch::Receiver<View>,
+}
+
+/// What an operation under way is told and tells.
+#[derive(Clone)]
+struct Handles {
+    cancel: watch::Sender<bool>,
+    view: watch::Sender<View>,
 }
 
 /// The engine. Cheap to clone.
@@ -86,7 +96,8 @@ impl Engine {
             operation.recoveries = operation.recoveries.saturating_add(1);
             tracing::info!(operation = %operation.id, server = %operation.server, verb = %operation.verb,
                 state = %operation.state, "taking up an operation that was under way");
-            self.begin(operation, Arc::new(plan));
+            let handles = self.register(&operation);
+            self.begin(operation, Arc::new(plan), handles);
         }
         Ok(count)
     }
@@ -96,12 +107,28 @@ impl Engine {
     /// # Errors
     /// See [`Store::accept`].
     pub async fn submit(&self, accept: Accept) -> StoreResult<Accepted> {
+        let engine = self.clone();
+        // In a task of its own: a caller that goes away in the middle must not leave an accepted
+        // plan that nobody carries on.
+        tokio::spawn(async move { engine.accept(accept).await })
+            .await
+            .unwrap_or(Err(StoreError::Closed))
+    }
+
+    async fn accept(&self, accept: Accept) -> StoreResult<Accepted> {
         let plan = Arc::clone(&accept.plan);
-        let accepted = self.store.accept(accept).await?;
-        if let Accepted::New(operation) = &accepted {
-            self.begin(OperationRecord::clone(operation), plan);
+        let request = accept.request.clone();
+        let expected = OperationRecord::accepted(&plan, request.id, request.caller, accept.now_ms);
+        // Known before it is accepted: whoever finds it on the server's record can cancel it.
+        let handles = self.register(&expected);
+        let accepted = self.store.accept(accept).await;
+        match &accepted {
+            Ok(Accepted::New(operation)) => {
+                self.begin(OperationRecord::clone(operation), plan, handles);
+            }
+            Ok(Accepted::Before(_)) | Err(_) => self.forget(plan.id),
         }
-        Ok(accepted)
+        accepted
     }
 
     /// An operation as it is now.
@@ -188,55 +215,82 @@ impl Engine {
         self.active.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn begin(&self, operation: OperationRecord, plan: Arc<Plan>) {
-        let id = operation.id;
-        let (cancel, _) = watch::channel(operation.cancel_requested);
-        let (view, view_rx) = watch::channel(View {
+    fn register(&self, operation: &OperationRecord) -> Handles {
+        let cancel = watch::Sender::new(operation.cancel_requested);
+        let view = watch::Sender::new(View {
             operation: Arc::new(operation.clone()),
             percent: None,
         });
-        let count = {
-            let mut active = self.active();
-            active.insert(
-                id,
-                Active {
-                    cancel: cancel.clone(),
-                    view: view_rx,
-                },
-            );
-            active.len()
-        };
-        self.count.send_replace(count);
-        let execution = executor::Execution {
-            store: self.store.clone(),
-            runner: Arc::clone(&self.runner),
-            probe: Arc::clone(&self.probe),
-            plan,
-            operation,
-            view,
-            cancel,
-            power: None,
-        };
+        let mut active = self.active();
+        active.insert(
+            operation.id,
+            Active {
+                cancel: cancel.clone(),
+                view: view.subscribe(),
+            },
+        );
+        // Told under the lock, so that counts are told in the order in which they were true.
+        self.count.send_replace(active.len());
+        Handles { cancel, view }
+    }
+
+    fn forget(&self, id: Uuid) {
+        let mut active = self.active();
+        active.remove(&id);
+        self.count.send_replace(active.len());
+    }
+
+    fn begin(&self, operation: OperationRecord, plan: Arc<Plan>, handles: Handles) {
         let engine = self.clone();
-        let running = tokio::spawn(execution.run());
         tokio::spawn(async move {
-            match running.await {
-                Ok(Ok(())) => {}
+            let id = operation.id;
+            engine.carry_on(operation, plan, handles).await;
+            engine.forget(id);
+        });
+    }
+
+    /// Carries an operation on to its end. A journal that cannot be written (a full filesystem) is
+    /// tried again, from what it says: the server would be busy until a restart otherwise.
+    async fn carry_on(&self, mut operation: OperationRecord, plan: Arc<Plan>, handles: Handles) {
+        let id = operation.id;
+        loop {
+            let execution = executor::Execution {
+                store: self.store.clone(),
+                runner: Arc::clone(&self.runner),
+                probe: Arc::clone(&self.probe),
+                plan: Arc::clone(&plan),
+                operation,
+                view: handles.view.clone(),
+                cancel: handles.cancel.clone(),
+            };
+            match tokio::spawn(execution.run()).await {
+                Ok(Ok(())) => return,
+                Ok(Err(executor::Abandoned::Store(error))) => {
+                    tracing::error!(operation = %id, error = &error as &dyn std::error::Error,
+                        "the journal cannot be written; trying again");
+                }
                 // The journal has it, so the next start takes it up.
-                Ok(Err(abandoned)) => {
-                    tracing::error!(operation = %id, error = %abandoned, "operation left for recovery")
+                Ok(Err(abandoned @ executor::Abandoned::Died)) => {
+                    tracing::error!(operation = %id, error = %abandoned, "operation left for recovery");
+                    return;
                 }
                 Err(panicked) => {
-                    tracing::error!(operation = %id, error = %panicked, "operation left for recovery")
+                    tracing::error!(operation = %id, error = %panicked, "operation left for recovery");
+                    return;
                 }
             }
-            let count = {
-                let mut active = engine.active();
-                active.remove(&id);
-                active.len()
+            operation = loop {
+                tokio::time::sleep(STORE_PAUSE).await;
+                match self.store.operation(id).await {
+                    Ok(Some(operation)) => break operation,
+                    Ok(None) | Err(StoreError::Closed) => return,
+                    Err(error) => {
+                        tracing::error!(operation = %id, error = &error as &dyn std::error::Error,
+                            "the journal cannot be read; trying again");
+                    }
+                }
             };
-            engine.count.send_replace(count);
-        });
+        }
     }
 }
 

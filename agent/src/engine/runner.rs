@@ -7,7 +7,6 @@ use crate::{
         operation::GuestStop,
         plan::{Plan, Step},
         reason::{Reason, Refusal},
-        state::PowerState,
     },
 };
 use async_trait::async_trait;
@@ -54,8 +53,6 @@ pub struct StepReport {
     pub message: String,
     /// How the guest came to be off.
     pub guest_stop: Option<GuestStop>,
-    /// The power state that the step left the guest in, if it changed it.
-    pub power: Option<PowerState>,
 }
 
 /// What a step is applied in.

@@ -38,26 +38,34 @@ struct Host {
     link: watch::Sender<LinkState>,
 }
 
-/// Where a process dies.
+/// What happens to a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Death {
+enum Trouble {
+    Death,
+    LinkLoss,
+}
+
+/// When it happens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Moment {
     Never,
     /// Before the call after the n-th takes effect.
-    After(usize),
+    After(usize, Trouble),
     /// When the n-th call has taken effect but not answered.
-    Within(usize),
+    Within(usize, Trouble),
 }
 
 #[derive(Debug)]
 struct Process {
-    death: Mutex<(Death, usize)>,
+    /// With the number of calls since it was said.
+    trouble: Mutex<(Moment, usize)>,
     dead: watch::Sender<bool>,
 }
 
 impl Process {
     fn new() -> Self {
         Self {
-            death: Mutex::new((Death::Never, 0)),
+            trouble: Mutex::new((Moment::Never, 0)),
             dead: watch::Sender::new(false),
         }
     }
@@ -66,8 +74,8 @@ impl Process {
 /// What becomes of one call of a process.
 enum Fate {
     Lives,
-    DiesBefore,
-    DiesAfter,
+    Before(Trouble),
+    After(Trouble),
 }
 
 /// A hypervisor in memory. See the module's description.
@@ -113,13 +121,32 @@ impl FakeHypervisor {
     /// This process dies when it has made `n` more calls: the next one has no effect, and neither it
     /// nor any later one ever answers.
     pub fn stop_after(&self, n: usize) {
-        *lock(&self.process.death) = (Death::After(n), 0);
+        *lock(&self.process.trouble) = (Moment::After(n, Trouble::Death), 0);
     }
 
     /// This process dies in its `n`-th call from now (counted from 1), which takes effect but never
     /// answers; nor does any later one, which has no effect.
     pub fn stop_within(&self, n: usize) {
-        *lock(&self.process.death) = (Death::Within(n), 0);
+        *lock(&self.process.trouble) = (Moment::Within(n, Trouble::Death), 0);
+    }
+
+    /// The link goes down before the call after the next `n` takes effect. [`Self::set_link`] brings
+    /// it back.
+    pub fn lose_link_after(&self, n: usize) {
+        *lock(&self.process.trouble) = (Moment::After(n, Trouble::LinkLoss), 0);
+    }
+
+    /// The link goes down in the `n`-th call from now (counted from 1), which takes effect.
+    pub fn lose_link_within(&self, n: usize) {
+        *lock(&self.process.trouble) = (Moment::Within(n, Trouble::LinkLoss), 0);
+    }
+
+    /// A host like this one, with its first agent process, that goes its own way from here on.
+    #[must_use]
+    pub fn copy(&self) -> Self {
+        let copy = Self::new();
+        *lock(&copy.host.state) = lock(&self.host.state).clone();
+        copy
     }
 
     /// Comes back when this process has died of [`Self::stop_after`] or [`Self::stop_within`].
@@ -321,12 +348,19 @@ impl FakeHypervisor {
     }
 
     fn fate(&self) -> Fate {
-        let mut death = lock(&self.process.death);
-        death.1 = death.1.saturating_add(1);
-        match *death {
-            (Death::After(n), call) if call > n => Fate::DiesBefore,
-            (Death::Within(n), call) if call > n => Fate::DiesBefore,
-            (Death::Within(n), call) if call == n => Fate::DiesAfter,
+        let mut trouble = lock(&self.process.trouble);
+        trouble.1 = trouble.1.saturating_add(1);
+        match *trouble {
+            (Moment::After(n, Trouble::Death) | Moment::Within(n, Trouble::Death), call)
+                if call > n =>
+            {
+                Fate::Before(Trouble::Death)
+            }
+            // A link that was lost can come back.
+            (Moment::After(n, Trouble::LinkLoss), call) if call == n + 1 => {
+                Fate::Before(Trouble::LinkLoss)
+            }
+            (Moment::Within(n, trouble), call) if call == n => Fate::After(trouble),
             _ => Fate::Lives,
         }
     }
@@ -339,14 +373,29 @@ impl FakeHypervisor {
         effect: impl FnOnce(&Self, &mut HostState) -> HypervisorResult<T> + Send,
     ) -> HypervisorResult<T> {
         let fate = self.fate();
-        if matches!(fate, Fate::DiesBefore) {
-            return self.die().await;
+        match fate {
+            Fate::Before(Trouble::Death) => return self.die().await,
+            Fate::Before(Trouble::LinkLoss) => self.lose_link(),
+            Fate::Lives | Fate::After(_) => {}
         }
         let answer = self.run(call, argument, effect);
-        if matches!(fate, Fate::DiesAfter) {
-            return self.die().await;
+        match fate {
+            Fate::After(Trouble::Death) => return self.die().await,
+            Fate::After(Trouble::LinkLoss) => {
+                self.lose_link();
+                return Err(HypervisorError::LinkDown {
+                    reason: "the connection was lost".to_owned(),
+                });
+            }
+            Fate::Lives | Fate::Before(_) => {}
         }
         answer
+    }
+
+    fn lose_link(&self) {
+        self.set_link(LinkState::Down {
+            reason: "the connection was lost".to_owned(),
+        });
     }
 
     fn run<T>(

@@ -5,7 +5,11 @@
 //! An event is only a hint: the domain is asked for its state, and that is what is recorded. Whatever
 //! is missed is found by the next look at everything.
 
-use std::{collections::HashSet, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use tokio::{
     sync::{broadcast::error::RecvError, watch},
@@ -26,11 +30,48 @@ use crate::{
     store::{Request, Store},
 };
 
-/// A due action that was refused (a busy server, libvirt away) is tried again after this time.
+/// A due action that was refused (a busy server, libvirt away) or that failed is tried again after
+/// this time, and then after twice as long each time.
 const TRY_AGAIN: Duration = Duration::from_secs(30);
+
+/// The longest time between two tries.
+const TRY_AGAIN_AT_MOST: Duration = Duration::from_secs(3600);
 
 /// Who asks for the actions that fall due.
 const CALLER: &str = "salvord";
+
+/// Actions of the agent's own that were tried, each with the time before which it is not tried again.
+/// What a try changes wakes the observer: without this it would try again at once, and for ever.
+#[derive(Debug, Default)]
+struct Tried(HashMap<(Uuid, Verb), (Instant, Duration)>);
+
+impl Tried {
+    /// When the action may be tried for a rescue (named by its plan) at the earliest.
+    fn not_before(&self, rescue: Uuid, verb: Verb) -> Option<Instant> {
+        self.0.get(&(rescue, verb)).map(|(at, _)| *at)
+    }
+
+    /// May it be tried now? Then it counts as tried.
+    fn try_now(&mut self, rescue: Uuid, verb: Verb) -> bool {
+        let now = Instant::now();
+        let pause = match self.0.get(&(rescue, verb)) {
+            Some((at, _)) if *at > now => return false,
+            Some((_, pause)) => (*pause * 2).min(TRY_AGAIN_AT_MOST),
+            None => TRY_AGAIN,
+        };
+        self.0.insert((rescue, verb), (now + pause, pause));
+        true
+    }
+
+    /// Something changed that makes another try worth while.
+    fn forget(&mut self, rescue: Uuid, verb: Verb) {
+        self.0.remove(&(rescue, verb));
+    }
+
+    fn keep(&mut self, rescues: &HashSet<Uuid>) {
+        self.0.retain(|(rescue, _), _| rescues.contains(rescue));
+    }
+}
 
 /// The observer.
 pub struct Observer {
@@ -64,7 +105,8 @@ impl Observer {
         let mut revision = self.store.revision();
         let mut tick = tokio::time::interval(self.resync_interval.max(Duration::from_secs(1)));
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut due = self.act_on_due().await;
+        let mut tried = Tried::default();
+        let mut due = self.act_on_due(&mut tried).await;
         let mut agents = HashSet::new();
         loop {
             let at = due.unwrap_or_else(|| Instant::now() + self.resync_interval);
@@ -74,32 +116,35 @@ impl Observer {
                     Ok(HypervisorEvent::Domain { id, .. }) => self.look_at(id, ObservationSource::Event).await,
                     Ok(HypervisorEvent::GuestAgent { id, connected: true }) => {
                         agents.insert(id);
-                        self.deliver_password(id).await;
+                        if let Some(rescue) = self.store.server(id).and_then(|server| Some(server.rescue.as_ref()?.plan)) {
+                            tried.forget(rescue, Verb::DeliverPassword);
+                        }
+                        self.deliver_password(id, &mut tried).await;
                     }
                     Ok(HypervisorEvent::GuestAgent { id, connected: false }) => {
                         agents.remove(&id);
                     }
                     Ok(HypervisorEvent::Link(LinkState::Down { reason })) => self.lost(&reason).await,
                     Ok(HypervisorEvent::Link(LinkState::Up) | HypervisorEvent::Resync) | Err(RecvError::Lagged(_)) => {
-                        self.resync().await;
+                        self.resync(&mut tried).await;
                     }
                     Err(RecvError::Closed) => return,
                 },
-                _ = tick.tick() => self.resync().await,
+                _ = tick.tick() => self.resync(&mut tried).await,
                 // A rescue may have begun or ended.
                 _ = revision.changed() => {
-                    due = self.next_due();
+                    due = self.next_due(&tried);
                     for id in &agents {
-                        self.deliver_password(*id).await;
+                        self.deliver_password(*id, &mut tried).await;
                     }
                 }
-                () = tokio::time::sleep_until(at), if due.is_some() => due = self.act_on_due().await,
+                () = tokio::time::sleep_until(at), if due.is_some() => due = self.act_on_due(&mut tried).await,
             }
         }
     }
 
     /// Looks at every domain. One that is missing has no state.
-    async fn resync(&self) {
+    async fn resync(&self, tried: &mut Tried) {
         let asked_at = now_ms();
         match self.hypervisor.domains().await {
             Ok(domains) => {
@@ -127,9 +172,7 @@ impl Observer {
             Err(error) => tracing::warn!(%error, "the domains cannot be listed"),
         }
         for (_, server) in self.store.servers_after(i64::MIN) {
-            if waits_for_agent(&server) {
-                self.deliver_password(server.id).await;
-            }
+            self.deliver_password(server.id, tried).await;
         }
     }
 
@@ -170,36 +213,37 @@ impl Observer {
         }
     }
 
-    /// When the next rescue ends by itself.
-    fn next_due(&self) -> Option<Instant> {
-        let now = now_ms();
-        let expiry = |server: &ServerRecord| {
-            server
-                .rescue
-                .as_ref()
-                .and_then(|rescue| rescue.expires_at_ms)
-        };
-        let first = self
-            .store
+    /// When a rescue is to be ended next.
+    fn next_due(&self, tried: &Tried) -> Option<Instant> {
+        let (now, now_ms) = (Instant::now(), now_ms());
+        self.store
             .servers_after(i64::MIN)
             .iter()
-            .filter_map(|(_, server)| expiry(server))
-            .min()?;
-        let wait = u64::try_from(first.saturating_sub(now)).unwrap_or_default();
-        Some(Instant::now() + Duration::from_millis(wait))
+            .filter_map(|(_, server)| {
+                let (rescue, expiry) = expiring(server)?;
+                let wait = u64::try_from(expiry.saturating_sub(now_ms)).unwrap_or_default();
+                let at = now + Duration::from_millis(wait);
+                Some(at.max(tried.not_before(rescue, Verb::Unrescue).unwrap_or(at)))
+            })
+            .min()
     }
 
     /// Ends the rescues whose time is over; says when to look again.
-    async fn act_on_due(&self) -> Option<Instant> {
+    async fn act_on_due(&self, tried: &mut Tried) -> Option<Instant> {
         let now = now_ms();
-        let mut again = false;
-        for (_, server) in self.store.servers_after(i64::MIN) {
+        let servers = self.store.servers_after(i64::MIN);
+        let rescues = servers
+            .iter()
+            .filter_map(|(_, server)| Some(server.rescue.as_ref()?.plan));
+        tried.keep(&rescues.collect());
+        for (_, server) in servers {
+            let Some((plan, expiry)) = expiring(&server) else {
+                continue;
+            };
             let Some(rescue) = &server.rescue else {
                 continue;
             };
-            if server.vm_state != VmState::Rescued
-                || rescue.expires_at_ms.is_none_or(|expiry| expiry > now)
-            {
+            if expiry > now || !tried.try_now(plan, Verb::Unrescue) {
                 continue;
             }
             tracing::info!(server = %server.id, "the rescue's time is over");
@@ -212,52 +256,63 @@ impl Observer {
                 restore_power: false,
                 shutdown: self.dispatcher.settings().shutdown,
             });
-            again |= !self.act(&server, action).await;
+            self.act(&server, action).await;
         }
-        if again {
-            Some(Instant::now() + TRY_AGAIN)
-        } else {
-            self.next_due()
-                .map(|due| due.max(Instant::now() + Duration::from_secs(1)))
-        }
+        // Clocks differ a little: a timer must not fire again and again just before the time.
+        self.next_due(tried)
+            .map(|due| due.max(Instant::now() + Duration::from_millis(10)))
     }
 
     /// Hands a rescue's password to its guest agent, if it waits for that and answers.
-    async fn deliver_password(&self, id: Uuid) {
-        let Some(server) = self
-            .store
-            .server(id)
-            .filter(|server| waits_for_agent(server))
+    async fn deliver_password(&self, id: Uuid, tried: &mut Tried) {
+        let Some(server) = self.store.server(id) else {
+            return;
+        };
+        let Some(rescue) = server
+            .rescue
+            .as_ref()
+            .filter(|_| waits_for_agent(&server))
+            .map(|rescue| rescue.plan)
         else {
             return;
         };
-        if self.hypervisor.ping_guest_agent(id).await.is_ok() {
+        if tried
+            .not_before(rescue, Verb::DeliverPassword)
+            .is_some_and(|at| at > Instant::now())
+        {
+            return;
+        }
+        if self.hypervisor.ping_guest_agent(id).await.is_ok()
+            && tried.try_now(rescue, Verb::DeliverPassword)
+        {
             self.act(&server, Action::DeliverPassword).await;
         }
     }
 
-    /// Submits an action of the agent's own; says whether it was accepted.
-    async fn act(&self, server: &ServerRecord, action: Action) -> bool {
+    /// Submits an action of the agent's own.
+    async fn act(&self, server: &ServerRecord, action: Action) {
         let verb: Verb = action.verb();
         let request = Request {
             id: None,
             body_hash: String::new(),
             caller: CALLER.to_owned(),
         };
-        match self
+        let submitted = self
             .dispatcher
             .submit(Target::Server(server.id), action, request)
-            .await
+            .await;
+        if let Err(refusal) = submitted
+            && refusal.reason != Reason::ServerBusy
         {
-            Ok(_) => true,
-            Err(refusal) => {
-                if refusal.reason != Reason::ServerBusy {
-                    tracing::warn!(server = %server.id, %verb, %refusal, "an action that is due was refused");
-                }
-                false
-            }
+            tracing::warn!(server = %server.id, %verb, %refusal, "an action that is due was refused");
         }
     }
+}
+
+/// The rescue that is to end by itself, and when (in milliseconds since the Unix epoch).
+fn expiring(server: &ServerRecord) -> Option<(Uuid, i64)> {
+    let rescue = server.rescue.as_ref()?;
+    (server.vm_state == VmState::Rescued).then_some((rescue.plan, rescue.expires_at_ms?))
 }
 
 async fn stopped(stop: &mut watch::Receiver<bool>) {

@@ -5,7 +5,7 @@ use std::{path::Path, time::Duration};
 
 use super::{Applied, Steps};
 use crate::{
-    core::reason::Reason,
+    core::{errors::chain, reason::Reason},
     engine::{StepContext, StepError},
     storage::{
         inspect::Format,
@@ -85,7 +85,7 @@ impl From<QemuImgError> for StepError {
             QemuImgError::Failed { stderr, .. } if stderr.contains("No space left") => {
                 Self::new(Reason::NoSpace, error.to_string())
             }
-            _ => Self::new(Reason::StorageFailed, super::files::chain(&error)),
+            _ => Self::new(Reason::StorageFailed, chain(&error)),
         }
     }
 }

@@ -36,7 +36,6 @@ impl Steps {
             Ok(Some(StepReport {
                 message: message.to_owned(),
                 guest_stop: Some(guest_stop),
-                power: Some(PowerState::Shutdown),
             }))
         };
         let Some(status) = self.on(id).await? else {
@@ -66,8 +65,13 @@ impl Steps {
         loop {
             match self.hypervisor.shutdown(id).await {
                 Ok(()) => {}
-                // It went off in this very moment, or cannot be asked now: the next look decides.
-                Err(HypervisorError::Refused { .. } | HypervisorError::NoDomain { .. }) => {}
+                // It went off in this very moment, or cannot be asked now (a frozen QEMU lets the
+                // call hang): the next look decides, and in the end it is ended anyway.
+                Err(
+                    HypervisorError::Refused { .. }
+                    | HypervisorError::NoDomain { .. }
+                    | HypervisorError::Deadline { .. },
+                ) => {}
                 Err(error) => return Err(error.into()),
             }
             let ask_again = (Instant::now() + retry).min(deadline);
@@ -112,13 +116,13 @@ impl Steps {
         Ok(())
     }
 
-    /// The domain's status while it is on.
+    /// The domain's status while it has a QEMU. A crashed one that is kept (`on_crash` preserve) has.
     async fn on(&self, id: Uuid) -> Result<Option<DomainStatus>, StepError> {
         Ok(self
             .hypervisor
             .domain(id)
             .await?
-            .filter(|status| status.power.is_on()))
+            .filter(|status| status.power.is_on() || status.power == PowerState::Crashed))
     }
 
     pub(super) async fn is_off(&self, id: Uuid) -> Result<bool, StepError> {
@@ -127,9 +131,15 @@ impl Steps {
 
     /// Takes a power-off back: the guest that ran runs again.
     pub(super) async fn power_on_again(&self, id: Uuid, was_on: bool) -> Result<(), StepError> {
-        if was_on && self.on(id).await?.is_none() {
-            self.hypervisor.start(id).await?;
+        if !was_on {
+            return Ok(());
         }
+        match self.on(id).await? {
+            None => {}
+            Some(status) if status.power == PowerState::Crashed => self.end(id).await?,
+            Some(_) => return Ok(()),
+        }
+        self.hypervisor.start(id).await?;
         Ok(())
     }
 
@@ -154,30 +164,23 @@ impl Steps {
         })
     }
 
-    /// Takes a definition back: the one before, or none.
+    /// Takes a definition back: the one before, or none. One that was not changed is left alone.
     pub(super) async fn define_again(
         &self,
         id: Uuid,
         before: Option<&str>,
     ) -> Result<(), StepError> {
         match before {
+            Some(xml) if self.xml(id, Definition::Inactive).await?.as_deref() == Some(xml) => {}
             Some(xml) => self.hypervisor.define(xml).await?,
-            None => self.hypervisor.undefine(id, Nvram::Remove).await?,
+            // The definition may be the server's own, coming back from a rescue: its NVRAM is too.
+            None => self.hypervisor.undefine(id, Nvram::Keep).await?,
         }
         Ok(())
     }
 
-    pub(super) async fn undefine(&self, id: Uuid, remove_nvram: bool) -> Applied {
-        self.hypervisor
-            .undefine(
-                id,
-                if remove_nvram {
-                    Nvram::Remove
-                } else {
-                    Nvram::Keep
-                },
-            )
-            .await?;
+    pub(super) async fn undefine(&self, id: Uuid) -> Applied {
+        self.hypervisor.undefine(id, Nvram::Keep).await?;
         Ok(None)
     }
 
@@ -194,26 +197,29 @@ impl Steps {
             Ok(Some(StepReport {
                 message: message.to_owned(),
                 guest_stop: None,
-                power: Some(PowerState::Running),
             }))
         };
-        if self.on(id).await?.is_some() {
-            if self.is_started(id, mark).await? {
-                return report("was on already");
+        match self.on(id).await? {
+            None => {}
+            // What is left of a guest that crashed cannot go on, and is in the way of a new start.
+            Some(status) if status.power == PowerState::Crashed => self.end(id).await?,
+            Some(_) if self.is_started(id, mark).await? => return report("was on already"),
+            Some(_) => {
+                return Err(StepError::new(
+                    Reason::LibvirtRefused,
+                    format!(
+                        "domain {id} runs already, but not as it was to be started: somebody else started it"
+                    ),
+                ));
             }
-            return Err(StepError::new(
-                Reason::LibvirtRefused,
-                format!(
-                    "domain {id} runs already, but not as it was to be started: somebody else started it"
-                ),
-            ));
         }
         self.hypervisor.start(id).await?;
         report("")
     }
 
     pub(super) async fn is_started(&self, id: Uuid, mark: Mark) -> Result<bool, StepError> {
-        if self.on(id).await?.is_none() {
+        let on = self.hypervisor.domain(id).await?;
+        if !on.is_some_and(|status| status.power.is_on()) {
             return Ok(false);
         }
         Ok(self

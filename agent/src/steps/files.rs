@@ -8,7 +8,7 @@ use std::path::{Component, Path, PathBuf};
 
 use super::{Applied, Steps};
 use crate::{
-    core::{plan::ConfigDriveSpec, reason::Reason},
+    core::{errors::chain, plan::ConfigDriveSpec, reason::Reason},
     engine::{StepContext, StepError},
     storage::{
         config_drive,
@@ -153,15 +153,4 @@ fn storage_reason(error: &(dyn std::error::Error + 'static)) -> Reason {
         cause = error.source();
     }
     Reason::StorageFailed
-}
-
-/// An error with its causes, in one line.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
 }

@@ -82,7 +82,7 @@ impl StepRunner for Steps {
             Step::MarkCommitStarted => self.mark_commit_started(server).await,
             Step::CommitOverlay { path, base } => self.commit_overlay(&context, path, base).await,
             Step::DefineDomain { xml, .. } => self.define(xml).await,
-            Step::UndefineDomain { remove_nvram, .. } => self.undefine(server, *remove_nvram).await,
+            Step::UndefineDomain { .. } => self.undefine(server).await,
             Step::StartDomain { mark } => self.start(server, *mark).await,
             Step::SetUserPassword { user, hash } => {
                 self.set_user_password(server, user, hash).await

@@ -14,7 +14,8 @@ use crate::{
     store::{Store, StoreResult},
 };
 
-/// Removes folders of servers and rescues that nobody knows; says which.
+/// Removes folders of servers and rescues that nobody knows, and says which; lets go of images and
+/// forgets saved definitions that nobody knows.
 ///
 /// # Errors
 /// If the store fails. What cannot be removed is logged, and tried again at the next start.
@@ -35,9 +36,9 @@ pub async fn sweep(store: &Store, layout: &Layout) -> StoreResult<Vec<String>> {
             store.release_image(image, holder).await?;
         }
     }
-    // One that stayed when its rescue ended would be in the next rescue's way.
-    for (server, plan) in store.definitions().await? {
+    for (server, plan) in store.saved_definitions().await? {
         if !known.contains(&(server, Some(plan))) {
+            tracing::warn!(%server, %plan, "forgetting a saved definition of a rescue that is over");
             store.drop_definition(server, Some(plan)).await?;
         }
     }

@@ -8,15 +8,16 @@ use uuid::Uuid;
 
 use super::{
     Durability, Publish, Servers, Store, StoreError, StoreResult,
+    definitions::saved_by,
     events::{self, Change},
 };
 use crate::core::{
     operation::{OperationRecord, OperationState},
     plan::{Outcome, Plan, RescueChange},
     reason::{Reason, Refusal},
-    reconcile::reconcile,
+    reconcile::{is_stale, reconcile},
     record::{Fault, RescueRecord, ServerRecord},
-    state::{ObservationSource, PowerObservation, PowerState, VmState},
+    state::{ObservationSource, PowerObservation, VmState},
 };
 
 /// Who asks for an action, and how the call can be repeated.
@@ -194,6 +195,7 @@ impl Store {
                 planned_for.as_deref(),
                 current.as_ref().map(|(_, record)| record),
             )?;
+            check_no_remains(&db.connection, plan.server)?;
             let operation = OperationRecord::accepted(&plan, request.id.clone(), request.caller.clone(), now_ms);
             db.change(Durability::Power, |tx, publish| {
                 tx.execute(
@@ -251,8 +253,7 @@ impl Store {
     }
 
     /// Makes a plan's outcome stand: the record's change, its event and the operation's state in one
-    /// transaction that survives a power cut. `power` is what the steps left the guest in, if they
-    /// changed it. The lane stays taken while the operation cleans up.
+    /// transaction that survives a power cut. The lane stays taken while the operation cleans up.
     ///
     /// # Errors
     /// If the store fails.
@@ -260,7 +261,6 @@ impl Store {
         &self,
         plan: Arc<Plan>,
         operation: OperationRecord,
-        power: Option<PowerState>,
         now_ms: i64,
     ) -> StoreResult<()> {
         self.run(move |db| {
@@ -289,15 +289,7 @@ impl Store {
                         record.operation = lane;
                         record.fault = None;
                         record.settled_at_ms = now_ms;
-                        if let Some(state) = power {
-                            record.power = PowerObservation {
-                                state,
-                                reason: String::new(),
-                                observed_at_ms: now_ms,
-                                source: ObservationSource::Inferred,
-                            };
-                            record.last_known_power = None;
-                        }
+                        infer_power(&mut record, &plan, &operation, now_ms);
                         change_rescue(&mut record, rescue);
                         if let Some((disks, nics)) = devices {
                             record.disks.clone_from(disks);
@@ -305,7 +297,8 @@ impl Store {
                         }
                         put_server(tx, publish, order, record, now_ms)?;
                     }
-                    (Outcome::Change { .. }, None) => return Err(missing_server(plan.server)),
+                    // Nothing is left to be changed; the operation has to end all the same.
+                    (Outcome::Change { .. }, None) => {}
                 }
                 put_operation(tx, &operation)?;
                 announce(tx, publish, &operation, now_ms)
@@ -462,95 +455,6 @@ impl Store {
         .await
     }
 
-    /// Stores the definition to go back to, once: storing it again for the same plan changes nothing.
-    ///
-    /// # Errors
-    /// [`Reason::AlreadyRescued`] if one of another plan is stored.
-    pub async fn save_definition(&self, server: Uuid, plan: Uuid, xml: String) -> StoreResult<()> {
-        self.run(move |db| {
-            db.change(Durability::Power, |tx, _| {
-                tx.execute(
-                    "INSERT OR IGNORE INTO saved_definitions (server, plan, xml) VALUES (?1, ?2, ?3)",
-                    params![server.to_string(), plan.to_string(), xml],
-                )?;
-                let owner: String = tx.query_row(
-                    "SELECT plan FROM saved_definitions WHERE server = ?1",
-                    [server.to_string()],
-                    |row| row.get(0),
-                )?;
-                if owner == plan.to_string() {
-                    return Ok(());
-                }
-                Err(Refusal::new(
-                    Reason::AlreadyRescued,
-                    format!("the definition of server {server} is saved already, by operations/{owner}"),
-                )
-                .into())
-            })
-        })
-        .await
-    }
-
-    /// The stored definition.
-    ///
-    /// # Errors
-    /// If the store fails.
-    pub async fn saved_definition(&self, server: Uuid) -> StoreResult<Option<String>> {
-        self.run(move |db| {
-            Ok(db
-                .connection
-                .query_row(
-                    "SELECT xml FROM saved_definitions WHERE server = ?1",
-                    [server.to_string()],
-                    |row| row.get(0),
-                )
-                .optional()?)
-        })
-        .await
-    }
-
-    /// Servers whose definition is stored, each with the plan that stored it.
-    ///
-    /// # Errors
-    /// If the store fails.
-    pub async fn definitions(&self) -> StoreResult<Vec<(Uuid, Uuid)>> {
-        self.run(|db| {
-            let mut statement = db
-                .connection
-                .prepare("SELECT server, plan FROM saved_definitions")?;
-            let rows = statement.query_map([], |row| {
-                Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?))
-            })?;
-            let mut definitions = Vec::new();
-            for row in rows {
-                let (server, plan) = row?;
-                definitions.push((
-                    Uuid::parse_str(&server).unwrap_or_default(),
-                    Uuid::parse_str(&plan).unwrap_or_default(),
-                ));
-            }
-            Ok(definitions)
-        })
-        .await
-    }
-
-    /// Forgets the stored definition. With a plan, only if that plan stored it.
-    ///
-    /// # Errors
-    /// If the store fails.
-    pub async fn drop_definition(&self, server: Uuid, only_of: Option<Uuid>) -> StoreResult<()> {
-        self.run(move |db| {
-            db.change(Durability::Process, |tx, _| {
-                tx.execute(
-                    "DELETE FROM saved_definitions WHERE server = ?1 AND (?2 IS NULL OR plan = ?2)",
-                    params![server.to_string(), only_of.map(|plan| plan.to_string())],
-                )?;
-                Ok(())
-            })
-        })
-        .await
-    }
-
     /// Notes that a commit of a rescue's overlays begins: they can no longer be discarded.
     ///
     /// # Errors
@@ -578,6 +482,9 @@ impl Store {
             let Some((order, mut record)) = db.server(server) else {
                 return Ok(false);
             };
+            if is_stale(&record, &seen) {
+                return Ok(false);
+            }
             let now_ms = seen.observed_at_ms;
             let Some(reconciled) = reconcile(&record, seen.clone()) else {
                 // Nothing new but its age, which is kept in memory only.
@@ -601,16 +508,42 @@ impl Store {
     }
 }
 
-/// The plan that stored a server's definition.
-fn saved_by(connection: &Connection, server: Uuid) -> StoreResult<Option<Uuid>> {
-    let plan: Option<String> = connection
+/// A server's record is gone when its delete is decided; what it left is removed only after that, and
+/// nothing new of the same id may be made before.
+fn check_no_remains(connection: &Connection, server: Uuid) -> StoreResult<()> {
+    let under_way: Option<String> = connection
         .query_row(
-            "SELECT plan FROM saved_definitions WHERE server = ?1",
+            "SELECT id FROM operations WHERE server = ?1 AND final = 0",
             [server.to_string()],
             |row| row.get(0),
         )
         .optional()?;
-    Ok(plan.and_then(|plan| Uuid::parse_str(&plan).ok()))
+    match under_way {
+        None => Ok(()),
+        Some(operation) => Err(Refusal::new(
+            Reason::ServerBusy,
+            format!("operations/{operation} is still under way for {server}; wait for it"),
+        )
+        .into()),
+    }
+}
+
+/// Notes the power state that the plan left the guest in, unless the guest was looked at since.
+fn infer_power(record: &mut ServerRecord, plan: &Plan, operation: &OperationRecord, now_ms: i64) {
+    let Some((index, state)) = plan.power_after() else {
+        return;
+    };
+    let ended = operation.steps.get(index).and_then(|step| step.ended_at_ms);
+    let seen = PowerObservation {
+        state,
+        reason: String::new(),
+        observed_at_ms: ended.unwrap_or(now_ms),
+        source: ObservationSource::Inferred,
+    };
+    if !is_stale(record, &seen) {
+        record.power = seen;
+        record.last_known_power = None;
+    }
 }
 
 fn repeated(connection: &Connection, request: &Request) -> StoreResult<Option<OperationRecord>> {
@@ -665,7 +598,10 @@ fn check_lane(
                 .about("operation", format!("operations/{operation}")));
             }
             let plan_of = |record: &ServerRecord| record.rescue.as_ref().map(|rescue| rescue.plan);
-            if planned.vm_state != current.vm_state || plan_of(planned) != plan_of(current) {
+            if planned.vm_state != current.vm_state
+                || planned.settled_at_ms != current.settled_at_ms
+                || plan_of(planned) != plan_of(current)
+            {
                 return Err(Refusal::new(
                     Reason::ServerBusy,
                     format!(

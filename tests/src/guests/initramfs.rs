@@ -34,6 +34,7 @@ const MODULES: &[(&str, &[&str])] = &[
             "nls_ascii",
             "nls_utf8",
             "nls_iso8859-1",
+            "efivarfs",
         ],
     ),
     ("ata_piix", &["ata_piix"]),

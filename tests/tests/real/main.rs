@@ -10,11 +10,19 @@
     clippy::indexing_slicing
 )]
 
+mod adopted;
 mod crash;
+mod create;
 mod deploy;
 mod ends;
 mod faults;
+mod firmware;
 mod harness;
+mod password;
 mod power;
+mod rescue;
+mod rescue_modes;
+mod scene;
 mod stage;
+mod timing;
 mod watch;

@@ -3,7 +3,9 @@
 
 use std::time::Duration;
 
-use salvor_proto::v1::{GuestStop, PowerState, VmState};
+use salvor_proto::v1::{
+    GuestStop, ImageFormat, PowerState, RescueServerRequest, UnrescueServerRequest, VmState,
+};
 use salvor_tests::agent::{AgentSettings, TestAgent};
 use salvor_tests::client::Client;
 use salvor_tests::console::{Console, Mark};
@@ -50,6 +52,53 @@ async fn an_adopted_domain_is_stopped_and_started_and_its_definition_stays() {
 
     let forced = client.stop(id, Some(Duration::ZERO)).await.done();
     assert_eq!(forced.guest_stop(), GuestStop::Forced);
+    assert_eq!(libvirt.inactive_xml(id).unwrap(), definition);
+    libvirt.remove(id);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_repair_made_in_the_rescue_is_there_afterwards() {
+    let folder = RunFolder::for_this_test();
+    let host = TestHost::shared();
+    let libvirt = host.libvirt();
+    let id = define(host, &folder, &TinyGuest::new("patient"));
+    libvirt.start(id).unwrap();
+    Console::of(&libvirt, id).wait_line(Mark::START, "TINY-READY patient", SOON);
+    let definition = libvirt.inactive_xml(id).unwrap();
+
+    let agent = TestAgent::start(host, folder.path(), AgentSettings::default()).await;
+    let mut client = Client::new(agent.channel());
+    client.adopt(id).await;
+    let image = folder.join("rescue.qcow2");
+    TinyGuest::new("doctor").build(&image, Format::Qcow2);
+    client
+        .import(
+            "rescue",
+            ImageFormat::Qcow2,
+            &[],
+            std::fs::read(&image).unwrap(),
+        )
+        .await;
+
+    let (answer, ended) = client
+        .rescue(RescueServerRequest {
+            server: id.to_string(),
+            image: Some("rescue".into()),
+            ..RescueServerRequest::default()
+        })
+        .await;
+    assert_eq!(answer.admin_pass.len(), 12);
+    Client::assert_settled(&ended.done().server.unwrap(), VmState::Rescued);
+    Console::of(&libvirt, id).wait_line(Mark::START, "TINY-READY doctor", SOON);
+
+    let back = client
+        .unrescue(UnrescueServerRequest {
+            server: id.to_string(),
+            ..UnrescueServerRequest::default()
+        })
+        .await;
+    Client::assert_settled(&back.done().server.unwrap(), VmState::Active);
+    Console::of(&libvirt, id).wait_line(Mark::START, "TINY-READY patient", SOON);
     assert_eq!(libvirt.inactive_xml(id).unwrap(), definition);
     libvirt.remove(id);
 }

@@ -26,13 +26,9 @@ pub(super) fn plan(server: &ServerRecord, facts: &Facts) -> Plan {
             },
         );
         if domain.persistent {
-            // An adopted server's NVRAM is no more ours than its disks are. That of a rescue lies in
-            // the rescue's folder, which goes below.
-            let remove_nvram = server.origin == Origin::Created && server.rescue.is_none();
             builder.step(
                 Phase::Switch,
                 Step::UndefineDomain {
-                    remove_nvram,
                     before: domain.xml.clone(),
                 },
             );

@@ -16,6 +16,7 @@ use super::{
 };
 use crate::core::{
     action::{RescueArgs, Verb},
+    errors::chain,
     facts::{DomainFacts, Facts, ImageFacts},
     image::ImageFormat,
     plan::{ConfigDriveSpec, Mark, Phase, Plan, RescueChange, Step},
@@ -569,15 +570,4 @@ fn unrenderable(error: &TemplateError) -> Refusal {
         reason,
         format!("the rescue domain cannot be made: {}", chain(error)),
     )
-}
-
-/// An error with its causes, in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
 }

@@ -40,13 +40,13 @@ pub(super) struct Guest {
 }
 
 /// What is to happen to the next call of one name.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Planned {
     pub(super) error: HypervisorError,
     pub(super) takes_effect: bool,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct HostState {
     pub(super) domains: BTreeMap<Uuid, Domain>,
     pub(super) guests: HashMap<Uuid, Guest>,

@@ -29,75 +29,12 @@ mod source;
 
 use std::fs::File;
 
-use serde::{Deserialize, Serialize};
-
+pub use crate::core::image::ImageFormat as Format;
 pub use magic::Container;
 use source::Source;
 
 const GIB: u64 = 1 << 30;
 const TIB: u64 = 1 << 40;
-
-/// The image formats that are taken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Format {
-    /// Bytes as the guest sees them.
-    Raw,
-    /// QEMU copy on write, version 2 or 3.
-    Qcow2,
-    /// An ISO 9660 file system, to QEMU the same as raw.
-    Iso,
-}
-
-impl Format {
-    /// The word for it in records and file names: `raw`, `qcow2`, `iso`.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Raw => "raw",
-            Self::Qcow2 => "qcow2",
-            Self::Iso => "iso",
-        }
-    }
-
-    /// The name of the QEMU block driver that reads it: an ISO is raw to QEMU.
-    #[must_use]
-    pub fn driver(self) -> &'static str {
-        match self {
-            Self::Raw | Self::Iso => "raw",
-            Self::Qcow2 => "qcow2",
-        }
-    }
-}
-
-impl std::fmt::Display for Format {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
-
-/// A word that names no [`Format`].
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{word:?} is not an image format; use raw, qcow2 or iso")]
-pub struct UnknownFormat {
-    /// The word.
-    pub word: String,
-}
-
-impl std::str::FromStr for Format {
-    type Err = UnknownFormat;
-
-    fn from_str(word: &str) -> Result<Self, UnknownFormat> {
-        match word {
-            "raw" => Ok(Self::Raw),
-            "qcow2" => Ok(Self::Qcow2),
-            "iso" => Ok(Self::Iso),
-            _ => Err(UnknownFormat {
-                word: word.to_owned(),
-            }),
-        }
-    }
-}
 
 /// How large an image may be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

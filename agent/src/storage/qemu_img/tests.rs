@@ -164,7 +164,7 @@ async fn resize_grows_and_never_shrinks() {
     let dir = tempfile::tempdir().unwrap();
     let tool = QemuImg::default();
     for format in [Format::Raw, Format::Qcow2] {
-        let path = dir.path().join(format.as_str());
+        let path = dir.path().join(format.name());
         let disk = Disk {
             path: &path,
             format,

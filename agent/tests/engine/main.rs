@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Store, engine, dispatch, steps and observer together: real files, real qemu-img, a real store, and
+//! a hypervisor in memory.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+mod crash;
+mod dispatch;
+mod gate;
+mod host;
+mod observe;
+mod power_off;
+mod store;
+mod variants;

@@ -1,0 +1,274 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Rescue in both modes, on every bus, with every protection: what boots, which disks the rescue system
+//! sees and where, and whether what it writes reaches the original.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use salvor_proto::v1::{
+    DiskProtection, OverlayDisposition, RescueBus, RescueDevice, RescueInfo, RescueMode,
+    RescueServerRequest, UnrescueServerRequest, VmState,
+};
+use salvor_tests::client::Client;
+use salvor_tests::console::GuestDisk;
+use salvor_tests::domain::DomainXml;
+use salvor_tests::guests::{Format, LinuxGuest, TinyGuest, labelled_disk, linux_slot};
+use salvor_tests::wait::{BOOT, SOON};
+
+use crate::scene::{PROTECTIONS, Scene, rescue_with, sha256, unrescue_of};
+
+/// What a rescue boots from.
+#[derive(Debug, Clone, Copy)]
+struct Medium {
+    bus: RescueBus,
+    device: RescueDevice,
+    format: Format,
+    q35: bool,
+}
+
+impl Medium {
+    const fn disk(bus: RescueBus) -> Self {
+        Self {
+            bus,
+            device: RescueDevice::Disk,
+            format: Format::Qcow2,
+            q35: false,
+        }
+    }
+
+    const fn cd(bus: RescueBus) -> Self {
+        Self {
+            device: RescueDevice::Cdrom,
+            format: Format::Iso,
+            ..Self::disk(bus)
+        }
+    }
+
+    const fn q35(self) -> Self {
+        Self { q35: true, ..self }
+    }
+
+    /// Debian's small kernel knows neither.
+    fn needs_all_drivers(self) -> bool {
+        matches!(self.bus, RescueBus::Usb | RescueBus::Sata)
+    }
+}
+
+/// One test for each mode and medium: rescue systems with a drive each, all protections in turn.
+macro_rules! rescues {
+    ($($name:ident: $mode:ident, $medium:expr;)+) => {
+        $(
+            #[tokio::test(flavor = "multi_thread")]
+            async fn $name() {
+                rescue_under_every_protection(RescueMode::$mode, $medium).await;
+            }
+        )+
+    };
+}
+
+// gap 10: no disk is missing and, in stable mode, none is renamed.
+rescues! {
+    classic_rescue_from_a_virtio_disk: Classic, Medium::disk(RescueBus::Virtio);
+    classic_rescue_from_a_scsi_disk: Classic, Medium::disk(RescueBus::Scsi);
+    classic_rescue_from_a_usb_disk: Classic, Medium::disk(RescueBus::Usb);
+    classic_rescue_from_a_sata_disk: Classic, Medium::disk(RescueBus::Sata).q35();
+    classic_rescue_from_an_ide_cd: Classic, Medium::cd(RescueBus::Ide);
+    classic_rescue_from_a_sata_cd: Classic, Medium::cd(RescueBus::Sata).q35();
+    stable_rescue_from_a_virtio_disk: Stable, Medium::disk(RescueBus::Virtio);
+    stable_rescue_from_a_scsi_disk: Stable, Medium::disk(RescueBus::Scsi);
+    stable_rescue_from_a_usb_disk: Stable, Medium::disk(RescueBus::Usb);
+    stable_rescue_from_a_sata_disk: Stable, Medium::disk(RescueBus::Sata).q35();
+    stable_rescue_from_an_ide_cd: Stable, Medium::cd(RescueBus::Ide);
+    stable_rescue_from_a_sata_cd: Stable, Medium::cd(RescueBus::Sata).q35();
+}
+
+/// The disks of the original by target: bus, and serial number and label.
+const ORIGINALS: [(&str, &str, &str); 3] = [
+    ("vda", "virtio", "root"),
+    ("vdb", "virtio", "data"),
+    ("sda", "scsi", "attached"),
+];
+
+/// An original with three disks, and the files of its disks by serial number.
+fn original(scene: &Scene, medium: Medium) -> (DomainXml, BTreeMap<&'static str, PathBuf>) {
+    let name = Scene::unique("orig");
+    let mut xml = DomainXml::linux(&name, &scene.log("orig"))
+        .device("<controller type='scsi' model='virtio-scsi'/>");
+    if medium.q35 {
+        xml = xml.q35();
+    }
+    let mut files = BTreeMap::new();
+    for (number, (target, bus, serial)) in (1..).zip(ORIGINALS) {
+        let format = if serial == "data" {
+            Format::Raw
+        } else {
+            Format::Qcow2
+        };
+        let file = scene.folder.join(format!("{serial}.disk"));
+        if serial == "root" {
+            let mut guest = TinyGuest::new("orig");
+            guest.label = serial.into();
+            guest.build(&file, format);
+        } else {
+            labelled_disk(serial, 4, &file, format);
+        }
+        xml = xml.disk(&file, format, target, bus, serial, Some(number));
+        files.insert(serial, file);
+    }
+    (xml, files)
+}
+
+async fn rescue_under_every_protection(mode: RescueMode, medium: Medium) {
+    let mut scene = Scene::new().await;
+    let (xml, files) = original(&scene, medium);
+    let id = scene.running(&xml, "TINY-READY orig").await;
+    let definition = scene.libvirt.inactive_xml(id).unwrap();
+    let mut system = LinuxGuest::new("resc").without_agent();
+    if medium.needs_all_drivers() {
+        system = system.with_all_drivers();
+    }
+    let image = scene.linux_image(&system, medium.format).await;
+
+    let mut written = BTreeMap::from(ORIGINALS.map(|(_, _, serial)| (serial, "-".to_owned())));
+    for (number, (protection, overlay)) in PROTECTIONS.into_iter().enumerate() {
+        let before = hashes(&files);
+        let mut console = scene.console(id);
+        let mark = console.mark();
+        let slot = linux_slot();
+        let server = scene
+            .rescue(RescueServerRequest {
+                mode: mode.into(),
+                bus: medium.bus.into(),
+                device: medium.device.into(),
+                disk_protection: protection.into(),
+                ..rescue_with(id, &image)
+            })
+            .await;
+        let rescue = server.rescue.unwrap();
+        assert_eq!(
+            (
+                rescue.mode(),
+                rescue.bus(),
+                rescue.device(),
+                rescue.disk_protection()
+            ),
+            (mode, medium.bus, medium.device, protection)
+        );
+        console.wait_line(mark, "GUEST ready name=resc", BOOT);
+        let disks = console.disks(mark);
+        check_places(mode, medium, &rescue, &disks);
+
+        // gap 4: each rescue has a disk of its own, on which no other has written.
+        if medium.device == RescueDevice::Disk {
+            assert_eq!(console.run("test -e /data/was-here").0, 1);
+            console.run_ok("touch /data/was-here; sync");
+        }
+        let sign = format!("by-{number}");
+        for (_, _, serial) in ORIGINALS {
+            let disk = by_serial(&disks, serial);
+            assert_eq!(
+                disk.read_only,
+                protection == DiskProtection::ReadOnly,
+                "{disk:?}"
+            );
+            let write = format!(
+                "printf '{sign}\\0' | dd of=/dev/{} bs=512 seek=5 conv=notrunc,fsync",
+                disk.name
+            );
+            let (status, said) = console.run(&write);
+            assert_eq!(
+                status == 0,
+                protection != DiskProtection::ReadOnly,
+                "{said}"
+            );
+        }
+
+        let mark = console.mark();
+        let request = UnrescueServerRequest {
+            overlay: overlay.into(),
+            ..unrescue_of(id)
+        };
+        let server = scene.unrescue(request).await;
+        drop(slot);
+        Client::assert_settled(&server, VmState::Active);
+        assert_eq!(scene.libvirt.inactive_xml(id).unwrap(), definition);
+        console.wait_line(mark, "TINY-READY orig", SOON);
+
+        let kept = protection == DiskProtection::ReadOnly || overlay == OverlayDisposition::Discard;
+        if kept {
+            assert_eq!(hashes(&files), before, "{protection:?} {overlay:?}");
+        } else {
+            written.values_mut().for_each(|mark| mark.clone_from(&sign));
+        }
+        // What the original itself finds on its disks.
+        for (serial, sign) in &written {
+            console.wait_line(mark, &format!(" {serial} {sign}"), SOON);
+        }
+    }
+}
+
+fn hashes(files: &BTreeMap<&'static str, PathBuf>) -> Vec<String> {
+    files.values().map(|file| sha256(file)).collect()
+}
+
+#[track_caller]
+fn by_serial<'d>(disks: &'d [GuestDisk], serial: &str) -> &'d GuestDisk {
+    disks
+        .iter()
+        .find(|disk| disk.serial == serial)
+        .unwrap_or_else(|| panic!("the rescue system does not see the disk {serial}: {disks:#?}"))
+}
+
+/// Checks that each disk is where its mode promises, in the agent's words and in the guest's eyes.
+#[track_caller]
+fn check_places(mode: RescueMode, medium: Medium, rescue: &RescueInfo, disks: &[GuestDisk]) {
+    let told: Vec<(&str, &str)> = rescue
+        .disks
+        .iter()
+        .map(|disk| (disk.role.as_str(), disk.original_target.as_str()))
+        .collect();
+    let on_virtio = medium.bus == RescueBus::Virtio;
+    let seen = |serial| by_serial(disks, serial).name.as_str();
+    match mode {
+        RescueMode::Classic => {
+            let (rescue, root) = (("rescue", ""), ("original", "vda"));
+            assert_eq!(
+                told[..2],
+                [rescue, root],
+                "the rescue disk first, the root second"
+            );
+            let expected = if on_virtio {
+                ["vdb", "vdc"]
+            } else {
+                ["vda", "vdb"]
+            };
+            assert_eq!([seen("root"), seen("data")], expected);
+            if on_virtio {
+                assert_eq!(seen("salvor-rescue"), "vda");
+            }
+        }
+        RescueMode::Stable => {
+            let originals = ORIGINALS.map(|(target, ..)| ("original", target));
+            assert_eq!(told[..3], originals, "every original disk in its place");
+            assert_eq!(told[3], ("rescue", ""), "the rescue disk last");
+            for disk in &rescue.disks[..3] {
+                assert_eq!(disk.target, disk.original_target, "no name changes");
+            }
+            assert_eq!([seen("root"), seen("data")], ["vda", "vdb"]);
+        }
+        RescueMode::Unspecified => unreachable!("each test names a mode"),
+    }
+    // A CD drive has no serial number that Linux shows without further ado: it is the only one.
+    if medium.device == RescueDevice::Cdrom {
+        assert!(disks.iter().any(|disk| disk.name == "sr0"), "{disks:#?}");
+    } else {
+        assert!(!by_serial(disks, "salvor-rescue").read_only);
+    }
+    if medium.bus == RescueBus::Scsi && mode == RescueMode::Stable {
+        assert_eq!([seen("attached"), seen("salvor-rescue")], ["sda", "sdb"]);
+    }
+    // The config drive is there as well.
+    let others = disks.iter().filter(|disk| disk.name.starts_with("sr"));
+    let expected = ORIGINALS.len() + 1 + usize::from(medium.device == RescueDevice::Disk);
+    assert_eq!(disks.len() - others.count(), expected, "{disks:#?}");
+}
