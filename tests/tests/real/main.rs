@@ -17,6 +17,7 @@ mod deploy;
 mod ends;
 mod faults;
 mod firmware;
+mod frozen;
 mod harness;
 mod password;
 mod power;
