@@ -220,11 +220,17 @@ impl<'h> TestAgent<'h> {
         self.wait_end(SOON);
     }
 
+    /// Asks the agent to stop.
+    #[track_caller]
+    pub fn sigterm(&self) {
+        self.host
+            .kill(self.process.expect("the agent runs"), Signal::SIGTERM);
+    }
+
     /// Asks the agent to stop and waits until it has; returns how it ended.
     #[track_caller]
     pub fn sigterm_and_wait(&mut self, within: Duration) -> String {
-        self.host
-            .kill(self.process.expect("the agent runs"), Signal::SIGTERM);
+        self.sigterm();
         self.wait_end(within)
     }
 

@@ -234,6 +234,7 @@ impl Stage {
 
     /// Brings a server in ERROR back.
     async fn repair(&mut self, script: Script) {
+        self.restart_agent().await;
         let server = self.play.client.get(self.actor.id).await;
         let (mark, number) = (self.actor.console().mark(), self.actor.number());
         if server.rescue.is_some() {
@@ -386,6 +387,8 @@ impl Stage {
             // The commit may have been done already: the overlay shows the same disk either way.
             self.actor.is_marked();
         }
+        // Without failpoints.
+        self.restart_agent().await;
         self.unrescue(script, script == Script::Commit).await;
     }
 }

@@ -15,6 +15,8 @@ mod adopted;
 mod create;
 mod deploy;
 mod firmware;
+mod ends;
+mod faults;
 mod harness;
 mod password;
 mod power;

@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 
 use salvor_proto::google::longrunning::Operation;
 use salvor_proto::v1::{
-    DiskProtection, GetImageRequest, ImageFormat, OverlayDisposition, PowerState,
-    RescueServerRequest, Server, UnrescueServerRequest, VmState,
+    DiskProtection, GetImageRequest, ImageFormat, OperationMetadata, OperationStep,
+    OverlayDisposition, PowerState, RescueServerRequest, Server, StepState, UnrescueServerRequest,
+    VmState,
 };
 use salvor_tests::agent::{AgentSettings, TestAgent};
 use salvor_tests::client::Client;
@@ -19,6 +20,7 @@ use salvor_tests::domain::DomainXml;
 use salvor_tests::guests::{Format, TinyGuest, mark_of};
 use salvor_tests::host::TestHost;
 use salvor_tests::libvirt::Libvirt;
+use salvor_tests::run_folder::RunFolder;
 use salvor_tests::wait::{SOON, try_wait};
 use uuid::Uuid;
 
@@ -148,6 +150,12 @@ impl<'h> Play<'h> {
         let agent = TestAgent::start(host, folder, settings).await;
         let client = Client::new(agent.channel());
         Self { agent, client }
+    }
+
+    /// Starts the agent again after it has ended, and waits until it serves and has reached libvirt.
+    pub(super) async fn restart(&mut self) {
+        self.agent.restart().await;
+        self.client = Client::new(self.agent.channel());
     }
 
     /// Imports the rescue image whose guest marks the first other disk as soon as it is up.
@@ -322,4 +330,80 @@ pub(super) fn files_below(folder: &Path) -> Vec<PathBuf> {
     }
     files.sort();
     files
+}
+
+/// An actor that runs, adopted, with the rescue image at hand.
+pub(super) async fn set_up<'h>(
+    host: &'h TestHost,
+    folder: &RunFolder,
+    guest: &TinyGuest,
+    settings: AgentSettings,
+) -> (Actor, Play<'h>) {
+    let actor = Actor::running(host, folder.path(), guest);
+    let mut play = Play::start(host, folder.path(), settings).await;
+    play.client.adopt(actor.id).await;
+    play.import_fixer(folder.path()).await;
+    (actor, play)
+}
+
+/// Waits until the operation has begun the step of this kind, or has ended.
+pub(super) async fn wait_step(
+    client: &mut Client,
+    operation: &Operation,
+    kind: &str,
+) -> OperationMetadata {
+    let deadline = Instant::now() + SOON;
+    loop {
+        let (now, metadata) = client.operation(&operation.name).await;
+        let begun = |step: &&OperationStep| step.kind == kind && step.state() != StepState::Pending;
+        if now.done || metadata.steps.iter().any(|step| begun(&step)) {
+            return metadata;
+        }
+        assert!(
+            Instant::now() < deadline,
+            "{kind} does not begin: {metadata:#?}"
+        );
+        tokio::task::yield_now().await;
+    }
+}
+
+/// Begins to rescue the server.
+pub(super) async fn begin_rescue(play: &mut Play<'_>, actor: &Actor) -> Operation {
+    let request = rescue_of(actor, DiskProtection::ReadWrite);
+    let answer = play.client.servers.rescue_server(request).await.unwrap();
+    answer.into_inner().operation.unwrap()
+}
+
+/// Begins to unrescue the server.
+pub(super) async fn begin_unrescue(play: &mut Play<'_>, actor: &Actor) -> Operation {
+    let request = unrescue_of(actor, OverlayDisposition::Unspecified);
+    let answer = play.client.servers.unrescue_server(request).await.unwrap();
+    answer.into_inner().operation.unwrap()
+}
+
+/// Rescues the server and waits until its rescue guest is up.
+pub(super) async fn rescue(play: &mut Play<'_>, actor: &Actor) -> Operation {
+    let (mark, number) = (actor.console().mark(), actor.number());
+    let operation = begin_rescue(play, actor).await;
+    play.client.wait(&operation).await.done();
+    play.assert_rescued(actor, &operation, mark, number).await;
+    operation
+}
+
+/// Unrescues the server and checks that it is the original one again, with the repair in place.
+pub(super) async fn unrescue(play: &mut Play<'_>, actor: &Actor) {
+    let (mark, number) = (actor.console().mark(), actor.number());
+    let operation = begin_unrescue(play, actor).await;
+    play.client.wait(&operation).await.done();
+    play.assert_original(actor, mark, number).await;
+    assert!(actor.is_marked(), "the repair is lost");
+    actor.remove_mark();
+}
+
+/// What a record says of the server's power.
+pub(super) fn power_of(server: &Server) -> PowerState {
+    server
+        .power
+        .as_ref()
+        .map_or(PowerState::Unspecified, |power| power.state())
 }
