@@ -10,13 +10,13 @@
     clippy::indexing_slicing
 )]
 
-mod crash;
 mod adopted;
+mod crash;
 mod create;
 mod deploy;
-mod firmware;
 mod ends;
 mod faults;
+mod firmware;
 mod harness;
 mod password;
 mod power;
