@@ -151,7 +151,7 @@ fn tasks() -> String {
         let overtaken: Vec<_> = Verb::ALL
             .iter()
             .filter(|other| verb.overtakes(other.task_state()))
-            .map(|other| code(other))
+            .map(code)
             .collect();
         row(
             &mut table,
