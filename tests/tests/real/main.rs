@@ -15,6 +15,7 @@ mod create;
 mod deploy;
 mod firmware;
 mod harness;
+mod images;
 mod password;
 mod power;
 mod rescue;

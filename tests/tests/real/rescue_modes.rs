@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use salvor_proto::v1::{
-    DiskProtection, OverlayDisposition, RescueBus, RescueDevice, RescueInfo, RescueMode,
-    RescueServerRequest, UnrescueServerRequest, VmState,
+    DiskProtection, ImageFormat, OverlayDisposition, RescueBus, RescueDevice, RescueInfo,
+    RescueMode, RescueServerRequest, UnrescueServerRequest, VmState,
 };
 use salvor_tests::client::Client;
 use salvor_tests::console::GuestDisk;
@@ -271,4 +271,144 @@ fn check_places(mode: RescueMode, medium: Medium, rescue: &RescueInfo, disks: &[
     let others = disks.iter().filter(|disk| disk.name.starts_with("sr"));
     let expected = ORIGINALS.len() + 1 + usize::from(medium.device == RescueDevice::Disk);
     assert_eq!(disks.len() - others.count(), expected, "{disks:#?}");
+}
+
+/// Buses of the root: its bus, its name, and whether the machine is a q35.
+const ROOTS: [(&str, &str, bool); 5] = [
+    ("virtio", "vda", false),
+    ("scsi", "sda", false),
+    ("usb", "sda", false),
+    ("ide", "hda", false),
+    ("sata", "sda", true),
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rescue_disk_takes_the_roots_bus_in_classic_mode_and_virtio_in_stable_mode() {
+    let mut scene = Scene::new().await;
+    let image = scene.tiny_image("resc").await;
+    for (bus, target, q35) in ROOTS {
+        let name = format!("{bus}-root");
+        let disk = scene.disk(&name);
+        TinyGuest::new(&name).build(&disk, Format::Qcow2);
+        let mut xml = DomainXml::tiny(&Scene::unique(&name), &scene.log(&name))
+            .device("<controller type='scsi' model='virtio-scsi'/>")
+            .device("<controller type='usb' model='qemu-xhci'/>")
+            .disk(&disk, Format::Qcow2, target, bus, "root", Some(1));
+        if q35 {
+            xml = xml.q35();
+        }
+        let ready = format!("TINY-READY {name}");
+        let id = scene.running(&xml, &ready).await;
+        let definition = scene.libvirt.inactive_xml(id).unwrap();
+        let console = scene.console(id);
+        for (mode, own) in [(RescueMode::Classic, bus), (RescueMode::Stable, "virtio")] {
+            println!("{bus} {mode:?}");
+            let mark = console.mark();
+            let request = RescueServerRequest {
+                mode: mode.into(),
+                ..rescue_with(id, &image)
+            };
+            let rescue = scene.rescue(request).await.rescue.unwrap();
+            // BIOS calls it 80: the first disk, for the original cannot boot.
+            console.wait_line(mark, "TINY-UP resc boot=80", SOON);
+            let placed = |role: &str| rescue.disks.iter().find(|disk| disk.role == role).unwrap();
+            assert_eq!(placed("rescue").bus, own);
+            assert_eq!(placed("original").original_target, target);
+            if mode == RescueMode::Stable {
+                assert_eq!(placed("original").target, target);
+            } else {
+                assert_eq!(placed("rescue").target, target, "the root's old place");
+            }
+            scene.unrescue(unrescue_of(id)).await;
+            console.wait_line(mark, &ready, SOON);
+            assert_eq!(scene.libvirt.inactive_xml(id).unwrap(), definition);
+        }
+        scene.libvirt.destroy(id).unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_images_properties_choose_the_mode_and_the_place_and_the_requests_words_come_first() {
+    let mut scene = Scene::new().await;
+    let id = scene.tiny(&TinyGuest::new("orig")).await;
+    let disk = scene.disk("resc");
+    TinyGuest::new("resc").build(&disk, Format::Qcow2);
+    let iso = scene.folder.join("iso");
+    LinuxGuest::new("iso").build(&iso, Format::Iso);
+    let (classic, stable) = (RescueMode::Classic, RescueMode::Stable);
+    let (hard, cd) = (RescueDevice::Disk, RescueDevice::Cdrom);
+    let bus_is = |bus| ("hw_rescue_bus", bus);
+    let device_is = |device| ("hw_rescue_device", device);
+    let nothing = RescueServerRequest::default();
+    let says_classic = RescueServerRequest {
+        mode: classic.into(),
+        bus: RescueBus::Virtio.into(),
+        ..nothing.clone()
+    };
+    let cases: [(&[(&str, &str)], Format, &RescueServerRequest, _, _, _); 6] = [
+        (
+            &[],
+            Format::Qcow2,
+            &nothing,
+            classic,
+            RescueBus::Virtio,
+            hard,
+        ),
+        (
+            &[bus_is("usb")],
+            Format::Qcow2,
+            &nothing,
+            stable,
+            RescueBus::Usb,
+            hard,
+        ),
+        (
+            &[bus_is("scsi")],
+            Format::Qcow2,
+            &nothing,
+            stable,
+            RescueBus::Scsi,
+            hard,
+        ),
+        (
+            &[device_is("cdrom")],
+            Format::Qcow2,
+            &nothing,
+            stable,
+            RescueBus::Ide,
+            cd,
+        ),
+        (&[], Format::Iso, &nothing, stable, RescueBus::Ide, cd),
+        (
+            &[bus_is("usb")],
+            Format::Qcow2,
+            &says_classic,
+            classic,
+            RescueBus::Virtio,
+            hard,
+        ),
+    ];
+    for (properties, format, words, mode, bus, device) in cases {
+        println!("{properties:?} {format:?}");
+        let (format, file) = match format {
+            Format::Iso => (ImageFormat::Iso, &iso),
+            _ => (ImageFormat::Qcow2, &disk),
+        };
+        let image = scene
+            .client
+            .import_file("x", format, properties, file)
+            .await;
+        let request = RescueServerRequest {
+            mode: words.mode,
+            bus: words.bus,
+            device: words.device,
+            ..rescue_with(id, &image)
+        };
+        let rescue = scene.rescue(request).await.rescue.unwrap();
+        assert_eq!(
+            (rescue.mode(), rescue.bus(), rescue.device()),
+            (mode, bus, device)
+        );
+        scene.unrescue(unrescue_of(id)).await;
+    }
 }
