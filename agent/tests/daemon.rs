@@ -440,3 +440,60 @@ async fn the_api_describes_itself_unless_told_not_to() {
     let refused = described(&silent.socket()).await.unwrap_err();
     assert_eq!(refused.code(), tonic::Code::Unimplemented);
 }
+
+/// A configuration with its own `rescue.xml`, whose text `change` makes of the built-in one.
+fn with_rescue_template(change: impl Fn(&str) -> String) -> Host {
+    let builtin = include_str!("../../domain-templates/templates/rescue.xml");
+    let host = Host::new("");
+    let folder = host.path("templates");
+    fs::create_dir(&folder).unwrap();
+    fs::write(folder.join("rescue.xml"), change(builtin)).unwrap();
+    let config = host.path("salvor.toml");
+    let text = fs::read_to_string(&config).unwrap();
+    fs::write(&config, format!("{text}templates_dir = {folder:?}\n")).unwrap();
+    host
+}
+
+fn check_templates(host: &Host) -> Output {
+    let config = host.path("salvor.toml");
+    finished(salvord().arg("check-templates").arg("--config").arg(config))
+}
+
+#[test]
+fn the_built_in_templates_are_good_and_so_is_an_override_that_adds_a_device() {
+    let said = |output: Output| {
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    assert!(said(check_templates(&Host::new(""))).starts_with("built-in templates: "));
+    let extra = "<watchdog model='i6300esb' action='reset'/>\n  </devices>";
+    let host = with_rescue_template(|text| text.replacen("</devices>", extra, 1));
+    let said = said(check_templates(&host));
+    assert!(
+        said.contains("held against libvirt's schema: all good"),
+        "{said}"
+    );
+}
+
+#[test]
+fn an_override_that_gives_unusable_domains_is_refused_by_the_check_and_at_the_start() {
+    for (wrong, named) in [
+        // libvirt's schema knows no such element.
+        ("<no-such-device/>\n  </devices>", "libvirt's schema"),
+        // Not XML any more.
+        ("<watchdog>\n  </devices>", "rescue.xml"),
+        // A variable that does not exist.
+        ("{{ no_such_variable }}\n  </devices>", "rescue.xml"),
+    ] {
+        let host = with_rescue_template(|text| text.replacen("</devices>", wrong, 1));
+        let output = check_templates(&host);
+        assert_eq!(output.status.code(), Some(78), "{output:?}");
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(said.contains(named), "{said}");
+
+        let config = host.path("salvor.toml");
+        let output = finished(salvord().arg("--config").arg(config));
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        assert!(!host.socket().exists());
+    }
+}

@@ -9,6 +9,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
+use salvor_proto::v1::server_service_server::SERVICE_NAME as SERVER_SERVICE_NAME;
 use tempfile::TempDir;
 use toml::Value;
 use tonic::transport::{Channel, Endpoint};
@@ -63,11 +64,11 @@ pub struct TestAgent<'h> {
 
 impl<'h> TestAgent<'h> {
     /// Starts an agent that keeps its state in `folder/state/` and its log in `folder/salvord.log`, and
-    /// waits until it says that it serves.
+    /// waits until it says that it serves and that it has reached libvirt.
     pub async fn start(host: &'h TestHost, folder: &Path, settings: AgentSettings) -> Self {
         let mut agent = Self::prepare(host, folder, settings);
         agent.spawn();
-        agent.wait_serving().await;
+        agent.wait_linked().await;
         agent
     }
 
@@ -153,15 +154,24 @@ impl<'h> TestAgent<'h> {
         config
     }
 
-    /// Waits until the agent says that it serves.
+    /// Waits until the agent says that it serves, with libvirt or without.
     pub async fn wait_serving(&self) {
+        self.wait_health("").await;
+    }
+
+    /// Waits until the agent says that it serves what needs libvirt as well.
+    pub async fn wait_linked(&self) {
+        self.wait_health(SERVER_SERVICE_NAME).await;
+    }
+
+    async fn wait_health(&self, service: &str) {
         let deadline = Instant::now() + SOON;
         loop {
             if let Some(how) = self.ended() {
                 panic!("salvord ended with {how}:\n{}", self.log());
             }
             let request = HealthCheckRequest {
-                service: String::new(),
+                service: service.to_owned(),
             };
             let mut health = HealthClient::new(self.channel());
             let answer = tokio::time::timeout(SOON, health.check(request)).await;
@@ -172,7 +182,7 @@ impl<'h> TestAgent<'h> {
             }
             assert!(
                 Instant::now() < deadline,
-                "salvord does not serve after {SOON:?}:\n{}",
+                "salvord does not serve '{service}' after {SOON:?}:\n{}",
                 self.log()
             );
             tokio::time::sleep(Duration::from_millis(10)).await;
@@ -210,18 +220,24 @@ impl<'h> TestAgent<'h> {
         self.wait_end(SOON);
     }
 
+    /// Asks the agent to stop.
+    #[track_caller]
+    pub fn sigterm(&self) {
+        self.host
+            .kill(self.process.expect("the agent runs"), Signal::SIGTERM);
+    }
+
     /// Asks the agent to stop and waits until it has; returns how it ended.
     #[track_caller]
     pub fn sigterm_and_wait(&mut self, within: Duration) -> String {
-        self.host
-            .kill(self.process.expect("the agent runs"), Signal::SIGTERM);
+        self.sigterm();
         self.wait_end(within)
     }
 
-    /// Starts the agent again after it has ended, and waits until it serves.
+    /// Starts the agent again after it has ended, and waits until it serves and has reached libvirt.
     pub async fn restart(&mut self) {
         self.spawn();
-        self.wait_serving().await;
+        self.wait_linked().await;
     }
 
     /// Tells the agent's handle that its host was rebooted: the process is gone.

@@ -43,12 +43,27 @@ pub struct Client {
 }
 
 /// An operation that has ended.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Ended {
     /// The operation.
     pub operation: Operation,
     /// Its metadata.
     pub metadata: OperationMetadata,
+}
+
+// The encoded bytes in the operation tell nobody anything.
+impl std::fmt::Debug for Ended {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let error = match &self.operation.result {
+            Some(operation::Result::Error(status)) => Some(&status.message),
+            _ => None,
+        };
+        f.debug_struct("Ended")
+            .field("name", &self.operation.name)
+            .field("error", &error)
+            .field("metadata", &self.metadata)
+            .finish()
+    }
 }
 
 impl Ended {

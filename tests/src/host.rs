@@ -239,6 +239,20 @@ impl TestHost {
         self.wait_end(qemu, SOON);
     }
 
+    /// `kill -9` of a domain's QEMU, if it has one just now; says whether it had.
+    #[track_caller]
+    pub fn try_kill_qemu(&self, domain: Uuid) -> bool {
+        let Some(qemu) = self.qemu(domain) else {
+            return false;
+        };
+        let signal = Signal::SIGKILL as i32;
+        // It may end by itself meanwhile.
+        self.order(&Order::Signal {
+            pid: qemu.0,
+            signal,
+        }) == Answer::Done
+    }
+
     /// Stops a domain's QEMU in its tracks: its monitor does not answer any more.
     #[track_caller]
     pub fn freeze_qemu(&self, domain: Uuid) {

@@ -31,7 +31,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl;
 use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::{WaitStatus, waitpid};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::{Pid, sethostname};
 use serde::{Deserialize, Serialize};
 
@@ -196,7 +196,8 @@ type Ended = Mutex<BTreeMap<i32, String>>;
 
 fn reap(ended: &Ended) {
     loop {
-        let (pid, how) = match waitpid(None::<Pid>, None) {
+        // Noted first, reaped then: who finds no note still finds the process.
+        let (pid, how) = match waitid(Id::All, WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT) {
             Ok(WaitStatus::Exited(pid, code)) => (pid, format!("exit {code}")),
             Ok(WaitStatus::Signaled(pid, signal, _)) => (pid, format!("signal {}", signal as i32)),
             // No child at the moment: there is nothing to block on, so look again soon.
@@ -210,6 +211,7 @@ fn reap(ended: &Ended) {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .insert(pid.as_raw(), how);
+        let _ = waitpid(pid, None);
     }
 }
 

@@ -10,6 +10,7 @@
 //! | [`libvirt`] | the test's own view of libvirt |
 //! | [`domain`] | domain XML for domains made by hand |
 //! | [`run_folder`] | a folder per test, kept when it fails |
+//! | [`bench`] | `make bench` |
 //! | [`wait`] | waits with deadlines |
 //!
 //! `CONTRIBUTING.md` says how to write a test with it.
@@ -23,6 +24,7 @@
 )]
 
 pub mod agent;
+pub mod bench;
 pub mod client;
 pub mod console;
 pub mod domain;

@@ -36,8 +36,9 @@ use crate::core::reason::{Reason, Refusal};
 /// The header that names a call across services, as OpenStack's services do.
 pub const REQUEST_ID_HEADER: &str = "x-openstack-request-id";
 
-/// The answer leaves this long before the caller's deadline, so that it is there in time.
-const ANSWER_MARGIN: Duration = Duration::from_millis(20);
+/// An answer leaves at least and at most so long before the caller's deadline, and otherwise a tenth
+/// of its time, so that it is there in time.
+const ANSWER_MARGIN: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
 
 /// Who calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,8 +60,8 @@ pub(super) struct Call {
     pub(super) request_id: Arc<str>,
     /// Who calls; operations record it.
     pub(super) caller: Caller,
-    /// When the answer must be there.
-    pub(super) deadline: Option<Instant>,
+    /// When the answer must leave.
+    pub(super) answer_by: Option<Instant>,
 }
 
 impl Call {
@@ -89,14 +90,10 @@ impl Call {
         status(refusal, &self.about())
     }
 
-    /// How long a wait may take, if `wanted` is what was asked for: the answer must be in time.
+    /// How long a wait may take, if `wanted` is what was asked for: its answer must be in time.
     pub(super) fn patience(&self, wanted: Duration) -> Duration {
-        match self.deadline {
-            Some(deadline) => wanted.min(
-                deadline
-                    .saturating_duration_since(Instant::now())
-                    .saturating_sub(ANSWER_MARGIN),
-            ),
+        match self.answer_by {
+            Some(by) => wanted.min(by.saturating_duration_since(Instant::now())),
             None => wanted,
         }
     }
@@ -127,7 +124,8 @@ where
     }
 
     fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
-        let deadline = timeout(request.headers()).map(|timeout| Instant::now() + timeout);
+        let begun = Instant::now();
+        let times = timeout(request.headers()).map(|timeout| times(begun, timeout));
         let caller = caller(request.extensions());
         let request_id = request_id(request.headers());
         let span = tracing::info_span!("call", method = %request.uri().path(), request_id = %request_id,
@@ -141,11 +139,11 @@ where
             let call = Call {
                 request_id,
                 caller,
-                deadline,
+                answer_by: times.map(|(by, _)| by),
             };
             request.extensions_mut().insert(call.clone());
             let handler = AssertUnwindSafe(async move { inner.call(request).await }).catch_unwind();
-            let mut response = match within(deadline, handler).await {
+            let mut response = match within(times.map(|(_, at)| at), handler).await {
                 Some(Ok(Ok(response))) => response,
                 Some(Err(_)) => {
                     tracing::error!("a handler panicked");
@@ -159,6 +157,14 @@ where
                     ))
                     .into_http(),
             };
+            tracing::debug!(
+                status = response
+                    .headers()
+                    .get("grpc-status")
+                    .and_then(|status| status.to_str().ok()),
+                elapsed_us = begun.elapsed().as_micros(),
+                "answered"
+            );
             if let Ok(value) = http::HeaderValue::from_str(&call.request_id) {
                 response.headers_mut().insert(REQUEST_ID_HEADER, value);
             }
@@ -168,13 +174,20 @@ where
     }
 }
 
-/// The outcome of `work`, or `None` if it is not there shortly before `deadline`.
-async fn within<F: Future>(deadline: Option<Instant>, work: F) -> Option<F::Output> {
-    match deadline {
-        Some(deadline) => {
-            let at = deadline.checked_sub(ANSWER_MARGIN / 2).unwrap_or(deadline);
-            tokio::time::timeout_at(at, work).await.ok()
-        }
+/// When a handler should answer, and when it is no longer waited for.
+fn times(now: Instant, timeout: Duration) -> (Instant, Instant) {
+    let (least, most) = ANSWER_MARGIN;
+    let margin = (timeout / 10).clamp(least, most);
+    (
+        now + timeout.saturating_sub(margin),
+        now + timeout.saturating_sub(margin / 2),
+    )
+}
+
+/// The outcome of `work`, or `None` if it is not there by then.
+async fn within<F: Future>(at: Option<Instant>, work: F) -> Option<F::Output> {
+    match at {
+        Some(at) => tokio::time::timeout_at(at, work).await.ok(),
         None => Some(work.await),
     }
 }
@@ -227,9 +240,78 @@ fn request_id(headers: &http::HeaderMap) -> Arc<str> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
+    #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
     use super::*;
+
+    /// A service that does what its path says.
+    #[derive(Clone)]
+    struct Acts;
+
+    impl Service<http::Request<Body>> for Acts {
+        type Response = http::Response<Body>;
+        type Error = Infallible;
+        type Future = BoxFuture<Self::Response, Infallible>;
+
+        fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+            Box::pin(async move {
+                match request.uri().path() {
+                    "/panic" => panic!("a fault with /a/secret/path"),
+                    "/hang" => std::future::pending().await,
+                    _ => Ok(http::Response::new(Body::empty())),
+                }
+            })
+        }
+    }
+
+    async fn call(path: &str, peer: bool) -> (http::HeaderMap, Status) {
+        let (ours, _theirs) = tokio::net::UnixStream::pair().unwrap();
+        let mut request = http::Request::new(Body::empty());
+        *request.uri_mut() = path.parse().unwrap();
+        request
+            .headers_mut()
+            .insert("grpc-timeout", "300m".parse().unwrap());
+        request
+            .headers_mut()
+            .insert(REQUEST_ID_HEADER, "req-1".parse().unwrap());
+        request.extensions_mut().insert(UdsConnectInfo {
+            peer_addr: None,
+            peer_cred: peer.then(|| ours.peer_cred().unwrap()),
+        });
+        let response = Edge(Acts).call(request).await.unwrap();
+        let status = Status::from_header_map(response.headers());
+        (response.headers().clone(), status.unwrap_or(Status::ok("")))
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_an_internal_error_that_tells_nothing() {
+        let (headers, status) = call("/panic", true).await;
+        assert_eq!(status.code(), tonic::Code::Internal);
+        assert!(!status.message().contains("secret"));
+        assert_eq!(headers[REQUEST_ID_HEADER], "req-1");
+    }
+
+    #[tokio::test]
+    async fn a_call_that_takes_too_long_is_answered_by_its_deadline() {
+        let begun = std::time::Instant::now();
+        let (headers, status) = call("/hang", true).await;
+        assert_eq!(status.code(), tonic::Code::DeadlineExceeded);
+        assert_eq!(headers[REQUEST_ID_HEADER], "req-1");
+        assert!(begun.elapsed() < Duration::from_secs(20));
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_cannot_be_told_is_refused() {
+        assert_eq!(call("/", true).await.1.code(), tonic::Code::Ok);
+        assert_eq!(
+            call("/", false).await.1.code(),
+            tonic::Code::Unauthenticated
+        );
+    }
 
     fn headers(name: &'static str, value: &str) -> http::HeaderMap {
         let mut headers = http::HeaderMap::new();
@@ -249,6 +331,20 @@ mod tests {
         for wrong in ["", "S", "5", "-1S", "+1S", "123456789S", "5x", "5 S"] {
             assert_eq!(read(wrong), None, "{wrong}");
         }
+    }
+
+    #[test]
+    fn an_answer_leaves_before_the_deadline() {
+        let now = Instant::now();
+        let before = |timeout: Duration| {
+            let (by, at) = times(now, timeout);
+            assert!(by < at && at < now + timeout);
+            now + timeout - by
+        };
+        assert_eq!(before(Duration::from_millis(50)), Duration::from_millis(20));
+        assert_eq!(before(Duration::from_secs(2)), Duration::from_millis(200));
+        assert_eq!(before(Duration::from_secs(600)), Duration::from_millis(500));
+        assert_eq!(times(now, Duration::ZERO), (now, now));
     }
 
     #[test]

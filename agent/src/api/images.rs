@@ -125,6 +125,10 @@ impl Api {
             }
             upload = upload.write(chunk).await?;
         }
+        // tonic ends the stream of a call that its client has cancelled as if it were whole. The
+        // server drops such a call as soon as its handler waits, so it waits once before it keeps
+        // what may be half an image.
+        tokio::task::yield_now().await;
         Ok(upload.finish().await?)
     }
 

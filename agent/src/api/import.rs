@@ -43,6 +43,8 @@ pub(super) struct Wanted {
     format: Option<ImageFormat>,
     properties: BTreeMap<String, String>,
     sha256: Option<String>,
+    /// So many bytes are to come, if that was said.
+    pub(super) size: Option<u64>,
 }
 
 impl Wanted {
@@ -66,6 +68,7 @@ impl Wanted {
             format: ImageFormat::from_wire("spec.format", spec.format)?,
             properties: validate::properties("spec.properties", spec.properties)?,
             sha256,
+            size: spec.size_bytes,
             name: spec.name,
         })
     }
@@ -76,6 +79,17 @@ impl Wanted {
             Some(wanted) if wanted != found => Err(Refusal::new(
                 Reason::ImageChecksum,
                 format!("the content has the SHA-256 {found}, not {wanted}; fetch it again"),
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// Are these all the bytes that were announced?
+    fn check_size(&self, found: u64) -> Checked<()> {
+        match self.size {
+            Some(wanted) if wanted != found => Err(Refusal::new(
+                Reason::ImageChecksum,
+                format!("{found} bytes came instead of {wanted}; send it again"),
             )),
             _ => Ok(()),
         }
@@ -167,8 +181,8 @@ impl Upload {
         let sink = match there {
             Some(record) => Sink::Compare(Sha256::new(), Box::new(record)),
             None => {
-                let (images, id) = (api.images.clone(), wanted.id);
-                let begin = move || images.begin_import(id, None).map_err(import_refused);
+                let (images, id, size) = (api.images.clone(), wanted.id, wanted.size);
+                let begin = move || images.begin_import(id, size).map_err(import_refused);
                 Sink::Image(Box::new(blocking(begin).await?))
             }
         };
@@ -229,7 +243,10 @@ impl Claim {
     /// Records an image whose file is in place, or removes the file.
     async fn keep(&self, wanted: Wanted, imported: Imported) -> Checked<ImageRecord> {
         let id = wanted.id;
-        let kept = match wanted.check_sum(&imported.sha256) {
+        let complete = wanted
+            .check_size(imported.size)
+            .and_then(|()| wanted.check_sum(&imported.sha256));
+        let kept = match complete {
             Ok(()) => {
                 let record = wanted.record(imported);
                 let added = self.api.store.add_image(record.clone()).await;

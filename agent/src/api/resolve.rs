@@ -30,7 +30,7 @@ fn find<T>(
     word: &str,
     all: impl Iterator<Item = T>,
     id: impl Fn(&T) -> Uuid,
-    name: impl Fn(&T) -> String,
+    name: impl Fn(&T) -> &str,
 ) -> Result<T, Refusal> {
     let prefix = word.to_ascii_lowercase();
     let is_prefix = word.len() >= SHORTEST
@@ -96,7 +96,7 @@ pub(super) fn server(store: &Store, word: &str) -> Result<Arc<ServerRecord>, Ref
             .into_iter()
             .map(|(_, server)| server),
         |server| server.id,
-        |server| server.name.clone(),
+        |server| &server.name,
     )
 }
 
@@ -118,7 +118,7 @@ pub(super) async fn image(store: &Store, word: &str) -> Result<(ImageRecord, u32
         word,
         images.into_iter(),
         |(image, _)| image.id,
-        |(image, _)| image.name.clone(),
+        |(image, _)| &image.name,
     )
 }
 
@@ -164,7 +164,7 @@ mod tests {
             word,
             all.into_iter(),
             |(id, _)| Uuid::parse_str(id).unwrap(),
-            |(_, name)| (*name).to_owned(),
+            |(_, name)| name,
         )
         .map(|(id, _)| Uuid::parse_str(id).unwrap())
         .map_err(|refusal| refusal.reason)

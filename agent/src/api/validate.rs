@@ -117,12 +117,13 @@ fn entries<V>(field: &str, map: &HashMap<String, V>) -> Checked<()> {
     ))
 }
 
-fn value_text(field: &str, key: &str, value: &str) -> Checked<()> {
+/// At most 255 printable characters.
+pub(super) fn text(field: &str, value: &str) -> Checked<()> {
     if value.chars().take(NAME + 1).count() <= NAME && value.chars().all(is_printable) {
         return Ok(());
     }
     Err(Refusal::field(
-        format!("{field}[{}]", echo(key)),
+        field,
         format!(
             "must be at most {NAME} printable characters, and is {:?}",
             echo(value)
@@ -148,7 +149,7 @@ pub(super) fn metadata(
                 ),
             ));
         }
-        value_text(field, key, value)?;
+        text(&format!("{field}[{}]", echo(key)), value)?;
     }
     Ok(map.into_iter().collect())
 }
@@ -161,7 +162,7 @@ pub(super) fn properties(
     entries(field, &map)?;
     for (key, value) in &map {
         name(field, key)?;
-        value_text(field, key, value)?;
+        text(&format!("{field}[{}]", echo(key)), value)?;
     }
     Ok(map.into_iter().collect())
 }

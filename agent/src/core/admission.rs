@@ -87,8 +87,7 @@ pub const fn allowed(verb: Verb, vm_state: VmState) -> Allowed {
             | S::ShelvedOffloaded => No,
         },
         Verb::Rescue => match vm_state {
-            S::Active | S::Stopped => Yes,
-            S::Error => UnlessRescued,
+            S::Active | S::Stopped | S::Error => UnlessRescued,
             S::Building
             | S::Paused
             | S::Suspended

@@ -184,7 +184,7 @@ impl Reason {
             Self::ImageChecksum => (
                 InvalidArgument,
                 400,
-                "The content does not have the SHA-256 that was named. Fetch it again.",
+                "The content does not have the SHA-256 or the size that was named. Fetch it again.",
             ),
             Self::ImageTooLarge => (
                 InvalidArgument,
@@ -407,8 +407,28 @@ named_states! {
         DisksKept = "DISKS_KEPT",
         /// A file or folder could not be removed and is left behind.
         LeftBehind = "LEFT_BEHIND",
-        /// A cdrom rescue has no config drive, or the original's one stays in place.
-        NoConfigDrive = "NO_CONFIG_DRIVE",
+    }
+}
+
+impl WarningName {
+    /// What it means.
+    #[must_use]
+    pub const fn explanation(self) -> &'static str {
+        match self {
+            Self::RescueImageIsServerImage => {
+                "The rescue image is the one that the server was made from: both disks have filesystems with the same UUIDs. The stable mode with the rescue disk booting first is safer."
+            }
+            Self::SpaceMayRunOut => "A disk may grow beyond the space that is free now.",
+            Self::TimeoutNotApplied => {
+                "The configured rescue timeout does not apply, for nobody said what becomes of the overlays when it is over."
+            }
+            Self::DisksKept => {
+                "The disks of an adopted server stay where they are when it is deleted."
+            }
+            Self::LeftBehind => {
+                "A file or folder could not be removed and is left behind. The message says which."
+            }
+        }
     }
 }
 

@@ -32,6 +32,10 @@ const STORE_FILE: &str = "salvor.db";
 /// Operations that ended long ago are forgotten so often.
 const FORGET_EVERY: Duration = Duration::from_secs(3600);
 
+/// A change of the store takes milliseconds. One that takes this long hangs in the disk, and so does
+/// everything that the agent would do: the service manager is to know.
+const STORE_LIMIT: Duration = Duration::from_secs(60);
+
 /// Opens everything, takes up what was under way, and begins to observe.
 pub(super) async fn assemble(
     config: &Config,
@@ -117,6 +121,7 @@ pub(super) async fn assemble(
 
     let at_rest = engine.clone();
     let link = hypervisor.link();
+    let watched = store.clone();
     let parts = api::Parts {
         dispatcher,
         engine,
@@ -136,7 +141,7 @@ pub(super) async fn assemble(
         link,
         need_link: api::NEED_LINK,
         at_rest: Box::pin(async move { at_rest.at_rest().await }),
-        progress: Arc::new(|| true),
+        progress: Arc::new(move || watched.gets_on(STORE_LIMIT)),
     })
 }
 

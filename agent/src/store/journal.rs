@@ -8,6 +8,7 @@ use uuid::Uuid;
 
 use super::{
     Durability, Publish, Servers, Store, StoreError, StoreResult,
+    definitions::saved_by,
     events::{self, Change},
 };
 use crate::core::{
@@ -306,12 +307,14 @@ impl Store {
         .await
     }
 
-    /// Ends an operation whose outcome stands: it gives the lane back.
+    /// Ends an operation whose outcome stands: it gives the lane back. A power cut may undo that,
+    /// which costs nothing: what was cleaned up is cleaned up again.
     ///
     /// # Errors
     /// If the store fails.
     pub async fn finish(&self, operation: OperationRecord, now_ms: i64) -> StoreResult<()> {
-        self.end(operation, None, false, now_ms).await
+        self.end(operation, None, false, Durability::Process, now_ms)
+            .await
     }
 
     /// Ends an operation that was taken back: the record is as before, or gone if the plan made it.
@@ -327,7 +330,8 @@ impl Store {
         now_ms: i64,
     ) -> StoreResult<()> {
         let remove = plan.initial.is_some() && fault.is_none();
-        self.end(operation, fault.map(|fault| (fault, plan)), remove, now_ms)
+        let fault = fault.map(|fault| (fault, plan));
+        self.end(operation, fault, remove, Durability::Power, now_ms)
             .await
     }
 
@@ -336,13 +340,14 @@ impl Store {
         operation: OperationRecord,
         fault: Option<(Fault, Arc<Plan>)>,
         remove: bool,
+        durability: Durability,
         now_ms: i64,
     ) -> StoreResult<()> {
         self.run(move |db| {
             let current = db
                 .server(operation.server)
                 .filter(|(_, record)| record.operation == Some(operation.id));
-            db.change(Durability::Power, |tx, publish| {
+            db.change(durability, |tx, publish| {
                 if let Some((order, mut record)) = current {
                     if remove {
                         remove_server(tx, publish, &operation, now_ms)?;
@@ -454,94 +459,6 @@ impl Store {
         .await
     }
 
-    /// Stores the definition to go back to, once: storing it again for the same plan changes nothing.
-    ///
-    /// # Errors
-    /// [`Reason::AlreadyRescued`] if one of another plan is stored.
-    pub async fn save_definition(&self, server: Uuid, plan: Uuid, xml: String) -> StoreResult<()> {
-        self.run(move |db| {
-            db.change(Durability::Power, |tx, _| {
-                tx.execute(
-                    "INSERT OR IGNORE INTO saved_definitions (server, plan, xml) VALUES (?1, ?2, ?3)",
-                    params![server.to_string(), plan.to_string(), xml],
-                )?;
-                let owner: String = tx.query_row(
-                    "SELECT plan FROM saved_definitions WHERE server = ?1",
-                    [server.to_string()],
-                    |row| row.get(0),
-                )?;
-                if owner == plan.to_string() {
-                    return Ok(());
-                }
-                Err(Refusal::new(
-                    Reason::AlreadyRescued,
-                    format!("the definition of server {server} is saved already, by operations/{owner}"),
-                )
-                .into())
-            })
-        })
-        .await
-    }
-
-    /// The stored definition.
-    ///
-    /// # Errors
-    /// If the store fails.
-    pub async fn saved_definition(&self, server: Uuid) -> StoreResult<Option<String>> {
-        self.run(move |db| {
-            Ok(db
-                .connection
-                .query_row(
-                    "SELECT xml FROM saved_definitions WHERE server = ?1",
-                    [server.to_string()],
-                    |row| row.get(0),
-                )
-                .optional()?)
-        })
-        .await
-    }
-
-    /// Servers with a stored definition, each with the plan that stored it.
-    ///
-    /// # Errors
-    /// If the store fails.
-    pub async fn saved_definitions(&self) -> StoreResult<Vec<(Uuid, Uuid)>> {
-        self.run(|db| {
-            let mut statement = db
-                .connection
-                .prepare_cached("SELECT server, plan FROM saved_definitions ORDER BY server")?;
-            let rows = statement.query_map([], |row| {
-                Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?))
-            })?;
-            let mut saved = Vec::new();
-            for row in rows {
-                let (server, plan) = row?;
-                if let (Ok(server), Ok(plan)) = (Uuid::parse_str(&server), Uuid::parse_str(&plan)) {
-                    saved.push((server, plan));
-                }
-            }
-            Ok(saved)
-        })
-        .await
-    }
-
-    /// Forgets the stored definition. With a plan, only if that plan stored it.
-    ///
-    /// # Errors
-    /// If the store fails.
-    pub async fn drop_definition(&self, server: Uuid, only_of: Option<Uuid>) -> StoreResult<()> {
-        self.run(move |db| {
-            db.change(Durability::Process, |tx, _| {
-                tx.execute(
-                    "DELETE FROM saved_definitions WHERE server = ?1 AND (?2 IS NULL OR plan = ?2)",
-                    params![server.to_string(), only_of.map(|plan| plan.to_string())],
-                )?;
-                Ok(())
-            })
-        })
-        .await
-    }
-
     /// Notes that a commit of a rescue's overlays begins: they can no longer be discarded.
     ///
     /// # Errors
@@ -631,18 +548,6 @@ fn infer_power(record: &mut ServerRecord, plan: &Plan, operation: &OperationReco
         record.power = seen;
         record.last_known_power = None;
     }
-}
-
-/// The plan that stored a server's definition.
-fn saved_by(connection: &Connection, server: Uuid) -> StoreResult<Option<Uuid>> {
-    let plan: Option<String> = connection
-        .query_row(
-            "SELECT plan FROM saved_definitions WHERE server = ?1",
-            [server.to_string()],
-            |row| row.get(0),
-        )
-        .optional()?;
-    Ok(plan.and_then(|plan| Uuid::parse_str(&plan).ok()))
 }
 
 fn repeated(connection: &Connection, request: &Request) -> StoreResult<Option<OperationRecord>> {

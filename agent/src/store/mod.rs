@@ -9,6 +9,7 @@
 //! a power cut is synced before the call returns, the progress of steps is not. Progress that a power
 //! cut takes away costs nothing, for a step may be applied again.
 
+mod definitions;
 mod events;
 mod images;
 mod journal;
@@ -17,7 +18,11 @@ mod schema;
 use std::{
     collections::{BTreeMap, HashMap},
     path::Path,
-    sync::{Arc, RwLock},
+    sync::{
+        Arc, RwLock,
+        atomic::{AtomicI64, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
 use rusqlite::Connection;
@@ -97,6 +102,13 @@ struct Db {
     durability: Durability,
 }
 
+/// The store's thread does nothing.
+const IDLE: i64 = -1;
+
+fn millis_since(start: Instant) -> i64 {
+    i64::try_from(start.elapsed().as_millis()).unwrap_or(i64::MAX)
+}
+
 type Job = Box<dyn FnOnce(&mut Db) + Send>;
 
 /// A handle to the store. Cheap to clone.
@@ -106,6 +118,10 @@ pub struct Store {
     servers: Arc<RwLock<Servers>>,
     revision: watch::Receiver<i64>,
     host_id: Uuid,
+    /// When the thread began what it does now, in milliseconds since it was started; negative while
+    /// it does nothing.
+    busy_since: Arc<AtomicI64>,
+    started: Instant,
 }
 
 impl std::fmt::Debug for Store {
@@ -136,11 +152,16 @@ impl Store {
         };
         // Requests are bounded by the callers: each waits for its answer before it sends another.
         let (jobs, mut inbox) = mpsc::unbounded_channel::<Job>();
+        let started = Instant::now();
+        let busy_since = Arc::new(AtomicI64::new(IDLE));
+        let busy = Arc::clone(&busy_since);
         std::thread::Builder::new()
             .name("salvor-store".to_owned())
             .spawn(move || {
                 while let Some(job) = inbox.blocking_recv() {
+                    busy.store(millis_since(started), Ordering::Relaxed);
                     job(&mut db);
+                    busy.store(IDLE, Ordering::Relaxed);
                 }
             })
             .map_err(StoreError::Thread)?;
@@ -149,6 +170,8 @@ impl Store {
             servers,
             revision,
             host_id,
+            busy_since,
+            started,
         })
     }
 
@@ -156,6 +179,14 @@ impl Store {
     #[must_use]
     pub fn host_id(&self) -> Uuid {
         self.host_id
+    }
+
+    /// Is the store's thread getting on: idle, or at what it does for less than `limit`?
+    #[must_use]
+    pub fn gets_on(&self, limit: Duration) -> bool {
+        let since = self.busy_since.load(Ordering::Relaxed);
+        let limit = i64::try_from(limit.as_millis()).unwrap_or(i64::MAX);
+        since == IDLE || millis_since(self.started).saturating_sub(since) < limit
     }
 
     /// The newest revision, and when there is a newer one.
@@ -295,5 +326,46 @@ impl Db {
             .by_id
             .get(&id)
             .map(|(order, record)| (*order, ServerRecord::clone(record)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_change_that_hangs_is_noticed_and_forgotten_when_it_ends() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(&folder.path().join("salvor.db"), 1000).unwrap();
+        let (release, held) = std::sync::mpsc::channel::<()>();
+        let (began, beginning) = oneshot::channel();
+        let hanging = tokio::spawn({
+            let store = store.clone();
+            async move {
+                store
+                    .run(move |_| {
+                        began.send(()).unwrap();
+                        Ok(held.recv().unwrap())
+                    })
+                    .await
+            }
+        });
+        beginning.await.unwrap();
+        assert!(!store.gets_on(Duration::ZERO));
+        assert!(store.gets_on(Duration::from_secs(3600)));
+        release.send(()).unwrap();
+        hanging.await.unwrap().unwrap();
+        // The thread takes up the next job only when it has noted the end of the last one, and notes
+        // the end of this one after its answer.
+        let idle = async {
+            while !store.gets_on(Duration::ZERO) {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(30), idle)
+            .await
+            .unwrap();
     }
 }

@@ -21,244 +21,28 @@ use salvor_agent::{
         operation::{OperationRecord, OperationState},
         plan::Plan,
         reason::Reason,
-        record::{OverlayDisposition, Protection, RescueMode},
+        record::OverlayDisposition,
         state::VmState,
     },
-    dispatch::Target,
     engine::{Event, NoProbe, Point, Probe},
-    hypervisor::{Hypervisor as _, LinkState, Nvram},
+    hypervisor::{Hypervisor as _, LinkState},
     store::{Accept, Accepted},
 };
 
-use crate::host::{
-    AT_ONCE, Agent, Host, NEW, ON, PATIENCE, PROMPT, SERVER, Saved, Seen, adopt, anonymous,
-    content, create, qemu_io, rescue, unrescue,
+use crate::{
+    host::{Agent, Host, ON, PATIENCE, SERVER, Saved, Seen, anonymous, content, unrescue},
+    variants::{Variant, prepare, variants},
 };
-
-/// What happens before the plan that is tried.
-#[derive(Clone)]
-enum Prior {
-    /// A server made from an image.
-    Created { powered_off: bool },
-    /// A domain that somebody else made.
-    Foreign { uefi: bool, on: bool },
-    /// An action that succeeds.
-    Done(Target, Action),
-    /// An action that fails, and cannot be taken back: the server is in ERROR.
-    Fault(Action),
-    /// The guest does not hear the power button.
-    IgnoresPowerButton,
-    /// The guest has an agent.
-    GuestAgent,
-    /// The rescue guest writes to the overlays.
-    Writes,
-    /// Somebody removes the domain.
-    Undefined,
-}
-
-/// A plan to be tried.
-struct Variant {
-    name: &'static str,
-    prior: Vec<Prior>,
-    target: Target,
-    action: Action,
-    /// It writes overlays to original disks: these then show what the overlays showed, all the time.
-    commits: bool,
-}
-
-fn variant(name: &'static str, prior: &[Prior], target: Target, action: Action) -> Variant {
-    Variant {
-        name,
-        prior: prior.to_vec(),
-        target,
-        action,
-        commits: false,
-    }
-}
-
-fn variants() -> Vec<Variant> {
-    let running = Prior::Created { powered_off: false };
-    let off = Prior::Created { powered_off: true };
-    let foreign = |uefi, on| [Prior::Foreign { uefi, on }, Prior::Done(NEW, adopt())];
-    let rescued = |change: &dyn Fn(&mut salvor_agent::core::action::RescueArgs)| {
-        let mut args = rescue();
-        change(&mut args);
-        Action::Rescue(Box::new(args))
-    };
-    let plain = rescued(&|_| {});
-    let overlay = rescued(&|args| {
-        args.mode = Some(RescueMode::Stable);
-        args.protection = Protection::Overlay;
-    });
-    let back = |overlay, restore_power| {
-        Action::Unrescue(salvor_agent::core::action::UnrescueArgs {
-            overlay,
-            restore_power,
-            ..unrescue()
-        })
-    };
-    let after = |prior: &[Prior], more: &[Prior]| [prior, more].concat();
-    let in_rescue =
-        |prior: &[Prior], action: &Action| after(prior, &[Prior::Done(ON, action.clone())]);
-    let in_overlays = |prior: &[Prior]| after(&in_rescue(prior, &overlay), &[Prior::Writes]);
-    let mut all = vec![
-        variant("create, powered on", &[], NEW, create(false)),
-        variant("create, powered off", &[], NEW, create(true)),
-        variant(
-            "adopt, running",
-            &[Prior::Foreign {
-                uefi: false,
-                on: true,
-            }],
-            NEW,
-            adopt(),
-        ),
-        variant(
-            "adopt, off",
-            &[Prior::Foreign {
-                uefi: true,
-                on: false,
-            }],
-            NEW,
-            adopt(),
-        ),
-        variant("release", &foreign(false, true), ON, Action::Release),
-        variant("start", &[off.clone()], ON, Action::Start),
-        variant(
-            "stop, by itself",
-            &[running.clone()],
-            ON,
-            Action::Stop(PROMPT),
-        ),
-        variant(
-            "stop, ignored",
-            &[running.clone(), Prior::IgnoresPowerButton],
-            ON,
-            Action::Stop(PROMPT),
-        ),
-        variant(
-            "stop, at once",
-            &[running.clone()],
-            ON,
-            Action::Stop(AT_ONCE),
-        ),
-        variant(
-            "rescue, classic, running",
-            &[running.clone()],
-            ON,
-            plain.clone(),
-        ),
-        variant(
-            "rescue, classic, off",
-            &foreign(false, false),
-            ON,
-            plain.clone(),
-        ),
-        variant(
-            "rescue, from error",
-            &[running.clone(), Prior::Fault(Action::Stop(AT_ONCE))],
-            ON,
-            plain.clone(),
-        ),
-        variant(
-            "rescue, stable, overlays, uefi",
-            &foreign(true, true),
-            ON,
-            overlay.clone(),
-        ),
-        variant(
-            "rescue, classic, read-only",
-            &foreign(false, true),
-            ON,
-            rescued(&|args| {
-                args.mode = Some(RescueMode::Classic);
-                args.protection = Protection::ReadOnly;
-            }),
-        ),
-        variant(
-            "rescue, cd",
-            &[running.clone()],
-            ON,
-            rescued(&|args| args.image = Some(crate::host::CD)),
-        ),
-        variant(
-            "unrescue, started",
-            &in_rescue(&foreign(true, true), &plain),
-            ON,
-            back(None, false),
-        ),
-        variant(
-            "unrescue, power restored",
-            &in_rescue(&[off.clone()], &plain),
-            ON,
-            back(None, true),
-        ),
-        variant(
-            "unrescue, discard",
-            &in_overlays(&foreign(false, true)),
-            ON,
-            back(Some(OverlayDisposition::Discard), false),
-        ),
-        Variant {
-            commits: true,
-            ..variant(
-                "unrescue, commit",
-                &in_overlays(&foreign(false, true)),
-                ON,
-                back(Some(OverlayDisposition::Commit), false),
-            )
-        },
-        variant(
-            "unrescue, domain gone",
-            &after(
-                &in_rescue(&foreign(true, true), &plain),
-                &[Prior::Undefined],
-            ),
-            ON,
-            back(None, false),
-        ),
-        variant("delete, created", &[running.clone()], ON, Action::Delete),
-        variant("delete, adopted", &foreign(true, true), ON, Action::Delete),
-        variant(
-            "delete, created, rescued",
-            &in_rescue(&[running.clone()], &plain),
-            ON,
-            Action::Delete,
-        ),
-        variant(
-            "delete, adopted, overlays",
-            &in_overlays(&foreign(false, true)),
-            ON,
-            Action::Delete,
-        ),
-        variant(
-            "delete, domain gone",
-            &[running, Prior::Undefined],
-            ON,
-            Action::Delete,
-        ),
-    ];
-    all.push(variant(
-        "deliverPassword",
-        &after(
-            &in_rescue(&foreign(false, true), &plain),
-            &[Prior::GuestAgent],
-        ),
-        ON,
-        Action::DeliverPassword,
-    ));
-    all
-}
 
 /// Lets happen at each point what it was told to, once, and notes every point.
 #[derive(Default)]
-struct Plot {
+pub(crate) struct Plot {
     events: Mutex<Vec<(Point, Event)>>,
     seen: Mutex<Vec<Point>>,
 }
 
 impl Plot {
-    fn new(events: &[(Point, Event)]) -> Arc<Self> {
+    pub(crate) fn new(events: &[(Point, Event)]) -> Arc<Self> {
         Arc::new(Self {
             events: Mutex::new(events.to_vec()),
             ..Self::default()
@@ -281,7 +65,7 @@ impl Probe for Plot {
     }
 }
 
-const FAIL: Event = Event::Fail(Reason::StorageFailed);
+pub(crate) const FAIL: Event = Event::Fail(Reason::StorageFailed);
 
 /// What goes wrong.
 #[derive(Debug, Clone)]
@@ -320,43 +104,6 @@ fn runtime() -> tokio::runtime::Runtime {
         .enable_all()
         .build()
         .unwrap()
-}
-
-async fn prepare(host: &Host, prior: &[Prior]) {
-    let agent = host.agent(Arc::new(NoProbe)).await;
-    Host::add_images(&agent.store).await;
-    for prior in prior {
-        match prior {
-            Prior::Created { powered_off } => agent.succeed(NEW, create(*powered_off)).await,
-            Prior::Foreign { uefi, on } => {
-                let xml = host.foreign_domain(*uefi);
-                host.fake.define(&xml).await.unwrap();
-                if *on {
-                    host.fake.start(SERVER).await.unwrap();
-                }
-            }
-            Prior::Done(target, action) => agent.succeed(*target, action.clone()).await,
-            Prior::Fault(action) => {
-                let plot =
-                    Plot::new(&[(Point::BeforeCommit, FAIL), (Point::BeforeRevert(0), FAIL)]);
-                let agent = host.agent(plot).await;
-                let operation = agent.carry_out(ON, action.clone()).await;
-                assert_eq!(operation.state, OperationState::Failed);
-            }
-            Prior::IgnoresPowerButton => host.fake.guest_ignores_acpi(SERVER),
-            Prior::GuestAgent => host.fake.guest_agent(SERVER, true),
-            Prior::Writes => {
-                let rescue = agent.record().rescue.clone().unwrap();
-                for overlay in rescue.overlays {
-                    qemu_io(Path::new(&overlay.path), "qcow2", "write -q -P 0x77 64k 4k");
-                }
-            }
-            Prior::Undefined => {
-                host.fake.destroy(SERVER).await.unwrap();
-                host.fake.undefine(SERVER, Nvram::Keep).await.unwrap();
-            }
-        }
-    }
 }
 
 impl Trial {
@@ -690,6 +437,35 @@ async fn bring_link_back(agent: &Agent) {
     }
 }
 
+/// What was applied is found to be so: doing it again would do no harm, but stop a guest twice.
+#[test]
+fn a_step_that_was_applied_before_the_agent_died_is_not_applied_again() {
+    let variant = variants()
+        .into_iter()
+        .find(|variant| variant.name == "rescue, classic, running");
+    let (mut trial, _, calls) = Trial::new(variant.unwrap());
+    for index in 0..trial.plan.steps.len() {
+        trial.host.restore(&trial.saved);
+        let before = trial.host.fake.calls().len();
+        let plot = Plot::new(&[(Point::AfterStep(index), Event::Die)]);
+        assert!(trial.live(&Trouble::At(Vec::new()), &plot).is_none());
+        let (operation, _) = trial.live_on();
+        assert_eq!(
+            (operation.state, operation.recoveries),
+            (OperationState::Done, 1)
+        );
+        let changes = |call: &&String| {
+            ["define ", "start ", "destroy ", "shutdown "]
+                .iter()
+                .any(|name| call.starts_with(name))
+        };
+        let calls_now = trial.host.fake.calls();
+        let changed: Vec<_> = calls_now[before..].iter().filter(changes).collect();
+        assert_eq!(changed.len(), 3, "after step {index}: {changed:?}");
+    }
+    assert!(calls > 3);
+}
+
 #[test]
 fn whatever_happens_to_a_plan_it_ends_done_or_as_before() {
     let queue: Mutex<VecDeque<Variant>> = Mutex::new(variants().into());
@@ -721,8 +497,9 @@ fn whatever_happens_to_a_plan_it_ends_done_or_as_before() {
     report.push(format!("crash cases: {} in all", total.into_inner()));
     let report = report.join("\n");
     println!("{report}");
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/crash-cases.txt");
-    fs::write(path, report + "\n").unwrap();
+    let target = concat!(env!("CARGO_MANIFEST_DIR"), "/../target");
+    fs::create_dir_all(target).unwrap();
+    fs::write(format!("{target}/crash-cases.txt"), report + "\n").unwrap();
     let failures = failures.into_inner().unwrap();
     assert!(
         failures.is_empty(),

@@ -4,13 +4,14 @@
 use std::{
     collections::BTreeMap,
     fs,
-    os::unix::fs::PermissionsExt as _,
+    os::unix::fs::{FileExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     process::Command,
     sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
+use nix::unistd::{Whence, lseek};
 use salvor_agent::{
     core::{
         action::{
@@ -60,6 +61,20 @@ pub(crate) struct Host {
     databases: usize,
 }
 
+/// The record of an image.
+pub(crate) fn image(id: Uuid, name: &str, format: ImageFormat) -> ImageRecord {
+    ImageRecord {
+        id,
+        name: name.to_owned(),
+        format,
+        size: DISK as u64,
+        virtual_size: DISK as u64,
+        sha256: String::new(),
+        properties: BTreeMap::new(),
+        created_at_ms: 1,
+    }
+}
+
 /// Templates take a while to be compiled in a debug build.
 pub(crate) fn templates() -> Arc<Templates> {
     static TEMPLATES: OnceLock<Arc<Templates>> = OnceLock::new();
@@ -67,7 +82,7 @@ pub(crate) fn templates() -> Arc<Templates> {
 }
 
 impl Host {
-    /// A host with images and an agent's empty store.
+    /// A host with an agent's empty store.
     pub(crate) fn new() -> Self {
         // In memory if that is possible: a test of crashes syncs a thousand times.
         let dir = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir());
@@ -80,14 +95,6 @@ impl Host {
         fs::create_dir_all(host.layout().servers()).unwrap();
         fs::create_dir_all(host.outside()).unwrap();
         fs::create_dir_all(host.database().parent().unwrap()).unwrap();
-        for (id, name, format) in [
-            (BASE, "base", ImageFormat::Raw),
-            (RESCUE, "rescue", ImageFormat::Raw),
-            (CD, "cd", ImageFormat::Iso),
-        ] {
-            let path = format!("{}/{id}.{format}", host.layout().images());
-            fs::write(path, vec![name.as_bytes()[0]; DISK]).unwrap();
-        }
         host
     }
 
@@ -107,24 +114,16 @@ impl Host {
             .join(format!("store-{}/salvor.db", self.databases))
     }
 
-    /// Makes the images known.
-    pub(crate) async fn add_images(store: &Store) {
+    /// Imports the images.
+    pub(crate) async fn add_images(&self, store: &Store) {
         for (id, name, format) in [
             (BASE, "base", ImageFormat::Raw),
             (RESCUE, "rescue", ImageFormat::Raw),
             (CD, "cd", ImageFormat::Iso),
         ] {
-            let image = ImageRecord {
-                id,
-                name: name.to_owned(),
-                format,
-                size: DISK as u64,
-                virtual_size: DISK as u64,
-                sha256: String::new(),
-                properties: BTreeMap::new(),
-                created_at_ms: 1,
-            };
-            store.add_image(image).await.unwrap();
+            let path = format!("{}/{id}.{format}", self.layout().images());
+            fs::write(path, vec![name.as_bytes()[0]; DISK]).unwrap();
+            store.add_image(image(id, name, format)).await.unwrap();
         }
     }
 
@@ -270,14 +269,63 @@ struct Entry {
     path: PathBuf,
     mode: u32,
     /// `None` for a folder.
-    bytes: Option<Vec<u8>>,
+    content: Option<Content>,
+}
+
+/// What is in a file, without its zeros: a config drive is large and empty.
+struct Content {
+    size: u64,
+    /// Offset and bytes of each block that holds something.
+    blocks: Vec<(u64, Vec<u8>)>,
+}
+
+impl Content {
+    fn read(path: &Path) -> Self {
+        const BLOCK: u64 = 4096;
+        let file = fs::File::open(path).unwrap();
+        let size = file.metadata().unwrap().len();
+        let mut blocks = Vec::new();
+        let mut offset = 0;
+        while offset < size {
+            // No more data than this: an error says so.
+            let Ok(data) = lseek(&file, offset.cast_signed(), Whence::SeekData) else {
+                break;
+            };
+            offset = data.cast_unsigned() / BLOCK * BLOCK;
+            let mut bytes = vec![0; usize::try_from(BLOCK.min(size - offset)).unwrap()];
+            file.read_exact_at(&mut bytes, offset).unwrap();
+            if bytes.iter().any(|byte| *byte != 0) {
+                blocks.push((offset, bytes));
+            }
+            offset += BLOCK;
+        }
+        Self { size, blocks }
+    }
+
+    fn write(&self, path: &Path) {
+        let file = fs::File::create(path).unwrap();
+        file.set_len(self.size).unwrap();
+        for (offset, bytes) in &self.blocks {
+            file.write_all_at(bytes, *offset).unwrap();
+        }
+    }
+
+    fn hash(&self) -> String {
+        let mut digest = Sha256::new();
+        digest.update(self.size.to_be_bytes());
+        for (offset, bytes) in &self.blocks {
+            digest.update(offset.to_be_bytes());
+            digest.update(bytes);
+        }
+        format!("{:x}", digest.finalize())
+    }
 }
 
 impl Entry {
     fn write(&self, path: &Path) {
-        match &self.bytes {
+        match &self.content {
             None => fs::create_dir_all(path).unwrap(),
-            Some(bytes) => fs::write(path, bytes).unwrap(),
+            Some(content) => content.write(path),
         }
         fs::set_permissions(path, fs::Permissions::from_mode(self.mode)).unwrap();
     }
@@ -299,7 +347,7 @@ pub(crate) struct Seen {
     pub(crate) live: Option<String>,
     pub(crate) saved: Option<String>,
     pub(crate) holders: Vec<(Uuid, String)>,
-    /// SHA-256 of each file, nothing for folders.
+    /// A hash of each file, nothing for folders.
     pub(crate) files: BTreeMap<String, String>,
 }
 
@@ -344,7 +392,7 @@ fn read_tree(folder: &Path, found: &mut BTreeMap<PathBuf, Entry>) {
         let entry = Entry {
             path: path.to_owned(),
             mode: metadata.permissions().mode() & 0o7777,
-            bytes: metadata.is_file().then(|| fs::read(path).unwrap()),
+            content: metadata.is_file().then(|| Content::read(path)),
         };
         found.insert(path.to_owned(), entry);
     });
@@ -358,7 +406,7 @@ fn hashes(folder: &Path) -> BTreeMap<String, String> {
             let hash = if metadata.is_dir() {
                 String::new()
             } else {
-                format!("{:x}", Sha256::digest(fs::read(path).unwrap()))
+                Content::read(path).hash()
             };
             found.insert(name, hash);
         });

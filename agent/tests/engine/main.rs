@@ -9,4 +9,10 @@
 )]
 
 mod crash;
+mod dispatch;
+mod gate;
 mod host;
+mod observe;
+mod power_off;
+mod store;
+mod variants;

@@ -99,6 +99,7 @@ async fn import(session: &Session, args: ImportArgs) -> Result<(), Failure> {
         format: args.format.map_or(0, |format| format.api()),
         properties: map("--property", &args.properties)?,
         sha256: args.sha256.clone().unwrap_or_default(),
+        size_bytes: None,
     };
     let limit = args.patience.wait_timeout;
     let imported = timeout(limit, async {
@@ -147,7 +148,11 @@ async fn from_host(
 }
 
 /// Sends the file.
-async fn send(session: &Session, spec: v1::ImageSpec, path: &Path) -> Result<v1::Image, Failure> {
+async fn send(
+    session: &Session,
+    mut spec: v1::ImageSpec,
+    path: &Path,
+) -> Result<v1::Image, Failure> {
     let failed = |cause: io::Error| Failure::File {
         what: format!("cannot read {}", path.display()),
         cause,
@@ -159,6 +164,7 @@ async fn send(session: &Session, spec: v1::ImageSpec, path: &Path) -> Result<v1:
     }
     // A block device has no length of its own; there the end is the end.
     let length = metadata.is_file().then_some(metadata.len());
+    spec.size_bytes = length;
     let bar = Bytes::new(&session.ui, length.unwrap_or(0));
     let (parts, stream) = mpsc::channel(AHEAD);
     let mut images = session.agent.images();

@@ -11,9 +11,13 @@
 )]
 
 mod adopted;
+mod crash;
 mod create;
 mod deploy;
+mod ends;
+mod faults;
 mod firmware;
+mod frozen;
 mod harness;
 mod images;
 mod password;
@@ -21,4 +25,6 @@ mod power;
 mod rescue;
 mod rescue_modes;
 mod scene;
+mod stage;
 mod timing;
+mod watch;

@@ -1,0 +1,364 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What planners refuse, each with the reason and the words that help.
+
+use salvor_agent::core::{
+    action::{Action, AdoptArgs, UnrescueArgs},
+    facts::Facts,
+    image::ImageFormat,
+    planners::{choose_image, plan},
+    reason::{Reason, Refusal},
+    record::{Origin, OverlayDisposition, Protection, RescueBus, RescueDevice, ServerRecord},
+    state::{PowerState, VmState},
+};
+
+use crate::bench::{
+    BASE, RESCUE, create_args, created_xml, domain, facts, fixture, image, record, rescue_args,
+    rescued, templates, unrescue_args,
+};
+
+fn refused(server: Option<&ServerRecord>, action: &Action, facts: &Facts) -> Refusal {
+    match plan(server, action, facts, templates()) {
+        Err(refusal) => refusal,
+        Ok(plan) => panic!("it was planned: {plan:?}"),
+    }
+}
+
+/// The refusal has this reason and says all of these.
+fn says(refusal: &Refusal, reason: Reason, words: &[&str]) {
+    assert_eq!(refusal.reason, reason, "{refusal}");
+    for word in words {
+        assert!(
+            refusal.message.contains(word),
+            "{word:?} is not in {refusal}"
+        );
+    }
+}
+
+fn active() -> ServerRecord {
+    record(Origin::Adopted, VmState::Active)
+}
+
+fn rescue_facts(xml: &str) -> Facts {
+    let rescue = image(RESCUE, "rescue", ImageFormat::Qcow2);
+    facts(Some(domain(xml, PowerState::Running)), Some(rescue))
+}
+
+/// A rescue with other facts or arguments than those that would succeed.
+fn rescue_refused(
+    change: impl FnOnce(&mut Facts, &mut salvor_agent::core::action::RescueArgs),
+) -> Refusal {
+    let (mut facts, mut args) = (rescue_facts(fixture("virt-manager")), rescue_args());
+    let good = Action::Rescue(Box::new(args.clone()));
+    plan(Some(&active()), &good, &facts, templates()).unwrap();
+    change(&mut facts, &mut args);
+    refused(Some(&active()), &Action::Rescue(Box::new(args)), &facts)
+}
+
+#[test]
+fn a_transient_domain_has_no_way_back() {
+    let refusal = rescue_refused(|facts, _| facts.domain.as_mut().unwrap().persistent = false);
+    says(
+        &refusal,
+        Reason::DomainTransient,
+        &["no way back", "define it first"],
+    );
+    let mut transient = facts(Some(domain(fixture("minimal"), PowerState::Running)), None);
+    transient.domain.as_mut().unwrap().persistent = false;
+    let adopt = Action::Adopt(AdoptArgs { name: None });
+    let refusal = refused(None, &adopt, &transient);
+    says(&refusal, Reason::DomainTransient, &["virsh define"]);
+}
+
+#[test]
+fn saved_memory_would_come_back_instead_of_the_rescue() {
+    let refusal = rescue_refused(|facts, _| facts.domain.as_mut().unwrap().managed_save = true);
+    says(
+        &refusal,
+        Reason::SavedMemory,
+        &["managedsave-remove", "start server"],
+    );
+}
+
+#[test]
+fn without_its_domain_a_server_is_neither_rescued_nor_started() {
+    let refusal = rescue_refused(|facts, _| facts.domain = None);
+    says(&refusal, Reason::DomainNotFound, &["delete the server"]);
+    let stopped = record(Origin::Created, VmState::Stopped);
+    let refusal = refused(Some(&stopped), &Action::Start, &facts(None, None));
+    says(&refusal, Reason::DomainNotFound, &["delete the server"]);
+    let adopt = Action::Adopt(AdoptArgs { name: None });
+    says(
+        &refused(None, &adopt, &facts(None, None)),
+        Reason::DomainNotFound,
+        &[],
+    );
+}
+
+#[test]
+fn without_space_nothing_begins() {
+    let refusal = rescue_refused(|facts, _| facts.host.free_bytes = facts.host.reserve_bytes);
+    says(
+        &refusal,
+        Reason::NoSpace,
+        &["storage.reserve", "/var/lib/salvor"],
+    );
+    let mut tight = facts(None, Some(image(BASE, "base", ImageFormat::Qcow2)));
+    tight.host.free_bytes = tight.host.reserve_bytes + 1;
+    let create = Action::Create(Box::new(create_args()));
+    says(&refused(None, &create, &tight), Reason::NoSpace, &["needs"]);
+}
+
+#[test]
+fn an_image_must_be_there_with_its_file() {
+    let refusal = rescue_refused(|facts, _| facts.image = None);
+    says(&refusal, Reason::ImageNotFound, &[]);
+    let refusal = rescue_refused(|facts, _| facts.image.as_mut().unwrap().present = false);
+    says(&refusal, Reason::ImageNotFound, &["import it again"]);
+}
+
+#[test]
+fn properties_of_an_image_that_mean_nothing_are_refused_before_the_guest_is_stopped() {
+    for (name, value, choices) in [
+        ("hw_rescue_bus", "xen", "virtio, scsi, usb, sata or ide"),
+        ("hw_rescue_device", "floppy", "disk or cdrom"),
+    ] {
+        let refusal = rescue_refused(|facts, _| {
+            let properties = &mut facts.image.as_mut().unwrap().record.properties;
+            properties.insert(name.to_owned(), value.to_owned());
+        });
+        says(&refusal, Reason::InvalidField, &[name, value, choices]);
+        assert_eq!(refusal.subject.unwrap().0, "image");
+    }
+}
+
+#[test]
+fn there_is_no_virtio_cdrom() {
+    let refusal = rescue_refused(|_, args| {
+        args.bus = Some(RescueBus::Virtio);
+        args.device = Some(RescueDevice::Cdrom);
+    });
+    says(&refusal, Reason::InvalidField, &["sata, scsi, ide or usb"]);
+    assert_eq!(refusal.subject.unwrap().0, "bus");
+}
+
+#[test]
+fn a_bus_that_the_machine_has_not_is_refused() {
+    let refusal = rescue_refused(|_, args| args.bus = Some(RescueBus::Ide));
+    says(&refusal, Reason::DomainUnsupported, &["ide"]);
+}
+
+#[test]
+fn a_timeout_with_overlays_needs_a_decision() {
+    let refusal = rescue_refused(|_, args| {
+        args.protection = Protection::Overlay;
+        args.timeout_ms = Some(1);
+    });
+    says(&refusal, Reason::InvalidField, &["committed or discarded"]);
+    assert_eq!(refusal.subject.unwrap().0, "timeout_overlay");
+}
+
+#[test]
+fn disks_that_cannot_have_an_overlay_are_named() {
+    let overlay = |xml: &str, change: &dyn Fn(&mut Facts)| {
+        let mut args = rescue_args();
+        args.protection = Protection::Overlay;
+        let mut facts = rescue_facts(xml);
+        change(&mut facts);
+        refused(Some(&active()), &Action::Rescue(Box::new(args)), &facts)
+    };
+    let refusal = overlay(fixture("three-disks"), &|_| {});
+    says(
+        &refusal,
+        Reason::DomainUnsupported,
+        &["disk vda", "shared", "READ_ONLY"],
+    );
+    let network = fixture("virt-manager")
+        .replace(
+            "<disk type='file' device='disk'>",
+            "<disk type='network' device='disk'>",
+        )
+        .replace(
+            "<source file='/var/lib/libvirt/images/fedora-workstation.qcow2'/>",
+            "<source protocol='rbd' name='pool/image'><host name='mon'/></source>",
+        );
+    let refusal = overlay(&network, &|_| {});
+    says(
+        &refusal,
+        Reason::DomainUnsupported,
+        &["disk vda", "neither a file nor a block device"],
+    );
+    let vmdk = fixture("virt-manager").replacen("type='qcow2'", "type='vmdk'", 1);
+    says(
+        &overlay(&vmdk, &|_| {}),
+        Reason::DomainUnsupported,
+        &["its format is vmdk"],
+    );
+    let refusal = overlay(fixture("virt-manager"), &|facts| {
+        facts.domain.as_mut().unwrap().disk_sizes.clear();
+    });
+    says(
+        &refusal,
+        Reason::DomainUnsupported,
+        &["size cannot be told"],
+    );
+}
+
+#[test]
+fn a_definition_that_cannot_be_read_is_neither_adopted_nor_rescued() {
+    let refusal = rescue_refused(|facts, _| {
+        facts.domain.as_mut().unwrap().xml = "<domain><name>x</domain>".to_owned();
+    });
+    says(&refusal, Reason::DomainUnsupported, &["cannot be read"]);
+}
+
+#[test]
+fn the_definition_of_a_rescue_is_not_adopted_as_the_servers_own() {
+    let (_, in_rescue) = rescued(&active(), fixture("virt-manager"), rescue_args());
+    let adopt = Action::Adopt(AdoptArgs { name: None });
+    let refusal = refused(None, &adopt, &in_rescue);
+    says(
+        &refusal,
+        Reason::DomainUnsupported,
+        &["that of a rescue", "restore that first"],
+    );
+}
+
+#[test]
+fn what_is_there_is_not_made_again() {
+    let exists = facts(
+        Some(domain(&created_xml(false), PowerState::Shutdown)),
+        Some(image(BASE, "base", ImageFormat::Qcow2)),
+    );
+    let create = Action::Create(Box::new(create_args()));
+    says(
+        &refused(None, &create, &exists),
+        Reason::ServerExists,
+        &["libvirt has a domain"],
+    );
+    says(
+        &refused(Some(&active()), &create, &exists),
+        Reason::ServerExists,
+        &[],
+    );
+    let adopt = Action::Adopt(AdoptArgs { name: None });
+    says(
+        &refused(Some(&active()), &adopt, &exists),
+        Reason::ServerExists,
+        &[],
+    );
+}
+
+#[test]
+fn what_is_not_there_is_not_acted_on() {
+    let facts = facts(None, None);
+    for action in [
+        Action::Release,
+        Action::Delete,
+        Action::Start,
+        Action::Stop(crate::bench::NOVA),
+        Action::Rescue(Box::new(rescue_args())),
+        Action::Unrescue(unrescue_args()),
+        Action::DeliverPassword,
+    ] {
+        says(&refused(None, &action, &facts), Reason::ServerNotFound, &[]);
+    }
+}
+
+#[test]
+fn a_server_is_made_from_a_disk_image_that_fits() {
+    let create = |gib, format| {
+        let mut args = create_args();
+        args.flavor.disk_gib = gib;
+        let mut facts = facts(None, Some(image(BASE, "base", format)));
+        facts.image.as_mut().unwrap().record.virtual_size = (2 << 30) + 1;
+        refused(None, &Action::Create(Box::new(args)), &facts)
+    };
+    says(
+        &create(0, ImageFormat::Iso),
+        Reason::InvalidField,
+        &["is an ISO"],
+    );
+    says(
+        &create(2, ImageFormat::Raw),
+        Reason::ImageTooLarge,
+        &["at least 3 GiB"],
+    );
+}
+
+fn unrescue_refused(
+    protection: Protection,
+    change: impl FnOnce(&mut ServerRecord, &mut UnrescueArgs),
+) -> Refusal {
+    let mut args = rescue_args();
+    args.protection = protection;
+    let (mut server, in_rescue) = rescued(&active(), fixture("virt-manager"), args);
+    let mut args = unrescue_args();
+    change(&mut server, &mut args);
+    refused(Some(&server), &Action::Unrescue(args), &in_rescue)
+}
+
+#[test]
+fn overlays_need_a_decision_and_only_overlays_take_one() {
+    let refusal = unrescue_refused(Protection::Overlay, |_, _| {});
+    says(
+        &refusal,
+        Reason::OverlayDecisionNeeded,
+        &["commit or discard"],
+    );
+    for protection in [Protection::ReadWrite, Protection::ReadOnly] {
+        for overlay in OverlayDisposition::ALL {
+            let refusal = unrescue_refused(protection, |_, args| args.overlay = Some(*overlay));
+            says(&refusal, Reason::NoOverlays, &[protection.name()]);
+        }
+    }
+}
+
+#[test]
+fn a_commit_that_began_cannot_be_discarded() {
+    let refusal = unrescue_refused(Protection::Overlay, |server, args| {
+        server.rescue.as_mut().unwrap().commit_started = true;
+        args.overlay = Some(OverlayDisposition::Discard);
+    });
+    says(&refusal, Reason::CommitStarted, &["only committing"]);
+}
+
+#[test]
+fn without_a_rescue_there_is_nothing_to_go_back_to() {
+    let refusal = unrescue_refused(Protection::ReadWrite, |server, _| server.rescue = None);
+    says(&refusal, Reason::NotRescued, &["no saved definition"]);
+    let (server, mut in_rescue) = rescued(&active(), fixture("virt-manager"), rescue_args());
+    in_rescue.saved_xml = None;
+    let refusal = refused(
+        Some(&server),
+        &Action::Unrescue(unrescue_args()),
+        &in_rescue,
+    );
+    says(&refusal, Reason::NotRescued, &["no saved definition"]);
+    let facts = facts(None, None);
+    says(
+        &refused(Some(&active()), &Action::DeliverPassword, &facts),
+        Reason::NotRescued,
+        &[],
+    );
+    let mut delivered = server;
+    delivered.rescue.as_mut().unwrap().password_for_agent = None;
+    says(
+        &refused(Some(&delivered), &Action::DeliverPassword, &facts),
+        Reason::NotRescued,
+        &[],
+    );
+}
+
+#[test]
+fn the_image_of_a_rescue_is_the_named_one_else_the_servers_else_the_hosts() {
+    let other = uuid::Uuid::from_u128(5);
+    let (created, adopted) = (record(Origin::Created, VmState::Active), active());
+    assert_eq!(
+        choose_image(&created, Some(RESCUE), Some(other)),
+        Ok(RESCUE)
+    );
+    assert_eq!(choose_image(&created, None, Some(other)), Ok(BASE));
+    assert_eq!(choose_image(&adopted, None, Some(other)), Ok(other));
+    let refusal = choose_image(&adopted, None, None).unwrap_err();
+    says(&refusal, Reason::NoRescueImage, &["rescue.default_image"]);
+}

@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The status that users see, and what observations mean.
+
+use std::collections::BTreeMap;
+
+use salvor_agent::core::{
+    reconcile::{is_stale, reconcile},
+    record::Origin,
+    state::{ObservationSource, PowerObservation, PowerState, Status, TaskState, VmState, status},
+};
+use uuid::Uuid;
+
+use crate::bench::record;
+
+/// `_STATE_MAP` of `nova/api/openstack/common.py`: the row's default, then exceptions by task state.
+const NOVA: &str = "
+    active ACTIVE rebooting=REBOOT reboot_pending=REBOOT reboot_started=REBOOT rebooting_hard=HARD_REBOOT reboot_pending_hard=HARD_REBOOT reboot_started_hard=HARD_REBOOT updating_password=PASSWORD rebuilding=REBUILD rebuild_block_device_mapping=REBUILD rebuild_spawning=REBUILD migrating=MIGRATING resize_prep=RESIZE resize_migrating=RESIZE resize_migrated=RESIZE resize_finish=RESIZE
+    building BUILD
+    stopped SHUTOFF resize_prep=RESIZE resize_migrating=RESIZE resize_migrated=RESIZE resize_finish=RESIZE rebuilding=REBUILD rebuild_block_device_mapping=REBUILD rebuild_spawning=REBUILD
+    resized VERIFY_RESIZE resize_reverting=REVERT_RESIZE
+    paused PAUSED migrating=MIGRATING
+    suspended SUSPENDED
+    rescued RESCUE
+    error ERROR rebuilding=REBUILD rebuild_block_device_mapping=REBUILD rebuild_spawning=REBUILD
+    soft-delete SOFT_DELETED
+    deleted DELETED
+    shelved SHELVED
+    shelved_offloaded SHELVED_OFFLOADED
+";
+
+#[test]
+fn the_status_of_every_pair_of_states_is_novas() {
+    let mut rows = 0;
+    for line in NOVA.lines().map(str::trim).filter(|line| !line.is_empty()) {
+        let mut words = line.split_whitespace();
+        let vm_state = VmState::from_name(words.next().unwrap()).unwrap();
+        let default = Status::from_name(words.next().unwrap()).unwrap();
+        let exceptions: BTreeMap<TaskState, Status> = words
+            .map(|word| {
+                let (task, status) = word.split_once('=').unwrap();
+                (
+                    TaskState::from_name(task).unwrap(),
+                    Status::from_name(status).unwrap(),
+                )
+            })
+            .collect();
+        assert_eq!(status(vm_state, None), default);
+        for task in TaskState::ALL {
+            let expected = exceptions.get(task).copied().unwrap_or(default);
+            assert_eq!(status(vm_state, Some(*task)), expected, "{vm_state} {task}");
+        }
+        rows += 1;
+    }
+    assert_eq!(rows, VmState::ALL.len());
+}
+
+#[test]
+fn power_states_have_novas_numbers() {
+    let codes: Vec<i32> = PowerState::ALL
+        .iter()
+        .map(|state| state.nova_code())
+        .collect();
+    assert_eq!(codes, [0, 1, 3, 4, 6, 7, 0]);
+}
+
+#[test]
+fn names_are_stable_and_unique() {
+    fn check<T: Copy + PartialEq + std::fmt::Debug + serde::Serialize>(
+        all: &[T],
+        name: impl Fn(T) -> &'static str,
+        from: impl Fn(&str) -> Option<T>,
+    ) {
+        for value in all {
+            assert_eq!(from(name(*value)), Some(*value));
+            let json = serde_json::to_string(value).unwrap();
+            assert_eq!(json, format!("{:?}", name(*value)));
+        }
+    }
+    check(VmState::ALL, VmState::name, VmState::from_name);
+    check(TaskState::ALL, TaskState::name, TaskState::from_name);
+    check(PowerState::ALL, PowerState::name, PowerState::from_name);
+    check(Status::ALL, Status::name, Status::from_name);
+    assert_eq!(VmState::from_name("ACTIVE"), None);
+}
+
+fn seen(state: PowerState, observed_at_ms: i64) -> PowerObservation {
+    PowerObservation {
+        state,
+        reason: "why".to_owned(),
+        observed_at_ms,
+        source: ObservationSource::Event,
+    }
+}
+
+#[test]
+fn an_observation_changes_the_intent_in_three_cases_only() {
+    for vm_state in VmState::ALL {
+        for power in PowerState::ALL {
+            for busy in [false, true] {
+                // Before, at, and after the time when the last operation ended.
+                for at in [999, 1_000, 1_001] {
+                    let mut server = record(Origin::Adopted, *vm_state);
+                    server.power.observed_at_ms = 900;
+                    server.operation = busy.then(|| Uuid::from_u128(1));
+                    let expected = match (vm_state, power) {
+                        (VmState::Active, PowerState::Shutdown | PowerState::Crashed)
+                            if !busy && at > 1_000 =>
+                        {
+                            VmState::Stopped
+                        }
+                        (VmState::Stopped, PowerState::Running) if !busy && at > 1_000 => {
+                            VmState::Active
+                        }
+                        (state, _) => *state,
+                    };
+                    let reconciled = reconcile(&server, seen(*power, at)).unwrap();
+                    assert_eq!(
+                        reconciled.vm_state, expected,
+                        "{vm_state} {power} {busy} {at}"
+                    );
+                    assert_eq!(reconciled.power.state, *power);
+                    let unknown = *power == PowerState::Unknown;
+                    assert_eq!(reconciled.last_known_power, unknown.then_some(server.power));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn an_outage_keeps_what_was_known_before_it_however_long_it_lasts() {
+    let mut server = record(Origin::Adopted, VmState::Active);
+    let known = server.power.clone();
+    for at in 2_000..2_010 {
+        let reason = format!("try {at}");
+        let outage = PowerObservation {
+            reason,
+            ..seen(PowerState::Unknown, at)
+        };
+        let reconciled = reconcile(&server, outage).unwrap();
+        assert_eq!(reconciled.last_known_power, Some(known.clone()));
+        assert_eq!(reconciled.vm_state, VmState::Active);
+        server.power = reconciled.power;
+        server.last_known_power = reconciled.last_known_power;
+    }
+    let back = reconcile(&server, seen(PowerState::Running, 3_000)).unwrap();
+    assert_eq!(
+        (back.power.state, back.last_known_power),
+        (PowerState::Running, None)
+    );
+}
+
+#[test]
+fn what_is_seen_again_is_no_news() {
+    let mut server = record(Origin::Adopted, VmState::Active);
+    server.power = seen(PowerState::Running, 2_000);
+    assert_eq!(reconcile(&server, seen(PowerState::Running, 3_000)), None);
+    // Off already when the operation ended, and nobody had drawn the conclusion.
+    server.power = seen(PowerState::Shutdown, 900);
+    let reconciled = reconcile(&server, seen(PowerState::Shutdown, 3_000)).unwrap();
+    assert_eq!(reconciled.vm_state, VmState::Stopped);
+}
+
+#[test]
+fn an_observation_is_stale_if_a_newer_one_is_known_unless_the_clock_was_set_back() {
+    let mut server = record(Origin::Adopted, VmState::Active);
+    server.power.observed_at_ms = 1_000_000;
+    for (at, expected) in [
+        (1_000_001, false),
+        (1_000_000, false),
+        (999_999, true),
+        (940_000, true),
+        (939_999, false),
+        (0, false),
+    ] {
+        assert_eq!(
+            is_stale(&server, &seen(PowerState::Running, at)),
+            expected,
+            "{at}"
+        );
+    }
+}

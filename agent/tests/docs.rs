@@ -1,0 +1,312 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What the documents say is what the code does: tables that are made from the code, and the test that they
+//! are up to date. `UPDATE_DOCS=1 cargo test -p salvor-agent --test docs` makes them anew.
+//!
+//! A table in a page that is otherwise written by hand stands between `<!-- table: NAME -->` and
+//! `<!-- end of table -->`.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+use std::{collections::BTreeMap, env, fmt::Write as _, fs, path::PathBuf};
+
+use salvor_agent::core::{
+    action::{Shutdown, Verb},
+    admission::{Allowed, allowed},
+    operation::{OperationState, StepState},
+    password::CryptHash,
+    plan::{ConfigDriveSpec, Mark, Step},
+    state::{PowerState, Status, TaskState, VmState, status},
+};
+use uuid::Uuid;
+
+const END: &str = "<!-- end of table -->";
+
+/// Holds a page against what it should be, or writes it.
+fn hold(page: &str, wanted: &str) {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .unwrap()
+        .join("docs")
+        .join(page);
+    if env::var_os("UPDATE_DOCS").is_some() {
+        fs::write(&path, wanted).unwrap();
+    }
+    let found = fs::read_to_string(&path).unwrap_or_default();
+    assert!(
+        found == wanted,
+        "docs/{page} is stale: run UPDATE_DOCS=1 cargo test -p salvor-agent --test docs"
+    );
+}
+
+/// Holds the tables of a page against what they should be, or writes them. Each must be there.
+fn hold_tables(page: &str, tables: &[(&str, String)]) {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("../docs")
+        .join(page);
+    let mut text = fs::read_to_string(path).unwrap();
+    for (name, table) in tables {
+        let begin = format!("<!-- table: {name} -->\n");
+        let from = text
+            .find(&begin)
+            .unwrap_or_else(|| panic!("docs/{page} has no {begin}"))
+            + begin.len();
+        let to = from
+            + text[from..]
+                .find(END)
+                .unwrap_or_else(|| panic!("docs/{page}: the table {name} has no end"));
+        text.replace_range(from..to, table);
+    }
+    hold(page, &text);
+}
+
+fn row(text: &mut String, cells: &[String]) {
+    writeln!(text, "| {} |", cells.join(" | ")).unwrap();
+}
+
+fn head(cells: &[&str]) -> String {
+    let mut text = String::new();
+    row(
+        &mut text,
+        &cells
+            .iter()
+            .map(|cell| (*cell).to_owned())
+            .collect::<Vec<_>>(),
+    );
+    writeln!(text, "|{}", "---|".repeat(cells.len())).unwrap();
+    text
+}
+
+fn code(text: impl std::fmt::Display) -> String {
+    format!("`{text}`")
+}
+
+#[test]
+fn the_tables_of_states_are_those_of_the_code() {
+    hold_tables(
+        "STATES.md",
+        &[
+            ("status", statuses()),
+            ("admission", admission()),
+            ("task states", tasks()),
+            ("power states", powers()),
+        ],
+    );
+}
+
+fn statuses() -> String {
+    let mut table = head(&["vm state", "status", "except while the task state is"]);
+    for vm_state in VmState::ALL {
+        let usual = status(*vm_state, None);
+        let mut others: BTreeMap<Status, Vec<String>> = BTreeMap::new();
+        for task in TaskState::ALL {
+            let status = status(*vm_state, Some(*task));
+            if status != usual {
+                others.entry(status).or_default().push(code(task));
+            }
+        }
+        let others: Vec<_> = others
+            .into_iter()
+            .map(|(status, tasks)| format!("{} → {status}", tasks.join(", ")))
+            .collect();
+        row(
+            &mut table,
+            &[code(vm_state), usual.to_string(), others.join("; ")],
+        );
+    }
+    table
+}
+
+fn admission() -> String {
+    let verbs: Vec<_> = Verb::ALL
+        .iter()
+        .filter(|verb| !matches!(verb, Verb::Create | Verb::Adopt))
+        .collect();
+    let mut heading = vec!["vm state"];
+    heading.extend(verbs.iter().map(|verb| verb.name()));
+    let mut table = head(&heading);
+    for vm_state in VmState::ALL {
+        let mut cells = vec![code(vm_state)];
+        cells.extend(verbs.iter().map(|verb| {
+            match allowed(**verb, *vm_state) {
+                Allowed::Yes => "yes",
+                Allowed::IfRescued => "if rescued",
+                Allowed::UnlessRescued => "unless rescued",
+                Allowed::No => "",
+            }
+            .to_owned()
+        }));
+        row(&mut table, &cells);
+    }
+    table
+}
+
+fn tasks() -> String {
+    let mut table = head(&["verb", "task state while it runs", "overtakes"]);
+    for verb in Verb::ALL {
+        let overtaken: Vec<_> = Verb::ALL
+            .iter()
+            .filter(|other| verb.overtakes(other.task_state()))
+            .map(code)
+            .collect();
+        row(
+            &mut table,
+            &[
+                code(verb),
+                verb.task_state().map(code).unwrap_or_default(),
+                overtaken.join(", "),
+            ],
+        );
+    }
+    table
+}
+
+fn powers() -> String {
+    let mut table = head(&["power state", "Nova's number", "is there a QEMU process"]);
+    for power in PowerState::ALL {
+        let on = match power {
+            PowerState::Unknown => "not known",
+            power if power.is_on() => "yes",
+            _ => "no",
+        };
+        row(
+            &mut table,
+            &[code(power), power.nova_code().to_string(), on.to_owned()],
+        );
+    }
+    table
+}
+
+#[test]
+fn the_deadlines_are_those_of_the_code() {
+    let mut table = head(&["step", "what it does", "at most"]);
+    for step in steps() {
+        let limit = match &step {
+            Step::PowerOff { .. } => format!(
+                "the shutdown time-out and {}",
+                time(step.deadline_ms() - EXAMPLE.timeout_ms)
+            ),
+            step => time(step.deadline_ms()),
+        };
+        row(
+            &mut table,
+            &[code(step.kind()), about(&step).to_owned(), limit],
+        );
+    }
+    let mut states = String::new();
+    for state in OperationState::ALL {
+        let end = if state.is_final() { " (an end)" } else { "" };
+        writeln!(states, "* operation: `{state}`{end}").unwrap();
+    }
+    for state in StepState::ALL {
+        writeln!(states, "* step: `{state}`").unwrap();
+    }
+    hold_tables(
+        "SPECIFICATION.md",
+        &[("deadlines", table), ("states of operations", states)],
+    );
+}
+
+fn time(milliseconds: u64) -> String {
+    match milliseconds / 1000 {
+        seconds if seconds % 3600 == 0 => format!("{} h", seconds / 3600),
+        seconds if seconds >= 120 && seconds % 60 == 0 => format!("{} min", seconds / 60),
+        seconds => format!("{seconds} s"),
+    }
+}
+
+const EXAMPLE: Shutdown = Shutdown {
+    timeout_ms: 60_000,
+    retry_ms: 10_000,
+};
+
+/// What a step does, in general. A new kind of step does not compile until it is here; add it to [`steps`], too.
+fn about(step: &Step) -> &'static str {
+    match step {
+        Step::HoldImage { .. } => "checks that an image is there and keeps it from being deleted",
+        Step::MakeFolder { .. } => "makes a folder",
+        Step::CreateOverlay { .. } => "makes a qcow2 overlay on an image or a disk",
+        Step::CopyFile { .. } => "copies a file (UEFI variables)",
+        Step::BuildConfigDrive { .. } => "makes a config drive",
+        Step::SaveDefinition { .. } => "saves the server's definition, once",
+        Step::PowerOff { .. } => "has the guest shut down, and ends it when its time is over",
+        Step::MarkCommitStarted => "notes that overlays are being committed",
+        Step::CommitOverlay { .. } => "writes an overlay to the disk under it",
+        Step::DefineDomain { .. } => "defines the domain",
+        Step::UndefineDomain { .. } => "removes the domain's definition",
+        Step::StartDomain { .. } => "starts the guest",
+        Step::SetUserPassword { .. } => "has the guest agent set a password",
+        Step::RemoveFolder { .. } => "removes a folder of the server",
+        Step::ReleaseImage { .. } => "lets go of an image",
+        Step::DropSavedDefinition => "forgets the saved definition",
+    }
+}
+
+/// One step of each kind.
+fn steps() -> Vec<Step> {
+    let text = String::new;
+    vec![
+        Step::HoldImage {
+            image: Uuid::nil(),
+            path: text(),
+            size: 0,
+            holder: text(),
+        },
+        Step::MakeFolder { path: text() },
+        Step::CreateOverlay {
+            path: text(),
+            backing: text(),
+            backing_format: text(),
+            size: 0,
+        },
+        Step::CopyFile {
+            from: text(),
+            to: text(),
+        },
+        Step::BuildConfigDrive {
+            path: text(),
+            drive: Box::new(ConfigDriveSpec {
+                instance_id: Uuid::nil(),
+                hostname: text(),
+                name: text(),
+                public_keys: BTreeMap::new(),
+                password: None,
+                password_user: text(),
+                user_data: None,
+                metadata: BTreeMap::new(),
+                plan: Uuid::nil(),
+            }),
+        },
+        Step::SaveDefinition { xml: text() },
+        Step::PowerOff {
+            shutdown: EXAMPLE,
+            was_on: true,
+        },
+        Step::MarkCommitStarted,
+        Step::CommitOverlay {
+            path: text(),
+            base: text(),
+        },
+        Step::DefineDomain {
+            xml: text(),
+            mark: Mark::Own,
+            before: None,
+        },
+        Step::UndefineDomain { before: text() },
+        Step::StartDomain { mark: Mark::Own },
+        Step::SetUserPassword {
+            user: text(),
+            hash: CryptHash(text()),
+        },
+        Step::RemoveFolder { path: text() },
+        Step::ReleaseImage {
+            image: Uuid::nil(),
+            holder: text(),
+        },
+        Step::DropSavedDefinition,
+    ]
+}

@@ -1,0 +1,327 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The observer: what is seen of guests, and what falls due.
+
+use std::{sync::Arc, time::Duration};
+
+use salvor_agent::{
+    core::{
+        action::{Action, RescueArgs, Verb},
+        record::{OverlayDisposition, PasswordDelivery, Protection},
+        state::{ObservationSource, PowerState, VmState},
+    },
+    engine::NoProbe,
+    hypervisor::{Hypervisor as _, HypervisorError, LinkState},
+    observe::Observer,
+};
+use tokio::{sync::watch, task::JoinHandle};
+
+use crate::{
+    gate::{stays, until},
+    host::{Agent, Host, NEW, ON, SERVER, adopt, rescue, rescue_action},
+};
+
+/// A host with an adopted server that runs, an agent, and its observer.
+struct Watched {
+    host: Host,
+    agent: Agent,
+    stop: watch::Sender<bool>,
+    observer: JoinHandle<()>,
+}
+
+impl Watched {
+    async fn new() -> Self {
+        let host = Host::new();
+        let agent = host.agent(Arc::new(NoProbe)).await;
+        host.add_images(&agent.store).await;
+        host.fake.define(&host.foreign_domain(false)).await.unwrap();
+        host.fake.start(SERVER).await.unwrap();
+        agent.succeed(NEW, adopt()).await;
+        // Events have to do: the interval is far longer than any test.
+        let observer = Observer::new(
+            agent.store.clone(),
+            Arc::new(agent.fake.clone()),
+            agent.dispatcher.clone(),
+            Duration::from_secs(600),
+        );
+        let (stop, stopped) = watch::channel(false);
+        let observer = tokio::spawn(observer.run(stopped));
+        let watched = Self {
+            host,
+            agent,
+            stop,
+            observer,
+        };
+        // Its first look is over: a change is seen by an event from now on.
+        watched
+            .host
+            .fake
+            .set_power(SERVER, PowerState::Paused, "user");
+        watched.sees(PowerState::Paused).await;
+        watched
+            .host
+            .fake
+            .set_power(SERVER, PowerState::Running, "unpaused");
+        watched.sees(PowerState::Running).await;
+        watched
+    }
+
+    async fn sees(&self, power: PowerState) {
+        let seen = || self.agent.record().power.state == power;
+        until(&format!("{power} is seen"), seen).await;
+    }
+
+    async fn becomes(&self, vm_state: VmState) {
+        let is_so = || self.agent.record().vm_state == vm_state;
+        until(&format!("the server is {vm_state}"), is_so).await;
+    }
+
+    async fn rescue(&self, change: impl FnOnce(&mut RescueArgs)) {
+        let mut args = rescue();
+        change(&mut args);
+        self.agent.succeed(ON, Action::Rescue(Box::new(args))).await;
+    }
+
+    async fn operations(&self, verb: Verb) -> usize {
+        let all = self
+            .agent
+            .store
+            .operations(Some(SERVER), i64::MAX, 10_000)
+            .await
+            .unwrap();
+        all.iter()
+            .filter(|(_, operation)| operation.verb == verb)
+            .count()
+    }
+
+    async fn end(self) {
+        self.stop.send_replace(true);
+        tokio::time::timeout(Duration::from_secs(10), self.observer)
+            .await
+            .unwrap()
+            .unwrap();
+    }
+}
+
+fn down() -> LinkState {
+    LinkState::Down {
+        reason: "Connection reset by peer".to_owned(),
+    }
+}
+
+#[tokio::test]
+async fn an_outage_is_unknown_and_never_off() {
+    let watched = Watched::new().await;
+    let agent = &watched.agent;
+    let first = *agent.store.revision().borrow();
+    watched.host.fake.set_link(down());
+    watched.sees(PowerState::Unknown).await;
+    let record = agent.record();
+    assert_eq!(record.vm_state, VmState::Active);
+    assert_eq!(record.power.source, ObservationSource::Inferred);
+    assert!(record.power.reason.contains("reset by peer"));
+    let known = record.last_known_power.clone().unwrap();
+    assert_eq!(known.state, PowerState::Running);
+    assert!(known.observed_at_ms <= record.power.observed_at_ms);
+
+    watched.host.fake.set_link(LinkState::Up);
+    watched.sees(PowerState::Running).await;
+    let record = agent.record();
+    assert_eq!(
+        (record.vm_state, &record.last_known_power),
+        (VmState::Active, &None)
+    );
+    let events = agent.store.events_after(first, 1_000).await.unwrap().events;
+    for event in events {
+        if let salvor_agent::store::Change::Server(record) = event.change {
+            assert!(record.power.state != PowerState::Shutdown, "{record:?}");
+            assert!(record.power.state != PowerState::NoState, "{record:?}");
+        }
+    }
+    watched.end().await;
+}
+
+#[tokio::test]
+async fn what_happened_during_an_outage_is_seen_after_it() {
+    let watched = Watched::new().await;
+    watched.host.fake.set_link(down());
+    watched.sees(PowerState::Unknown).await;
+    watched.host.fake.crash_guest(SERVER);
+    stays("unknown", || {
+        watched.agent.record().power.state == PowerState::Unknown
+    })
+    .await;
+    watched.host.fake.set_link(LinkState::Up);
+    watched.sees(PowerState::Shutdown).await;
+    watched.becomes(VmState::Stopped).await;
+    assert_eq!(watched.agent.record().power.reason, "crashed");
+    watched.end().await;
+}
+
+#[tokio::test]
+async fn a_guest_that_powers_off_is_stopped_and_one_that_somebody_starts_is_active() {
+    let watched = Watched::new().await;
+    watched.host.fake.guest_powers_off(SERVER);
+    watched.becomes(VmState::Stopped).await;
+    assert_eq!(watched.agent.record().power.state, PowerState::Shutdown);
+    assert_eq!(
+        watched.agent.record().power.source,
+        ObservationSource::Event
+    );
+    watched.host.fake.start(SERVER).await.unwrap();
+    watched.becomes(VmState::Active).await;
+    stays("it is left alone", || {
+        watched.agent.record().vm_state == VmState::Active
+    })
+    .await;
+    watched.host.fake.guest_powers_off(SERVER);
+    watched.becomes(VmState::Stopped).await;
+    watched.agent.succeed(ON, Action::Start).await;
+    watched.end().await;
+}
+
+#[tokio::test]
+async fn a_rescue_guest_that_powers_off_is_still_a_rescue() {
+    let watched = Watched::new().await;
+    watched.rescue(|_| {}).await;
+    watched.sees(PowerState::Running).await;
+    watched.host.fake.guest_powers_off(SERVER);
+    watched.sees(PowerState::Shutdown).await;
+    assert_eq!(watched.agent.record().vm_state, VmState::Rescued);
+    watched
+        .agent
+        .succeed(ON, Action::Unrescue(crate::host::unrescue()))
+        .await;
+    watched.becomes(VmState::Active).await;
+    watched.end().await;
+}
+
+#[tokio::test]
+async fn a_domain_that_somebody_removed_has_no_state_and_can_be_deleted() {
+    let watched = Watched::new().await;
+    watched.host.fake.destroy(SERVER).await.unwrap();
+    watched.becomes(VmState::Stopped).await;
+    watched
+        .host
+        .fake
+        .undefine(SERVER, salvor_agent::hypervisor::Nvram::Keep)
+        .await
+        .unwrap();
+    watched.sees(PowerState::NoState).await;
+    watched.agent.succeed(ON, Action::Delete).await;
+    watched.end().await;
+}
+
+#[tokio::test]
+async fn a_rescue_whose_time_is_over_ends_by_itself() {
+    let watched = Watched::new().await;
+    let before = watched.host.look(&watched.agent).await;
+    watched
+        .rescue(|args| {
+            args.protection = Protection::Overlay;
+            args.timeout_ms = Some(50);
+            args.timeout_overlay = Some(OverlayDisposition::Discard);
+        })
+        .await;
+    watched.becomes(VmState::Active).await;
+    until("it has cleaned up", || {
+        watched.agent.record().operation.is_none()
+    })
+    .await;
+    let after = watched.host.look(&watched.agent).await;
+    assert_eq!(after.inactive, before.inactive);
+    assert_eq!(after.files, before.files);
+    assert_eq!(watched.operations(Verb::Unrescue).await, 1);
+    watched.end().await;
+}
+
+#[tokio::test]
+async fn an_unrescue_that_fails_by_itself_is_not_repeated_at_once() {
+    let watched = Watched::new().await;
+    watched.rescue(|args| args.timeout_ms = Some(200)).await;
+    for _ in 0..1_000 {
+        let no = HypervisorError::Refused {
+            call: "virDomainDefineXML",
+            message: "no".to_owned(),
+        };
+        watched.host.fake.fail_next("define", no);
+    }
+    let tries = || {
+        let calls = watched.host.fake.calls();
+        calls
+            .iter()
+            .filter(|call| call.starts_with("define"))
+            .count()
+    };
+    let before = tries();
+    until("it was tried", || tries() > before).await;
+    stays("it was tried once", || tries() == before + 1).await;
+    assert_eq!(watched.operations(Verb::Unrescue).await, 1);
+    assert_eq!(watched.agent.record().vm_state, VmState::Rescued);
+    assert_eq!(watched.agent.record().power.state, PowerState::Running);
+    watched.end().await;
+}
+
+#[tokio::test]
+async fn the_password_is_handed_over_when_the_guest_agent_answers() {
+    let watched = Watched::new().await;
+    watched.rescue(|_| {}).await;
+    let waits = || {
+        watched
+            .agent
+            .record()
+            .rescue
+            .clone()
+            .unwrap()
+            .password_for_agent
+            .is_some()
+    };
+    assert!(waits());
+    watched.host.fake.guest_agent(SERVER, true);
+    until("the password is delivered", || !waits()).await;
+    let passwords = watched.host.fake.passwords(SERVER);
+    assert_eq!(passwords, [("root".to_owned(), crate::host::hash())]);
+    let rescue = watched.agent.record().rescue.clone().unwrap();
+    let ways = [PasswordDelivery::ConfigDrive, PasswordDelivery::GuestAgent];
+    assert_eq!(rescue.password_delivered, ways);
+    watched.end().await;
+}
+
+#[tokio::test]
+async fn a_guest_agent_that_was_there_before_the_rescue_stood_gets_the_password_too() {
+    let watched = Watched::new().await;
+    watched.host.fake.guest_agent(SERVER, true);
+    watched.agent.submit(ON, rescue_action()).await.unwrap();
+    let delivered = || !watched.host.fake.passwords(SERVER).is_empty();
+    until("the password is delivered", delivered).await;
+    watched.end().await;
+}
+
+#[tokio::test]
+async fn a_password_that_the_guest_agent_refuses_is_not_offered_again_at_once() {
+    let watched = Watched::new().await;
+    for _ in 0..1_000 {
+        let no = HypervisorError::Refused {
+            call: "virDomainSetUserPassword",
+            message: "no such user".to_owned(),
+        };
+        watched.host.fake.fail_next("set_user_password", no);
+    }
+    watched.rescue(|_| {}).await;
+    watched.host.fake.guest_agent(SERVER, true);
+    let offers = || {
+        let calls = watched.host.fake.calls();
+        calls
+            .iter()
+            .filter(|call| call.starts_with("set_user_password"))
+            .count()
+    };
+    until("it was offered", || offers() > 0).await;
+    stays("it was offered once", || offers() == 1).await;
+    assert_eq!(watched.operations(Verb::DeliverPassword).await, 1);
+    // Another agent may take it.
+    watched.host.fake.guest_agent(SERVER, false);
+    watched.host.fake.guest_agent(SERVER, true);
+    until("it was offered again", || offers() == 2).await;
+    assert_eq!(watched.agent.record().vm_state, VmState::Rescued);
+    watched.end().await;
+}

@@ -1,0 +1,266 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Shutting guests down, by a clock that only goes when everybody waits.
+
+use std::{sync::Arc, time::Duration};
+
+use salvor_agent::{
+    cancel::Cancel,
+    core::{
+        action::{Shutdown, Verb},
+        layout::Layout,
+        operation::GuestStop,
+        plan::{Mark, Outcome, Plan, Step},
+        reason::Reason,
+        state::PowerState,
+    },
+    engine::{StepContext, StepError, StepReport, StepRunner as _},
+    hypervisor::{Hypervisor as _, HypervisorError, fake::FakeHypervisor},
+    steps::Steps,
+    storage::qemu_img::QemuImg,
+    store::Store,
+};
+use tempfile::TempDir;
+use tokio::{sync::watch, time::Instant};
+use uuid::Uuid;
+
+const ID: Uuid = Uuid::from_u128(7);
+
+/// Nova's times.
+const NOVA: Shutdown = Shutdown {
+    timeout_ms: 60_000,
+    retry_ms: 10_000,
+};
+
+struct Bench {
+    fake: FakeHypervisor,
+    steps: Arc<Steps>,
+    plan: Arc<Plan>,
+    _folder: TempDir,
+}
+
+impl Bench {
+    /// A domain that runs.
+    async fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let fake = FakeHypervisor::new();
+        let xml = format!("<domain><name>a</name><uuid>{ID}</uuid></domain>");
+        fake.define(&xml).await.unwrap();
+        fake.start(ID).await.unwrap();
+        fake.clear_calls();
+        let store = Store::open(&folder.path().join("db"), 10).unwrap();
+        let layout = Layout::new(folder.path().to_str().unwrap());
+        let steps = Steps::new(Arc::new(fake.clone()), store, QemuImg::default(), layout);
+        let plan = Plan {
+            id: Uuid::new_v4(),
+            server: ID,
+            verb: Verb::Stop,
+            initial: None,
+            steps: Vec::new(),
+            outcome: Outcome::Remove,
+            warnings: Vec::new(),
+            password_delivery: Vec::new(),
+        };
+        Self {
+            fake,
+            steps: Arc::new(steps),
+            plan: Arc::new(plan),
+            _folder: folder,
+        }
+    }
+
+    async fn apply(&self, step: &Step, cancel: Cancel) -> Result<StepReport, StepError> {
+        let context = StepContext {
+            plan: &self.plan,
+            cancel,
+            progress: &|_| {},
+        };
+        self.steps.apply(context, step).await
+    }
+
+    /// Powers off; says how the guest stopped and how long that took.
+    async fn power_off(&self, shutdown: Shutdown) -> (GuestStop, Duration) {
+        let begun = Instant::now();
+        let step = Step::PowerOff {
+            shutdown,
+            was_on: true,
+        };
+        let report = self.apply(&step, Cancel::never()).await.unwrap();
+        let status = self.fake.domain(ID).await.unwrap().unwrap();
+        assert_eq!(status.power, PowerState::Shutdown);
+        (report.guest_stop.unwrap(), begun.elapsed())
+    }
+
+    fn count(&self, name: &str) -> usize {
+        let calls = self.fake.calls();
+        calls
+            .iter()
+            .filter(|call| call.split(' ').next() == Some(name))
+            .count()
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_ignores_the_request_is_asked_every_ten_seconds_and_ended_after_sixty() {
+    let bench = Bench::new().await;
+    bench.fake.guest_ignores_acpi(ID);
+    let off = bench.power_off(NOVA);
+    let count = async {
+        let mut counts = Vec::new();
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        for _ in 0..6 {
+            counts.push(bench.count("shutdown"));
+            tokio::time::sleep(Duration::from_secs(10)).await;
+        }
+        counts
+    };
+    let ((stop, took), counts) = tokio::join!(off, count);
+    assert_eq!(stop, GuestStop::Forced);
+    assert_eq!(took, Duration::from_secs(60));
+    assert_eq!(counts, [1, 2, 3, 4, 5, 6]);
+    assert_eq!((bench.count("shutdown"), bench.count("destroy")), (6, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_missed_the_first_request_hears_the_second() {
+    let bench = Bench::new().await;
+    bench.fake.guest_misses_acpi(ID, 1);
+    let (stop, took) = bench.power_off(NOVA).await;
+    assert_eq!((stop, took), (GuestStop::ByItself, Duration::from_secs(10)));
+    assert_eq!((bench.count("shutdown"), bench.count("destroy")), (2, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_takes_its_time_is_noticed_when_it_is_off() {
+    let bench = Bench::new().await;
+    bench.fake.guest_ignores_acpi(ID);
+    let fake = bench.fake.clone();
+    let guest = async {
+        tokio::time::sleep(Duration::from_millis(12_345)).await;
+        fake.guest_powers_off(ID);
+    };
+    let ((stop, took), ()) = tokio::join!(bench.power_off(NOVA), guest);
+    assert_eq!(
+        (stop, took),
+        (GuestStop::ByItself, Duration::from_millis(12_345))
+    );
+    assert_eq!(bench.count("destroy"), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_whose_cpus_are_stopped_is_not_waited_for() {
+    let bench = Bench::new().await;
+    for power in [
+        PowerState::Paused,
+        PowerState::Suspended,
+        PowerState::Crashed,
+    ] {
+        bench.fake.set_power(ID, power, "");
+        let (stop, took) = bench.power_off(NOVA).await;
+        assert_eq!((stop, took), (GuestStop::Forced, Duration::ZERO), "{power}");
+        assert_eq!(bench.count("shutdown"), 0);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_time_a_guest_is_ended_unasked() {
+    let bench = Bench::new().await;
+    let none = Shutdown {
+        timeout_ms: 0,
+        ..NOVA
+    };
+    let (stop, took) = bench.power_off(none).await;
+    assert_eq!((stop, took), (GuestStop::Forced, Duration::ZERO));
+    assert_eq!((bench.count("shutdown"), bench.count("destroy")), (0, 1));
+    let (stop, _) = bench.power_off(none).await;
+    assert_eq!(stop, GuestStop::WasOff);
+    assert_eq!(bench.count("destroy"), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_cannot_be_asked_is_ended_all_the_same() {
+    let bench = Bench::new().await;
+    bench.fake.guest_ignores_acpi(ID);
+    for _ in 0..6 {
+        let hangs = HypervisorError::Deadline {
+            call: "virDomainShutdown",
+            after: Duration::from_secs(5),
+        };
+        bench.fake.fail_next("shutdown", hangs);
+    }
+    let (stop, took) = bench.power_off(NOVA).await;
+    assert_eq!((stop, took), (GuestStop::Forced, Duration::from_secs(60)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_cancel_ends_the_waiting_and_leaves_the_guest() {
+    let bench = Bench::new().await;
+    bench.fake.guest_ignores_acpi(ID);
+    let (cancel, signal) = watch::channel(false);
+    let step = Step::PowerOff {
+        shutdown: NOVA,
+        was_on: true,
+    };
+    let begun = Instant::now();
+    let later = async {
+        tokio::time::sleep(Duration::from_millis(3_500)).await;
+        cancel.send_replace(true);
+    };
+    let (outcome, ()) = tokio::join!(bench.apply(&step, Cancel::from(signal)), later);
+    assert_eq!(outcome.unwrap_err().reason, Reason::Cancelled);
+    assert_eq!(begun.elapsed(), Duration::from_millis(3_500));
+    assert_eq!(bench.count("destroy"), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_left_of_a_crashed_guest_is_not_in_the_way_of_a_start() {
+    let bench = Bench::new().await;
+    bench.fake.set_power(ID, PowerState::Crashed, "panicked");
+    let start = Step::StartDomain { mark: Mark::Own };
+    bench.apply(&start, Cancel::never()).await.unwrap();
+    let status = bench.fake.domain(ID).await.unwrap().unwrap();
+    assert_eq!(status.power, PowerState::Running);
+    assert_eq!((bench.count("destroy"), bench.count("start")), (1, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_somebody_else_started_is_neither_taken_for_ours_nor_ended() {
+    let bench = Bench::new().await;
+    let start = Step::StartDomain {
+        mark: Mark::Plan(bench.plan.id),
+    };
+    let error = bench.apply(&start, Cancel::never()).await.unwrap_err();
+    assert!(error.message.contains("somebody else"), "{error}");
+    let context = StepContext {
+        plan: &bench.plan,
+        cancel: Cancel::never(),
+        progress: &|_| {},
+    };
+    bench.steps.revert(context, &start).await.unwrap();
+    let status = bench.fake.domain(ID).await.unwrap().unwrap();
+    assert_eq!(status.power, PowerState::Running);
+}
+
+#[tokio::test]
+async fn nothing_outside_of_the_folder_of_servers_is_made_or_removed() {
+    let bench = Bench::new().await;
+    let folder = bench._folder.path().to_str().unwrap();
+    std::fs::create_dir_all(format!("{folder}/servers/x")).unwrap();
+    std::fs::write(format!("{folder}/precious"), "").unwrap();
+    for path in [
+        folder.to_owned(),
+        format!("{folder}/precious"),
+        format!("{folder}/servers"),
+        format!("{folder}/servers/x/../../precious"),
+        "/etc".to_owned(),
+    ] {
+        for step in [
+            Step::RemoveFolder { path: path.clone() },
+            Step::MakeFolder { path: path.clone() },
+        ] {
+            let error = bench.apply(&step, Cancel::never()).await.unwrap_err();
+            assert_eq!(error.reason, Reason::Internal, "{path}");
+        }
+    }
+    assert!(std::fs::exists(format!("{folder}/precious")).unwrap());
+    assert!(std::fs::exists(format!("{folder}/servers/x")).unwrap());
+}

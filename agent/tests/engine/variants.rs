@@ -1,0 +1,259 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The plans that the crash test tries, and what happens before each.
+
+use std::{path::Path, sync::Arc};
+
+use salvor_agent::{
+    core::{
+        action::Action,
+        operation::OperationState,
+        record::{OverlayDisposition, Protection, RescueMode},
+    },
+    dispatch::Target,
+    engine::{NoProbe, Point},
+    hypervisor::{Hypervisor as _, Nvram},
+};
+
+use crate::{
+    crash::{FAIL, Plot},
+    host::{AT_ONCE, Host, NEW, ON, PROMPT, SERVER, adopt, create, qemu_io, rescue, unrescue},
+};
+
+/// What happens before the plan that is tried.
+#[derive(Clone)]
+pub(crate) enum Prior {
+    /// A server made from an image.
+    Created { powered_off: bool },
+    /// A domain that somebody else made.
+    Foreign { uefi: bool, on: bool },
+    /// An action that succeeds.
+    Done(Target, Action),
+    /// An action that fails, and cannot be taken back: the server is in ERROR.
+    Fault(Action),
+    /// The guest does not hear the power button.
+    IgnoresPowerButton,
+    /// The guest has an agent.
+    GuestAgent,
+    /// The rescue guest writes to the overlays.
+    Writes,
+    /// Somebody removes the domain.
+    Undefined,
+}
+
+/// A plan to be tried.
+pub(crate) struct Variant {
+    pub(crate) name: &'static str,
+    pub(crate) prior: Vec<Prior>,
+    pub(crate) target: Target,
+    pub(crate) action: Action,
+    /// It writes overlays to original disks: these then show what the overlays showed, all the time.
+    pub(crate) commits: bool,
+}
+
+fn variant(name: &'static str, prior: &[Prior], target: Target, action: Action) -> Variant {
+    Variant {
+        name,
+        prior: prior.to_vec(),
+        target,
+        action,
+        commits: false,
+    }
+}
+
+/// Every plan of every verb.
+pub(crate) fn variants() -> Vec<Variant> {
+    let running = [Prior::Created { powered_off: false }];
+    let off = [Prior::Created { powered_off: true }];
+    let foreign = |uefi, on| [Prior::Foreign { uefi, on }, Prior::Done(NEW, adopt())];
+    let rescued = |change: &dyn Fn(&mut salvor_agent::core::action::RescueArgs)| {
+        let mut args = rescue();
+        change(&mut args);
+        Action::Rescue(Box::new(args))
+    };
+    let plain = rescued(&|_| {});
+    let overlay = rescued(&|args| {
+        args.mode = Some(RescueMode::Stable);
+        args.protection = Protection::Overlay;
+    });
+    let back = |overlay, restore_power| {
+        Action::Unrescue(salvor_agent::core::action::UnrescueArgs {
+            overlay,
+            restore_power,
+            ..unrescue()
+        })
+    };
+    let after = |prior: &[Prior], more: &[Prior]| [prior, more].concat();
+    let in_rescue =
+        |prior: &[Prior], action: &Action| after(prior, &[Prior::Done(ON, action.clone())]);
+    let in_overlays = |prior: &[Prior]| after(&in_rescue(prior, &overlay), &[Prior::Writes]);
+    let mut all = vec![
+        variant("create, powered on", &[], NEW, create(false)),
+        variant("create, powered off", &[], NEW, create(true)),
+        variant(
+            "adopt, running",
+            &[Prior::Foreign {
+                uefi: false,
+                on: true,
+            }],
+            NEW,
+            adopt(),
+        ),
+        variant(
+            "adopt, off",
+            &[Prior::Foreign {
+                uefi: true,
+                on: false,
+            }],
+            NEW,
+            adopt(),
+        ),
+        variant("release", &foreign(false, true), ON, Action::Release),
+        variant("start", &off, ON, Action::Start),
+        variant("stop, by itself", &running, ON, Action::Stop(PROMPT)),
+        variant(
+            "stop, ignored",
+            &after(&running, &[Prior::IgnoresPowerButton]),
+            ON,
+            Action::Stop(PROMPT),
+        ),
+        variant("stop, at once", &running, ON, Action::Stop(AT_ONCE)),
+        variant("rescue, classic, running", &running, ON, plain.clone()),
+        variant(
+            "rescue, classic, off",
+            &foreign(false, false),
+            ON,
+            plain.clone(),
+        ),
+        variant(
+            "rescue, from error",
+            &after(&running, &[Prior::Fault(Action::Stop(AT_ONCE))]),
+            ON,
+            plain.clone(),
+        ),
+        variant(
+            "rescue, stable, overlays, uefi",
+            &foreign(true, true),
+            ON,
+            overlay.clone(),
+        ),
+        variant(
+            "rescue, classic, read-only",
+            &foreign(false, true),
+            ON,
+            rescued(&|args| {
+                args.mode = Some(RescueMode::Classic);
+                args.protection = Protection::ReadOnly;
+            }),
+        ),
+        variant(
+            "rescue, cd",
+            &running,
+            ON,
+            rescued(&|args| args.image = Some(crate::host::CD)),
+        ),
+        variant(
+            "unrescue, started",
+            &in_rescue(&foreign(true, true), &plain),
+            ON,
+            back(None, false),
+        ),
+        variant(
+            "unrescue, power restored",
+            &in_rescue(&off, &plain),
+            ON,
+            back(None, true),
+        ),
+        variant(
+            "unrescue, discard",
+            &in_overlays(&foreign(false, true)),
+            ON,
+            back(Some(OverlayDisposition::Discard), false),
+        ),
+        Variant {
+            commits: true,
+            ..variant(
+                "unrescue, commit",
+                &in_overlays(&foreign(false, true)),
+                ON,
+                back(Some(OverlayDisposition::Commit), false),
+            )
+        },
+        variant(
+            "unrescue, domain gone",
+            &after(
+                &in_rescue(&foreign(true, true), &plain),
+                &[Prior::Undefined],
+            ),
+            ON,
+            back(None, false),
+        ),
+        variant("delete, created", &running, ON, Action::Delete),
+        variant("delete, adopted", &foreign(true, true), ON, Action::Delete),
+        variant(
+            "delete, created, rescued",
+            &in_rescue(&running, &plain),
+            ON,
+            Action::Delete,
+        ),
+        variant(
+            "delete, adopted, overlays",
+            &in_overlays(&foreign(false, true)),
+            ON,
+            Action::Delete,
+        ),
+        variant(
+            "delete, domain gone",
+            &after(&running, &[Prior::Undefined]),
+            ON,
+            Action::Delete,
+        ),
+    ];
+    all.push(variant(
+        "deliverPassword",
+        &after(
+            &in_rescue(&foreign(false, true), &plain),
+            &[Prior::GuestAgent],
+        ),
+        ON,
+        Action::DeliverPassword,
+    ));
+    all
+}
+
+/// Brings a host to where a plan begins.
+pub(crate) async fn prepare(host: &Host, prior: &[Prior]) {
+    let agent = host.agent(Arc::new(NoProbe)).await;
+    host.add_images(&agent.store).await;
+    for prior in prior {
+        match prior {
+            Prior::Created { powered_off } => agent.succeed(NEW, create(*powered_off)).await,
+            Prior::Foreign { uefi, on } => {
+                let xml = host.foreign_domain(*uefi);
+                host.fake.define(&xml).await.unwrap();
+                if *on {
+                    host.fake.start(SERVER).await.unwrap();
+                }
+            }
+            Prior::Done(target, action) => agent.succeed(*target, action.clone()).await,
+            Prior::Fault(action) => {
+                let plot =
+                    Plot::new(&[(Point::BeforeCommit, FAIL), (Point::BeforeRevert(0), FAIL)]);
+                let agent = host.agent(plot).await;
+                let operation = agent.carry_out(ON, action.clone()).await;
+                assert_eq!(operation.state, OperationState::Failed);
+            }
+            Prior::IgnoresPowerButton => host.fake.guest_ignores_acpi(SERVER),
+            Prior::GuestAgent => host.fake.guest_agent(SERVER, true),
+            Prior::Writes => {
+                let rescue = agent.record().rescue.clone().unwrap();
+                for overlay in rescue.overlays {
+                    qemu_io(Path::new(&overlay.path), "qcow2", "write -q -P 0x77 64k 4k");
+                }
+            }
+            Prior::Undefined => {
+                host.fake.destroy(SERVER).await.unwrap();
+                host.fake.undefine(SERVER, Nvram::Keep).await.unwrap();
+            }
+        }
+    }
+}

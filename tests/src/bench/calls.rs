@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The calls that change nothing: get, the empty RPC it is compared with, and lists.
+
+use std::time::{Duration, Instant};
+
+use futures_util::StreamExt as _;
+use rand::seq::SliceRandom as _;
+use salvor_proto::v1::ListServersRequest;
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_client::HealthClient;
+use uuid::Uuid;
+use virt::connect::Connect;
+
+use super::Bench;
+use super::peers::{Agent, Peer as _, Raw};
+use super::report::{Goal, Row};
+use super::samples::Samples;
+use crate::agent::TestAgent;
+use crate::domain::DomainXml;
+use crate::guests::{Format, TinyGuest};
+use crate::host::TestHost;
+
+/// So many servers are adopted at a time.
+const AT_ONCE: usize = 16;
+
+#[derive(Debug, Clone, Copy)]
+enum Turn {
+    Empty,
+    Raw,
+    Agent,
+}
+
+/// Get of one server, against an empty RPC on the same connection and against libvirt's own answer.
+///
+/// The empty RPC is `grpc.health.v1.Health/Check`, which answers from memory what it is told there.
+pub(super) fn gets(bench: &mut Bench, agent: &TestAgent<'_>, raw: &Raw, ours: &mut Agent) {
+    let mut health = {
+        let _entered = bench.runtime.enter();
+        HealthClient::new(agent.channel())
+    };
+    let (mut empty, mut looked_up, mut get) =
+        (Samples::default(), Samples::default(), Samples::default());
+    let mut turns = [Turn::Empty, Turn::Raw, Turn::Agent];
+    let (domain, server) = (raw.domain(), ours.server);
+    println!("{} rounds of get", bench.settings.calls);
+    for round in 0..bench.settings.calls + WARM_UP {
+        turns.shuffle(&mut bench.random);
+        for turn in turns {
+            let began = Instant::now();
+            let samples = match turn {
+                Turn::Empty => {
+                    let request = HealthCheckRequest::default();
+                    bench.runtime.block_on(health.check(request)).unwrap();
+                    &mut empty
+                }
+                Turn::Raw => {
+                    raw.get(domain);
+                    &mut looked_up
+                }
+                Turn::Agent => {
+                    bench.runtime.block_on(ours.client.get(server));
+                    &mut get
+                }
+            };
+            let took = began.elapsed();
+            if round >= WARM_UP {
+                samples.add(took);
+            }
+        }
+    }
+    // CPU is told in ticks that are longer than a call, so it is taken of many calls in a row.
+    let before = ours.cpu();
+    for _ in 0..bench.settings.calls {
+        bench.runtime.block_on(ours.client.get(server));
+    }
+    get.add_cpu(ours.cpu() - before, bench.settings.calls);
+    bench.rows.push(Row {
+        operation: "get".to_owned(),
+        base_is: "empty RPC",
+        base: empty,
+        agent: get.clone(),
+        goal: Goal::Ratio(1.5),
+    });
+    bench.rows.push(Row {
+        operation: "get".to_owned(),
+        base_is: "raw lookup + info",
+        base: looked_up,
+        agent: get,
+        goal: Goal::None,
+    });
+}
+
+/// Calls that are made before the measured ones, for connections to be opened and caches to fill.
+const WARM_UP: u32 = 20;
+
+/// Lists of servers that are off, on a host of their own, against libvirt's list of the same domains
+/// with their uuids and names. (libvirt's list does not tell states: raw does less than the agent.)
+pub(super) fn lists(bench: &mut Bench) {
+    let folder = bench.folder.join("many");
+    let host = TestHost::start(&folder);
+    let connection = Connect::open(Some(&host.uri())).unwrap();
+    let agent = bench.agent(&host, &folder);
+    let pid = agent.machine_pid().unwrap();
+    let client = bench.client(&agent);
+    let disk = folder.join("disk.qcow2");
+    TinyGuest::new("list").build(&disk, Format::Qcow2);
+    let mut defined = 0;
+    for size in bench.settings.lists.clone() {
+        println!("lists of {size} servers");
+        let domains: Vec<Uuid> = (defined..size)
+            .map(|number| {
+                let name = format!("list-{number}");
+                let xml = DomainXml::tiny(&name, &folder.join(format!("{name}.console")))
+                    .disk(&disk, Format::Qcow2, "vda", "virtio", "root", Some(1))
+                    .xml();
+                connection.define_domain_xml(&xml).unwrap().uuid().unwrap()
+            })
+            .collect();
+        let adopted = futures_util::stream::iter(domains).map(|domain| {
+            let mut client = client.clone();
+            async move { client.adopt(domain).await }
+        });
+        bench
+            .runtime
+            .block_on(adopted.buffer_unordered(AT_ONCE).count());
+        defined = size;
+
+        let (mut raw, mut ours) = (Samples::default(), Samples::default());
+        let rounds = (bench.settings.calls / 10).max(10);
+        let mut turns = [Turn::Raw, Turn::Agent];
+        let mut client = client.clone();
+        for round in 0..rounds + WARM_UP {
+            turns.shuffle(&mut bench.random);
+            for turn in turns {
+                let began = Instant::now();
+                let (samples, listed) = match turn {
+                    Turn::Raw | Turn::Empty => (&mut raw, list_raw(&connection)),
+                    Turn::Agent => {
+                        let request = ListServersRequest {
+                            page_size: 1000,
+                            ..ListServersRequest::default()
+                        };
+                        let page = bench.runtime.block_on(client.servers.list_servers(request));
+                        (&mut ours, page.unwrap().into_inner().servers.len())
+                    }
+                };
+                let took = began.elapsed();
+                assert_eq!(listed, size, "not all are in the list");
+                if round >= WARM_UP {
+                    samples.add(took);
+                }
+            }
+        }
+        bench.rows.push(Row {
+            operation: format!("list of {size}"),
+            base_is: "raw list",
+            base: raw,
+            agent: ours,
+            goal: match size {
+                1000 => Goal::Within(Duration::from_millis(8)),
+                _ => Goal::None,
+            },
+        });
+    }
+    bench.rss(
+        &format!("RSS of an agent with {defined} servers"),
+        pid,
+        Some(45.0),
+    );
+}
+
+fn list_raw(connection: &Connect) -> usize {
+    let domains = connection.list_all_domains(0).unwrap();
+    for domain in &domains {
+        domain.uuid().unwrap();
+        domain.name().unwrap();
+    }
+    domains.len()
+}

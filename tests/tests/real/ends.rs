@@ -1,0 +1,321 @@
+// SPDX-License-Identifier: Apache-2.0
+//! How operations come to an end before their time: they are cancelled, the agent is asked to stop, the
+//! disk is full.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use salvor_proto::google::longrunning::{CancelOperationRequest, Operation};
+use salvor_proto::v1::{
+    DiskProtection, GuestStop, OperationState, StepState, StopServerRequest, VmState,
+};
+use salvor_tests::agent::AgentSettings;
+use salvor_tests::client::{Client, assert_refused, reason};
+use salvor_tests::host::TestHost;
+use salvor_tests::run_folder::RunFolder;
+use salvor_tests::wait::SOON;
+use tonic::{Code, Status};
+use uuid::Uuid;
+
+use super::stage::{
+    Play, begin_rescue, begin_unrescue, files_below, rescue, rescue_of, set_up, tiny, unrescue,
+    wait_step,
+};
+
+async fn begin_stop(play: &mut Play<'_>, server: Uuid, within: Duration) -> Operation {
+    let request = StopServerRequest {
+        server: server.to_string(),
+        shutdown_timeout: Some(within.try_into().unwrap()),
+        ..StopServerRequest::default()
+    };
+    let answer = play.client.servers.stop_server(request).await.unwrap();
+    answer.into_inner().operation.unwrap()
+}
+
+async fn cancel(play: &mut Play<'_>, operation: &Operation) -> Result<(), Status> {
+    let name = operation.name.clone();
+    let request = CancelOperationRequest { name };
+    play.client
+        .operations
+        .cancel_operation(request)
+        .await
+        .map(|_| ())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_that_is_cancelled_leaves_the_guest_running() {
+    let folder = RunFolder::for_this_test();
+    let host = TestHost::shared();
+    let guest = tiny("undecided").deaf();
+    let (actor, mut play) = set_up(host, &folder, &guest, AgentSettings::default()).await;
+    let (mark, number) = (actor.console().mark(), actor.number());
+    let operation = begin_stop(&mut play, actor.id, Duration::from_secs(600)).await;
+    actor.console().wait_line(mark, "TINY-POWERBUTTON", SOON);
+    let since = Instant::now();
+    cancel(&mut play, &operation).await.unwrap();
+    let ended = play.client.wait(&operation).await;
+    println!("a stop was cancelled in {:?}", since.elapsed());
+    assert_eq!(ended.metadata.state(), OperationState::Cancelled);
+    assert_eq!(ended.error().code, Code::Cancelled as i32);
+    assert!(since.elapsed() < Duration::from_secs(5));
+    play.assert_original(&actor, mark, number).await;
+    assert_refused(
+        play.client
+            .operations
+            .cancel_operation(CancelOperationRequest {
+                name: operation.name,
+            })
+            .await,
+        Code::FailedPrecondition,
+        "NOT_CANCELLABLE",
+    );
+    actor.libvirt.remove(actor.id);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rescue_and_unrescue_can_be_cancelled_in_every_phase() {
+    let folder = RunFolder::for_this_test();
+    let host = TestHost::shared();
+    let (actor, mut play) =
+        set_up(host, &folder, &tiny("cancelled"), AgentSettings::default()).await;
+    let mut ends = Vec::new();
+    for kind in [
+        "HoldImage",
+        "CreateOverlay",
+        "SaveDefinition",
+        "PowerOff",
+        "DefineDomain",
+        "StartDomain",
+    ] {
+        let (mark, number) = (actor.console().mark(), actor.number());
+        let operation = begin_rescue(&mut play, &actor).await;
+        wait_step(&mut play.client, &operation, kind).await;
+        let asked = cancel(&mut play, &operation).await;
+        let state = play.client.wait(&operation).await.metadata.state();
+        ends.push(("rescue", kind, state));
+        match state {
+            OperationState::Cancelled => {
+                asked.unwrap();
+                play.assert_original(&actor, mark, number).await;
+            }
+            // It came too late, and nothing else.
+            OperationState::Done => {
+                play.assert_rescued(&actor, &operation, mark, number).await;
+                unrescue(&mut play, &actor).await;
+            }
+            other => panic!("{other:?}"),
+        }
+        actor.remove_mark();
+    }
+    for kind in ["PowerOff", "DefineDomain", "StartDomain", "RemoveFolder"] {
+        let rescued = rescue(&mut play, &actor).await;
+        let (mark, number) = (actor.console().mark(), actor.number());
+        let operation = begin_unrescue(&mut play, &actor).await;
+        wait_step(&mut play.client, &operation, kind).await;
+        let asked = cancel(&mut play, &operation).await;
+        let state = play.client.wait(&operation).await.metadata.state();
+        ends.push(("unrescue", kind, state));
+        match state {
+            OperationState::Cancelled => {
+                asked.unwrap();
+                play.assert_rescued(&actor, &rescued, mark, number).await;
+                unrescue(&mut play, &actor).await;
+            }
+            OperationState::Done => {
+                if let Err(refused) = asked {
+                    assert_eq!(reason(&refused), "NOT_CANCELLABLE");
+                }
+                play.assert_original(&actor, mark, number).await;
+                assert!(actor.is_marked(), "the repair is lost");
+            }
+            other => panic!("{other:?}"),
+        }
+        actor.remove_mark();
+    }
+    println!("cancelled at: {ends:?}");
+    let cancelled = ends
+        .iter()
+        .filter(|(_, _, state)| *state == OperationState::Cancelled)
+        .count();
+    assert!(cancelled >= 4, "hardly a cancel came in time: {ends:?}");
+    actor.libvirt.remove(actor.id);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_is_asked_to_end_lets_a_running_stop_end_and_takes_no_new_work() {
+    let folder = RunFolder::for_this_test();
+    let host = TestHost::shared();
+    let guest = tiny("draining").deaf();
+    let (actor, mut play) = set_up(host, &folder, &guest, AgentSettings::default()).await;
+    let mark = actor.console().mark();
+    let operation = begin_stop(&mut play, actor.id, Duration::from_secs(4)).await;
+    actor.console().wait_line(mark, "TINY-POWERBUTTON", SOON);
+    play.agent.sigterm();
+    // It may take a moment until it has heard.
+    let deadline = Instant::now() + SOON;
+    loop {
+        let request = rescue_of(&actor, DiskProtection::ReadWrite);
+        let refused = play.client.servers.rescue_server(request).await;
+        let refused = refused.unwrap_err();
+        if reason(&refused) == "DRAINING" {
+            assert_eq!(refused.code(), Code::Unavailable);
+            break;
+        }
+        assert!(
+            Instant::now() < deadline,
+            "new work is not refused: {refused:?}"
+        );
+    }
+    assert_eq!(play.client.get(actor.id).await.task_state, "powering-off");
+    assert_eq!(play.agent.wait_end(SOON), "exit 0");
+
+    play.restart().await;
+    let ended = play.client.wait(&operation).await;
+    let stopped = ended.done();
+    assert_eq!(ended.metadata.recoveries, 0, "it was not let end");
+    assert_eq!(stopped.guest_stop(), GuestStop::Forced);
+    Client::assert_settled(&stopped.server.unwrap(), VmState::Stopped);
+    actor.libvirt.remove(actor.id);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_does_not_end_in_time_for_a_drain_is_carried_on_by_the_next_start() {
+    let folder = RunFolder::for_this_test();
+    let host = TestHost::shared();
+    let guest = tiny("left").deaf();
+    let settings = AgentSettings::default().set("drain.timeout", "500ms");
+    let (actor, mut play) = set_up(host, &folder, &guest, settings).await;
+    let mark = actor.console().mark();
+    let operation = begin_stop(&mut play, actor.id, Duration::from_secs(4)).await;
+    actor.console().wait_line(mark, "TINY-POWERBUTTON", SOON);
+    let since = Instant::now();
+    assert_eq!(play.agent.sigterm_and_wait(SOON), "exit 0");
+    assert!(
+        since.elapsed() < Duration::from_secs(4),
+        "{:?}",
+        since.elapsed()
+    );
+    assert!(actor.number().is_some(), "the stop has ended already");
+
+    play.restart().await;
+    let ended = play.client.wait(&operation).await;
+    assert_eq!(ended.metadata.recoveries, 1);
+    Client::assert_settled(&ended.done().server.unwrap(), VmState::Stopped);
+    actor.libvirt.remove(actor.id);
+}
+
+/// A small file system on the host, as the machine sees it: the host's mounts are its own.
+struct SmallDisk {
+    outside: PathBuf,
+}
+
+impl SmallDisk {
+    fn mount(host: &TestHost, at: &Path, options: &str) {
+        fs::create_dir_all(at).unwrap();
+        let log = at.with_extension("mount.log");
+        let arguments = ["-t", "tmpfs", "-o", options, "tmpfs", at.to_str().unwrap()];
+        let mount = host.spawn(
+            Path::new("/bin/mount"),
+            &arguments,
+            &Default::default(),
+            &log,
+        );
+        assert_eq!(
+            host.wait_end(mount, SOON),
+            "exit 0",
+            "{}",
+            fs::read_to_string(&log).unwrap()
+        );
+    }
+
+    /// The folder `inside` as a process of the host has it.
+    fn of(play: &Play<'_>, inside: &Path) -> Self {
+        let pid = play.agent.machine_pid().unwrap();
+        let outside = PathBuf::from(format!("/proc/{pid}/root{}", inside.display()));
+        Self { outside }
+    }
+
+    /// Makes empty files until no more can be made but `spare`.
+    fn use_up_files(&self, spare: usize) -> Vec<PathBuf> {
+        let mut made = Vec::new();
+        while made.len() < 100_000 {
+            let path = self.outside.join(format!("filler-{}", made.len()));
+            if fs::File::create(&path).is_err() {
+                break;
+            }
+            made.push(path);
+        }
+        for path in made.drain(made.len() - spare..) {
+            fs::remove_file(path).unwrap();
+        }
+        made
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_is_full_leaves_the_guest_untouched_and_no_file_behind() {
+    let folder = RunFolder::for_this_test();
+    let host = TestHost::start(folder.path());
+    let state = folder.join("small");
+    SmallDisk::mount(&host, &state, "size=64m,nr_inodes=200");
+    let settings = AgentSettings::default()
+        .set("state_dir", state.to_str().unwrap())
+        .set("storage.reserve", "0B");
+    let (actor, mut play) = set_up(&host, &folder, &tiny("full"), settings).await;
+    let disk = SmallDisk::of(&play, &state);
+    let servers = disk.outside.join("servers");
+    let number = actor.number();
+
+    // Not enough to begin with: refused at once.
+    let filler = disk.outside.join("filler");
+    fs::write(&filler, vec![0; 56 << 20]).unwrap();
+    let refused = play
+        .client
+        .servers
+        .rescue_server(rescue_of(&actor, DiskProtection::Overlay))
+        .await;
+    let refused = assert_refused(refused, Code::ResourceExhausted, "NO_SPACE");
+    println!("{}", refused.message());
+    fs::remove_file(&filler).unwrap();
+
+    // Enough bytes, but a file too many: found out on the way, one step later each time.
+    let mut failed_at = Vec::new();
+    for spare in 0.. {
+        let fillers = disk.use_up_files(spare);
+        let (mark, before) = (actor.console().mark(), actor.number());
+        let (answer, ended) = play
+            .client
+            .rescue(rescue_of(&actor, DiskProtection::Overlay))
+            .await;
+        for filler in fillers {
+            fs::remove_file(filler).unwrap();
+        }
+        if ended.metadata.state() == OperationState::Done {
+            play.assert_rescued(&actor, &answer.operation.unwrap(), mark, before)
+                .await;
+            break;
+        }
+        let error = ended.error();
+        let step = ended
+            .metadata
+            .steps
+            .iter()
+            .find(|step| step.state() != StepState::Pending && step.message == error.message);
+        let step = step.unwrap_or_else(|| panic!("{ended:#?}"));
+        assert_eq!(step.phase, "prepare", "{ended:#?}");
+        assert_eq!(error.code, Code::ResourceExhausted as i32, "{ended:#?}");
+        failed_at.push(step.kind.clone());
+        assert_eq!(actor.number(), number, "the guest was touched");
+        assert_eq!(actor.last_ready(mark), None, "the guest was restarted");
+        play.assert_original(&actor, mark, number).await;
+        assert_eq!(
+            files_below(&servers),
+            Vec::<PathBuf>::new(),
+            "files are left behind"
+        );
+        assert!(spare < 20, "the rescue never succeeds");
+    }
+    println!("no space at: {failed_at:?}");
+    assert!(failed_at.len() >= 3, "{failed_at:?}");
+}
