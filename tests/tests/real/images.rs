@@ -237,7 +237,7 @@ async fn an_import_can_be_repeated_is_checked_and_is_found_by_what_is_unique() {
         .send_image(taken, fs::read(&other).unwrap())
         .await;
     assert_refused(answer, Code::AlreadyExists, "IMAGE_EXISTS");
-    assert_eq!(listed(&mut scene).await, [first.clone()]);
+    assert_eq!(listed(&mut scene).await, std::slice::from_ref(&first));
 
     let two = scene.import("two", Format::Qcow2, &other).await;
     let twin = scene.import("two", Format::Qcow2, &other).await;
