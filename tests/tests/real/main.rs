@@ -19,6 +19,7 @@ mod faults;
 mod firmware;
 mod frozen;
 mod harness;
+mod images;
 mod password;
 mod power;
 mod rescue;
