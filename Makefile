@@ -20,7 +20,7 @@ test: ## runs all tests, those with real libvirt and real guests included
 	tools/setup
 	$(CARGO) test --locked --workspace
 
-lint: ## checks format, lints, dependencies, the API and the systemd unit
+lint: ## checks format, lints, dependencies, the API, the systemd unit and the documents
 	tools/setup lint
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets --all-features -- -D warnings
@@ -29,6 +29,7 @@ lint: ## checks format, lints, dependencies, the API and the systemd unit
 	$(TOOLS)/buf lint
 	$(TOOLS)/buf breaking proto/proto --against $(PROTO_BASELINE)
 	tools/check-unit deploy/systemd/salvord.service
+	tools/check-docs
 
 fmt: ## formats the Rust code and the protocol buffers
 	tools/setup lint

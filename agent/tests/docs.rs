@@ -14,17 +14,13 @@
 
 use std::{collections::BTreeMap, env, fmt::Write as _, fs, path::PathBuf};
 
-use salvor_agent::{
-    api::DOMAIN,
-    core::{
-        action::{Shutdown, Verb},
-        admission::{Allowed, allowed},
-        operation::{OperationState, StepState},
-        password::CryptHash,
-        plan::{ConfigDriveSpec, Mark, Step},
-        reason::{Reason, WarningName},
-        state::{PowerState, Status, TaskState, VmState, status},
-    },
+use salvor_agent::core::{
+    action::{Shutdown, Verb},
+    admission::{Allowed, allowed},
+    operation::{OperationState, StepState},
+    password::CryptHash,
+    plan::{ConfigDriveSpec, Mark, Step},
+    state::{PowerState, Status, TaskState, VmState, status},
 };
 use uuid::Uuid;
 
@@ -87,50 +83,6 @@ fn head(cells: &[&str]) -> String {
 
 fn code(text: impl std::fmt::Display) -> String {
     format!("`{text}`")
-}
-
-#[test]
-fn the_page_of_reasons_is_that_of_the_code() {
-    let mut page = format!(
-        "<!-- Made from agent/src/core/reason.rs. Change it there, then run:
-     UPDATE_DOCS=1 cargo test -p salvor-agent --test docs -->
-
-# Reasons
-
-Every error of the API carries a `google.rpc.ErrorInfo` with the domain `{DOMAIN}` and one of these
-reasons; so do the fault of a server (`Server.fault`) and the refusals of a dry run. A reason is stable: clients may
-decide by it. The HTTP code is for a front that speaks Nova's API. \"Again\" says whether the same call may simply be
-made again.
-
-",
-    );
-    page.push_str(&head(&[
-        "reason",
-        "gRPC code",
-        "HTTP",
-        "again",
-        "meaning, and what to do",
-    ]));
-    for reason in Reason::ALL {
-        let again = if reason.retry_safe() { "yes" } else { "" };
-        row(
-            &mut page,
-            &[
-                code(reason),
-                code(reason.code().name()),
-                reason.http().to_string(),
-                again.to_owned(),
-                reason.explanation().to_owned(),
-            ],
-        );
-    }
-    page.push_str(
-        "\n# Warnings\n\nWhat is worth knowing but no reason to refuse (`Warning.name`):\n\n",
-    );
-    for warning in WarningName::ALL {
-        writeln!(page, "* `{warning}`").unwrap();
-    }
-    hold("REASONS.md", &page);
 }
 
 #[test]
@@ -199,7 +151,7 @@ fn tasks() -> String {
         let overtaken: Vec<_> = Verb::ALL
             .iter()
             .filter(|other| verb.overtakes(other.task_state()))
-            .map(|other| code(other))
+            .map(code)
             .collect();
         row(
             &mut table,

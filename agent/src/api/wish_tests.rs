@@ -129,6 +129,30 @@ fn times_that_are_given_replace_the_usual_ones() {
 }
 
 #[test]
+fn what_becomes_of_overlays_when_time_is_over_is_heeded() {
+    let given = |timeout_overlay| v1::RescueServerRequest {
+        timeout_overlay,
+        ..rescue()
+    };
+    let heard = |request: v1::RescueServerRequest| match request.wish(USUAL).unwrap().action {
+        Action::Rescue(args) => args.timeout_overlay,
+        other => panic!("no rescue: {other:?}"),
+    };
+    let wire = |value: v1::OverlayDisposition| i32::from(value);
+    assert_eq!(heard(given(0)), None);
+    assert_eq!(
+        heard(given(wire(v1::OverlayDisposition::Commit))),
+        Some(OverlayDisposition::Commit)
+    );
+    assert_eq!(
+        heard(given(wire(v1::OverlayDisposition::Discard))),
+        Some(OverlayDisposition::Discard)
+    );
+    let refused = given(9).wish(USUAL).unwrap_err();
+    assert_eq!(refused.subject.unwrap().0, "timeout_overlay");
+}
+
+#[test]
 fn each_wrong_field_is_named() {
     let field = |refusal: Refusal| refusal.subject.unwrap().0;
     let refuse = |change: fn(&mut v1::CreateServerRequest)| {

@@ -24,7 +24,7 @@ use uuid::Uuid;
 use self::host::{Domain, HostState, Planned, element, identity, refused};
 use super::{
     CryptHash, Definition, DomainStatus, HostFacts, Hypervisor, HypervisorError, HypervisorEvent,
-    HypervisorResult, LinkState, Nvram, StuckCall,
+    HypervisorResult, LinkState, Nvram, PowerReading, StuckCall,
 };
 use crate::core::state::PowerState;
 
@@ -459,6 +459,16 @@ impl Hypervisor for FakeHypervisor {
     async fn domain(&self, id: Uuid) -> HypervisorResult<Option<DomainStatus>> {
         self.call("domain", &id.to_string(), |_, state| {
             Ok(state.domains.get(&id).map(|d| d.status(id)))
+        })
+        .await
+    }
+
+    async fn power(&self, id: Uuid) -> HypervisorResult<Option<PowerReading>> {
+        self.call("power", &id.to_string(), |_, state| {
+            Ok(state.domains.get(&id).map(|d| PowerReading {
+                power: d.power,
+                reason: d.reason.to_owned(),
+            }))
         })
         .await
     }

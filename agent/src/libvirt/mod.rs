@@ -46,13 +46,13 @@ pub use self::schema::{SchemaError, check_schema};
 
 use self::connections::{Class, Connections, Notice, Supervisor, is_alive};
 use self::errors::{Failure, agent_failure, is, refusal, schema_failure};
-use self::reads::{all, facts, find, status};
+use self::reads::{all, facts, find, power, status};
 use self::threads::{Job, Ticket};
 use self::turns::Turns;
 use crate::core::state::PowerState;
 use crate::hypervisor::{
     CryptHash, Definition, DomainStatus, HostFacts, Hypervisor, HypervisorError, HypervisorEvent,
-    HypervisorResult, LinkState, Nvram, StuckCall,
+    HypervisorResult, LinkState, Nvram, PowerReading, StuckCall,
 };
 
 /// How many events a receiver may be behind before it has to look at everything anew.
@@ -371,6 +371,14 @@ impl Hypervisor for Libvirt {
         .await
     }
 
+    async fn power(&self, id: Uuid) -> HypervisorResult<Option<PowerReading>> {
+        let call = self.call_named("virDomainGetState").about(id);
+        self.read(&id.to_string(), call, move |connect| {
+            find(connect, id)?.map_or(Ok(None), |domain| power(&domain))
+        })
+        .await
+    }
+
     async fn domain_by_name(&self, name: &str) -> HypervisorResult<Option<DomainStatus>> {
         let call = self.call_named("virDomainLookupByName");
         let sought = name.to_owned();
@@ -407,25 +415,29 @@ impl Hypervisor for Libvirt {
 
     async fn validate(&self, xml: &str) -> HypervisorResult<()> {
         let name = "virConnectDomainXMLToNative";
-        let xml = xml.to_owned();
-        let call = self.call_named(name);
-        self.call(Class::Mutate, call, move |connect| {
-            check_schema(&xml).map_err(|error| schema_failure(name, &error))?;
-            match connect.domain_xml_to_native("qemu-argv", &xml, 0) {
+        let checked = xml.to_owned();
+        let schema = self.call(Class::Mutate, self.call_named(name), move |_| {
+            check_schema(&checked).map_err(|error| schema_failure(name, &error))
+        });
+        let asked = xml.to_owned();
+        let native = self.call(Class::Mutate, self.call_named(name), move |connect| {
+            match connect.domain_xml_to_native("qemu-argv", &asked, 0) {
                 Ok(_) => Ok(()),
                 // Not QEMU: there is nothing more to ask.
                 Err(error) if is(&error, ErrorNumber::NoSupport) => Ok(()),
                 Err(error) => Err(error.into()),
             }
-        })
-        .await
+        });
+        // One works in this process, the other in libvirt's: together they take no longer than one.
+        let (schema, native) = tokio::join!(schema, native);
+        schema.and(native)
     }
 
     async fn define(&self, xml: &str) -> HypervisorResult<()> {
         let xml = xml.to_owned();
-        let call = self.call_named("virDomainDefineXMLFlags");
+        let call = self.call_named("virDomainDefineXML");
         self.call(Class::Mutate, call, move |connect| {
-            connect.define_domain_xml_flags(&xml, sys::VIR_DOMAIN_DEFINE_VALIDATE)?;
+            connect.define_domain_xml(&xml)?;
             Ok(())
         })
         .await

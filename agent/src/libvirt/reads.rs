@@ -11,12 +11,25 @@ use virt::sys;
 
 use super::errors::{Failure, is};
 use super::{ffi, words};
-use crate::hypervisor::{DomainStatus, HostFacts};
+use crate::hypervisor::{DomainStatus, HostFacts, PowerReading};
 
 /// The domain, or `None` if there is none of this uuid.
 pub(super) fn find(connect: &Connect, id: Uuid) -> Result<Option<Domain>, Failure> {
     match connect.lookup_domain_by_uuid(id) {
         Ok(domain) => Ok(Some(domain)),
+        Err(error) if is(&error, ErrorNumber::NoDomain) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The power, or `None` if the domain has gone meanwhile.
+pub(super) fn power(domain: &Domain) -> Result<Option<PowerReading>, Failure> {
+    match ffi::domain_state(domain) {
+        Ok(raw) => {
+            let (power, reason) = words::power(raw);
+            let reason = reason.to_owned();
+            Ok(Some(PowerReading { power, reason }))
+        }
         Err(error) if is(&error, ErrorNumber::NoDomain) => Ok(None),
         Err(error) => Err(error.into()),
     }

@@ -26,7 +26,7 @@ use crate::{
     },
     dispatch::{Dispatcher, Target},
     engine::now_ms,
-    hypervisor::{DomainStatus, Hypervisor, HypervisorError, HypervisorEvent, LinkState},
+    hypervisor::{Hypervisor, HypervisorError, HypervisorEvent, LinkState, PowerReading},
     store::{Request, Store},
 };
 
@@ -151,9 +151,13 @@ impl Observer {
                 let seen: HashSet<Uuid> = domains.iter().map(|domain| domain.id).collect();
                 for domain in domains {
                     if let Some(server) = self.store.server(domain.id) {
+                        let reading = PowerReading {
+                            power: domain.power,
+                            reason: domain.reason,
+                        };
                         self.record(
                             &server,
-                            observation(Some(&domain), ObservationSource::Poll, asked_at),
+                            observation(Some(reading), ObservationSource::Poll, asked_at),
                         )
                         .await;
                     }
@@ -181,9 +185,9 @@ impl Observer {
             return;
         };
         let asked_at = now_ms();
-        match self.hypervisor.domain(id).await {
-            Ok(status) => {
-                self.record(&server, observation(status.as_ref(), source, asked_at))
+        match self.hypervisor.power(id).await {
+            Ok(reading) => {
+                self.record(&server, observation(reading, source, asked_at))
                     .await
             }
             Err(HypervisorError::LinkDown { .. }) => {}
@@ -332,13 +336,17 @@ fn waits_for_agent(server: &ServerRecord) -> bool {
 
 /// `asked_at_ms`: when the hypervisor was asked. What it answered may be older than its answer.
 fn observation(
-    status: Option<&DomainStatus>,
+    reading: Option<PowerReading>,
     source: ObservationSource,
     asked_at_ms: i64,
 ) -> PowerObservation {
+    let reading = reading.unwrap_or_else(|| PowerReading {
+        power: PowerState::NoState,
+        reason: "no domain".to_owned(),
+    });
     PowerObservation {
-        state: status.map_or(PowerState::NoState, |status| status.power),
-        reason: status.map_or_else(|| "no domain".to_owned(), |status| status.reason.clone()),
+        state: reading.power,
+        reason: reading.reason,
         observed_at_ms: asked_at_ms,
         source,
     }

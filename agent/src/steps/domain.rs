@@ -17,7 +17,7 @@ use crate::{
         state::PowerState,
     },
     engine::{StepContext, StepError, StepReport},
-    hypervisor::{Definition, DomainStatus, HypervisorError, HypervisorEvent, Nvram},
+    hypervisor::{Definition, HypervisorError, HypervisorEvent, Nvram, PowerReading},
 };
 
 /// Events say when a guest is off; this is how often it is looked at all the same.
@@ -116,11 +116,11 @@ impl Steps {
         Ok(())
     }
 
-    /// The domain's status while it has a QEMU. A crashed one that is kept (`on_crash` preserve) has.
-    async fn on(&self, id: Uuid) -> Result<Option<DomainStatus>, StepError> {
+    /// The domain's power while it has a QEMU. A crashed one that is kept (`on_crash` preserve) has.
+    async fn on(&self, id: Uuid) -> Result<Option<PowerReading>, StepError> {
         Ok(self
             .hypervisor
-            .domain(id)
+            .power(id)
             .await?
             .filter(|status| status.power.is_on() || status.power == PowerState::Crashed))
     }
@@ -218,7 +218,7 @@ impl Steps {
     }
 
     pub(super) async fn is_started(&self, id: Uuid, mark: Mark) -> Result<bool, StepError> {
-        let on = self.hypervisor.domain(id).await?;
+        let on = self.hypervisor.power(id).await?;
         if !on.is_some_and(|status| status.power.is_on()) {
             return Ok(false);
         }

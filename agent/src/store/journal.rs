@@ -307,12 +307,14 @@ impl Store {
         .await
     }
 
-    /// Ends an operation whose outcome stands: it gives the lane back.
+    /// Ends an operation whose outcome stands: it gives the lane back. A power cut may undo that,
+    /// which costs nothing: what was cleaned up is cleaned up again.
     ///
     /// # Errors
     /// If the store fails.
     pub async fn finish(&self, operation: OperationRecord, now_ms: i64) -> StoreResult<()> {
-        self.end(operation, None, false, now_ms).await
+        self.end(operation, None, false, Durability::Process, now_ms)
+            .await
     }
 
     /// Ends an operation that was taken back: the record is as before, or gone if the plan made it.
@@ -328,7 +330,8 @@ impl Store {
         now_ms: i64,
     ) -> StoreResult<()> {
         let remove = plan.initial.is_some() && fault.is_none();
-        self.end(operation, fault.map(|fault| (fault, plan)), remove, now_ms)
+        let fault = fault.map(|fault| (fault, plan));
+        self.end(operation, fault, remove, Durability::Power, now_ms)
             .await
     }
 
@@ -337,13 +340,14 @@ impl Store {
         operation: OperationRecord,
         fault: Option<(Fault, Arc<Plan>)>,
         remove: bool,
+        durability: Durability,
         now_ms: i64,
     ) -> StoreResult<()> {
         self.run(move |db| {
             let current = db
                 .server(operation.server)
                 .filter(|(_, record)| record.operation == Some(operation.id));
-            db.change(Durability::Power, |tx, publish| {
+            db.change(durability, |tx, publish| {
                 if let Some((order, mut record)) = current {
                     if remove {
                         remove_server(tx, publish, &operation, now_ms)?;

@@ -4,13 +4,14 @@
 use std::{
     collections::BTreeMap,
     fs,
-    os::unix::fs::PermissionsExt as _,
+    os::unix::fs::{FileExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     process::Command,
     sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
+use nix::unistd::{Whence, lseek};
 use salvor_agent::{
     core::{
         action::{
@@ -268,14 +269,63 @@ struct Entry {
     path: PathBuf,
     mode: u32,
     /// `None` for a folder.
-    bytes: Option<Vec<u8>>,
+    content: Option<Content>,
+}
+
+/// What is in a file, without its zeros: a config drive is large and empty.
+struct Content {
+    size: u64,
+    /// Offset and bytes of each block that holds something.
+    blocks: Vec<(u64, Vec<u8>)>,
+}
+
+impl Content {
+    fn read(path: &Path) -> Self {
+        const BLOCK: u64 = 4096;
+        let file = fs::File::open(path).unwrap();
+        let size = file.metadata().unwrap().len();
+        let mut blocks = Vec::new();
+        let mut offset = 0;
+        while offset < size {
+            // No more data than this: an error says so.
+            let Ok(data) = lseek(&file, offset.cast_signed(), Whence::SeekData) else {
+                break;
+            };
+            offset = data.cast_unsigned() / BLOCK * BLOCK;
+            let mut bytes = vec![0; usize::try_from(BLOCK.min(size - offset)).unwrap()];
+            file.read_exact_at(&mut bytes, offset).unwrap();
+            if bytes.iter().any(|byte| *byte != 0) {
+                blocks.push((offset, bytes));
+            }
+            offset += BLOCK;
+        }
+        Self { size, blocks }
+    }
+
+    fn write(&self, path: &Path) {
+        let file = fs::File::create(path).unwrap();
+        file.set_len(self.size).unwrap();
+        for (offset, bytes) in &self.blocks {
+            file.write_all_at(bytes, *offset).unwrap();
+        }
+    }
+
+    fn hash(&self) -> String {
+        let mut digest = Sha256::new();
+        digest.update(self.size.to_be_bytes());
+        for (offset, bytes) in &self.blocks {
+            digest.update(offset.to_be_bytes());
+            digest.update(bytes);
+        }
+        format!("{:x}", digest.finalize())
+    }
 }
 
 impl Entry {
     fn write(&self, path: &Path) {
-        match &self.bytes {
+        match &self.content {
             None => fs::create_dir_all(path).unwrap(),
-            Some(bytes) => fs::write(path, bytes).unwrap(),
+            Some(content) => content.write(path),
         }
         fs::set_permissions(path, fs::Permissions::from_mode(self.mode)).unwrap();
     }
@@ -297,7 +347,7 @@ pub(crate) struct Seen {
     pub(crate) live: Option<String>,
     pub(crate) saved: Option<String>,
     pub(crate) holders: Vec<(Uuid, String)>,
-    /// SHA-256 of each file, nothing for folders.
+    /// A hash of each file, nothing for folders.
     pub(crate) files: BTreeMap<String, String>,
 }
 
@@ -342,7 +392,7 @@ fn read_tree(folder: &Path, found: &mut BTreeMap<PathBuf, Entry>) {
         let entry = Entry {
             path: path.to_owned(),
             mode: metadata.permissions().mode() & 0o7777,
-            bytes: metadata.is_file().then(|| fs::read(path).unwrap()),
+            content: metadata.is_file().then(|| Content::read(path)),
         };
         found.insert(path.to_owned(), entry);
     });
@@ -356,7 +406,7 @@ fn hashes(folder: &Path) -> BTreeMap<String, String> {
             let hash = if metadata.is_dir() {
                 String::new()
             } else {
-                format!("{:x}", Sha256::digest(fs::read(path).unwrap()))
+                Content::read(path).hash()
             };
             found.insert(name, hash);
         });

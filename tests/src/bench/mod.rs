@@ -52,6 +52,8 @@ pub struct Settings {
     pub lists: Vec<usize>,
     /// For how long the idle agent is watched.
     pub idle: Duration,
+    /// Is the run's folder, with the agents' stores and logs, to be kept?
+    pub keep: bool,
 }
 
 impl Settings {
@@ -63,6 +65,7 @@ impl Settings {
             lives: 40,
             lists: vec![1, 100, 1000],
             idle: Duration::from_secs(60),
+            keep: false,
         }
     }
 
@@ -74,6 +77,7 @@ impl Settings {
             lives: 1,
             lists: vec![1, 20],
             idle: Duration::from_secs(1),
+            keep: false,
         }
     }
 }
@@ -136,6 +140,10 @@ pub fn run(settings: Settings) {
         rows: Vec::new(),
         figures: Vec::new(),
     };
+    if bench.settings.keep {
+        bench.folder.keep();
+        println!("everything stays in {}", bench.folder.path().display());
+    }
     let libvirt = one_guest(&mut bench);
     calls::lists(&mut bench);
     let load_after = process::load();

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use salvor_tests::bench::{Settings, run};
 
-const USAGE: &str = "usage: salvor-bench [--quick] [--lives N] [--seed N]";
+const USAGE: &str = "usage: salvor-bench [--quick] [--lives N] [--seed N] [--keep]";
 
 fn main() -> ExitCode {
     match settings(std::env::args().skip(1)) {
@@ -27,6 +27,7 @@ fn settings(mut arguments: impl Iterator<Item = String>) -> Option<Settings> {
             "--quick" => settings = Settings::quick(settings.seed),
             "--lives" => settings.lives = arguments.next()?.parse().ok()?,
             "--seed" => settings.seed = arguments.next()?.parse().ok()?,
+            "--keep" => settings.keep = true,
             _ => return None,
         }
     }

@@ -113,9 +113,8 @@ const SHAPES: [(&str, &str, &str); 8] = [
     ),
     ("a security label", "<seclabel type='none'/>", ""),
     (
-        "limits and a genid",
-        "<genid>7f9a1c0e-5c0d-4d8a-9a51-0f3f2a4b8c11</genid><cputune><shares>512</shares></cputune>\
-         <memtune><hard_limit unit='KiB'>4194304</hard_limit></memtune><iothreads>1</iothreads>",
+        "threads and a genid",
+        "<genid>7f9a1c0e-5c0d-4d8a-9a51-0f3f2a4b8c11</genid><iothreads>1</iothreads>",
         "<memballoon model='none'/><input type='tablet' bus='usb'/>",
     ),
     (

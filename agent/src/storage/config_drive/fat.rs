@@ -4,11 +4,11 @@
 //! The crate `fatfs` gives long names even to `.` and `..`. Linux and Windows do not mind, but a
 //! checker calls each folder broken, so these entries are put right when everything is written.
 
-use std::fs::File;
 use std::io::{Seek as _, SeekFrom, Write as _};
-use std::os::unix::fs::FileExt as _;
 
 use fatfs::{Date, DateTime, FileSystem, FormatVolumeOptions, FsOptions, Time, TimeProvider};
+
+use super::sparse::Sparse;
 
 /// cloud-init looks for this label, in lower or upper case.
 const LABEL: [u8; 11] = *b"config-2   ";
@@ -42,20 +42,20 @@ impl TimeProvider for StoppedClock {
     }
 }
 
-/// Makes the file system over the whole of `file` and writes `files` (path and content, in order).
+/// Makes the file system over the whole of `disk` and writes `files` (path and content, in order).
 pub(super) fn write(
-    file: &mut File,
+    disk: &mut Sparse,
     volume_id: u32,
     files: &[(String, Vec<u8>)],
 ) -> std::io::Result<()> {
-    file.seek(SeekFrom::Start(0))?;
+    disk.seek(SeekFrom::Start(0))?;
     let options = FormatVolumeOptions::new()
         .volume_id(volume_id)
         .volume_label(LABEL);
-    fatfs::format_volume(&mut *file, options)?;
-    file.seek(SeekFrom::Start(0))?;
+    fatfs::format_volume(&mut *disk, options)?;
+    disk.seek(SeekFrom::Start(0))?;
     let options = FsOptions::new().time_provider(&StoppedClock);
-    let volume = FileSystem::new(&mut *file, options)?;
+    let volume = FileSystem::new(&mut *disk, options)?;
     for (path, content) in files {
         let mut folder = volume.root_dir();
         let mut rest = path.as_str();
@@ -69,7 +69,7 @@ pub(super) fn write(
         entry.flush()?;
     }
     volume.unmount()?;
-    plain_dots(file)
+    plain_dots(disk)
 }
 
 /// One entry of a FAT folder.
@@ -84,9 +84,9 @@ const DOT_DOT: &[u8] = b"..         ";
 
 /// Takes the long names from the `.` and `..` of every folder. The file system is our own work of a
 /// moment ago: FAT16, and no folder of ours fills its first cluster.
-fn plain_dots(file: &File) -> std::io::Result<()> {
+fn plain_dots(disk: &mut Sparse) -> std::io::Result<()> {
     let mut boot = [0; 32];
-    file.read_exact_at(&mut boot, 0)?;
+    disk.read_exact_at(&mut boot, 0)?;
     let u8_at = |at: usize| boot.get(at).copied().map_or(0, u64::from);
     let u16_at = |at: usize| u8_at(at) + (u8_at(at + 1) << 8);
     let (sector, sectors_per_cluster) = (u16_at(11), u8_at(13));
@@ -99,16 +99,16 @@ fn plain_dots(file: &File) -> std::io::Result<()> {
         let end = if start == root { data } else { start + cluster };
         if start != root {
             // Long name of `.`, `.`, long name of `..`, `..`.
-            let dot = entry_at(file, start + ENTRY)?;
-            let dot_dot = entry_at(file, start + 3 * ENTRY)?;
+            let dot = entry_at(disk, start + ENTRY)?;
+            let dot_dot = entry_at(disk, start + 3 * ENTRY)?;
             if dot.starts_with(DOT) && dot_dot.starts_with(DOT_DOT) {
                 let mut gone = [0; 32];
                 gone[0] = DELETED;
-                file.write_all_at(&[dot, dot_dot, gone, gone].concat(), start)?;
+                disk.write_all_at(&[dot, dot_dot, gone, gone].concat(), start)?;
             }
         }
         for offset in (start..end).step_by(size_of::<Entry>()) {
-            let entry = entry_at(file, offset)?;
+            let entry = entry_at(disk, offset)?;
             if entry[0] == 0 {
                 break;
             }
@@ -122,8 +122,8 @@ fn plain_dots(file: &File) -> std::io::Result<()> {
     Ok(())
 }
 
-fn entry_at(file: &File, offset: u64) -> std::io::Result<Entry> {
+fn entry_at(disk: &mut Sparse, offset: u64) -> std::io::Result<Entry> {
     let mut entry = [0; 32];
-    file.read_exact_at(&mut entry, offset)?;
+    disk.read_exact_at(&mut entry, offset)?;
     Ok(entry)
 }

@@ -18,6 +18,7 @@
 
 mod fat;
 mod metadata;
+mod sparse;
 #[cfg(test)]
 mod tests;
 
@@ -31,10 +32,11 @@ use uuid::Uuid;
 use super::files::{DISK_MODE, FileError, cannot, replace_durable};
 use crate::core::plan::ConfigDriveSpec;
 pub use metadata::host_name;
+use sparse::Sparse;
 
 /// The most bytes of user data. Nova takes 65,535 characters of base64, which are so many bytes.
 pub const LONGEST_USER_DATA: usize = 49_149;
-/// The size of the file system: Nova's. The file is sparse, about 1 MiB of it is there.
+/// The size of the file system: Nova's. The file is sparse, some 100 KiB of it are there.
 const VOLUME: u64 = 64 << 20;
 /// The marker's sector, behind the file system.
 const TRAILER: usize = 512;
@@ -96,9 +98,11 @@ pub fn check(spec: &ConfigDriveSpec) -> Result<(), ConfigDriveError> {
 pub fn build(path: &Path, spec: &ConfigDriveSpec) -> Result<(), ConfigDriveError> {
     check(spec)?;
     let files = metadata::files(spec);
+    let mut disk = Sparse::new(VOLUME);
     replace_durable(path, DISK_MODE, |file, part| {
-        file.set_len(VOLUME)
-            .and_then(|()| fat::write(file, volume_id(spec), &files))
+        fat::write(&mut disk, volume_id(spec), &files)
+            .and_then(|()| file.set_len(VOLUME))
+            .and_then(|()| disk.write_to(file))
             .and_then(|()| write_marker(file, spec.plan))
             .map_err(cannot("written", part))
     })?;
