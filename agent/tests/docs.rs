@@ -290,6 +290,7 @@ fn steps() -> Vec<Step> {
         Step::CommitOverlay {
             path: text(),
             base: text(),
+            base_format: String::new(),
         },
         Step::DefineDomain {
             xml: text(),

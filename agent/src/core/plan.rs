@@ -126,6 +126,8 @@ pub enum Step {
         path: String,
         /// The disk under it.
         base: String,
+        /// Format of that: recorded, never probed.
+        base_format: String,
     },
     /// The persistent domain.
     DefineDomain {
@@ -219,7 +221,7 @@ impl Step {
                 )
             }
             Self::MarkCommitStarted => "note that the overlays are being committed".to_owned(),
-            Self::CommitOverlay { path, base } => format!("write the overlay {path} to {base}"),
+            Self::CommitOverlay { path, base, .. } => format!("write the overlay {path} to {base}"),
             Self::DefineDomain {
                 mark: Mark::Plan(_),
                 ..

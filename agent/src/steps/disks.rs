@@ -8,6 +8,7 @@ use crate::{
     core::{errors::chain, reason::Reason},
     engine::{StepContext, StepError},
     storage::{
+        disk_size,
         inspect::Format,
         qemu_img::{Disk, IfExists, Job, QemuImgError},
     },
@@ -53,15 +54,25 @@ impl Steps {
         context: &StepContext<'_>,
         path: &str,
         base: &str,
+        base_format: &str,
     ) -> Applied {
+        let path = Path::new(path);
+        let base = Disk {
+            path: Path::new(base),
+            format: format(base_format)?,
+        };
+        let size = disk_size(path, Format::Qcow2.name())
+            .await
+            .map_err(|error| {
+                let message = format!("the overlay {} cannot be read: {error}", path.display());
+                StepError::new(Reason::StorageFailed, message)
+            })?;
         let job = Job {
             deadline: NO_SHORTER_DEADLINE,
             cancel: context.cancel.clone(),
             progress: Some(context.progress),
         };
-        self.qemu_img
-            .commit(&job, Path::new(path), Path::new(base))
-            .await?;
+        self.qemu_img.commit(&job, path, base, size).await?;
         Ok(None)
     }
 }

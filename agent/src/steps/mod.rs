@@ -80,7 +80,11 @@ impl StepRunner for Steps {
             Step::SaveDefinition { xml } => self.save_definition(server, plan, xml).await,
             Step::PowerOff { shutdown, .. } => self.power_off(&context, *shutdown).await,
             Step::MarkCommitStarted => self.mark_commit_started(server).await,
-            Step::CommitOverlay { path, base } => self.commit_overlay(&context, path, base).await,
+            Step::CommitOverlay {
+                path,
+                base,
+                base_format,
+            } => self.commit_overlay(&context, path, base, base_format).await,
             Step::DefineDomain { xml, .. } => self.define(xml).await,
             Step::UndefineDomain { .. } => self.undefine(server).await,
             Step::StartDomain { mark } => self.start(server, *mark).await,

@@ -44,6 +44,7 @@ pub(super) fn plan(
                 Step::CommitOverlay {
                     path: overlay.path.clone(),
                     base: overlay.base.clone(),
+                    base_format: overlay.base_format.clone(),
                 },
             );
         }

@@ -119,7 +119,7 @@ async fn an_existing_file_is_kept_unless_it_is_to_be_replaced() {
 }
 
 #[tokio::test]
-async fn commit_can_be_repeated_and_leaves_the_overlay() {
+async fn a_commit_can_be_repeated_and_never_writes_old_blocks_over_newer_ones() {
     let dir = tempfile::tempdir().unwrap();
     let (base, overlay) = (dir.path().join("base"), dir.path().join("overlay"));
     let tool = QemuImg::default();
@@ -136,14 +136,17 @@ async fn commit_can_be_repeated_and_leaves_the_overlay() {
             .await
             .unwrap();
         guest(qcow2(&overlay), "write -P 2 1M 1M");
-        let before = std::fs::metadata(&overlay).unwrap().len();
         for _ in 0..2 {
-            tool.commit(&job(), &overlay, base.path).await.unwrap();
+            tool.commit(&job(), &overlay, base, 4 * MIB).await.unwrap();
             guest(base, "read -P 2 1M 1M");
             guest(base, "read -P 1 2M 2M");
             guest(qcow2(&overlay), "read -P 2 1M 1M");
-            assert_eq!(std::fs::metadata(&overlay).unwrap().len(), before);
         }
+        // The server runs on its disk again and writes; then the commit is repeated once more.
+        guest(base, "write -P 3 1M 1M");
+        tool.commit(&job(), &overlay, base, 4 * MIB).await.unwrap();
+        guest(base, "read -P 3 1M 1M");
+        guest(qcow2(&overlay), "read -P 3 1M 1M");
     }
 }
 
@@ -257,7 +260,7 @@ async fn no_file_name_is_read_as_anything_but_a_file_name() {
         tool.convert(&job(), qcow2(&disk), raw(&flat), IfExists::Replace)
             .await
             .unwrap_or_else(|error| panic!("{name:?}: {error}"));
-        tool.commit(&job(), &disk, &base)
+        tool.commit(&job(), &disk, raw(&base), MIB)
             .await
             .unwrap_or_else(|error| panic!("{name:?}: {error}"));
         assert_eq!(std::fs::metadata(&base).unwrap().len(), MIB);
@@ -389,7 +392,7 @@ async fn qemu_img_runs_under_its_limits_and_in_its_own_group() {
     let text = std::fs::read_to_string(&out).unwrap();
     for line in [
         "AS 2147483648 2147483648",
-        "CPU 14400 14400",
+        "CPU 21600 21600",
         "FSIZE 1073741824 1073741824",
         "NOFILE 256 256",
         "CORE 0 0",
