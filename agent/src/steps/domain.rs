@@ -17,7 +17,7 @@ use crate::{
         state::PowerState,
     },
     engine::{StepContext, StepError, StepReport},
-    hypervisor::{Definition, HypervisorError, HypervisorEvent, Nvram, PowerReading},
+    hypervisor::{Boot, Definition, HypervisorError, HypervisorEvent, Nvram, PowerReading},
 };
 
 /// Events say when a guest is off; this is how often it is looked at all the same.
@@ -130,7 +130,12 @@ impl Steps {
     }
 
     /// Takes a power-off back: the guest that ran runs again.
-    pub(super) async fn power_on_again(&self, id: Uuid, was_on: bool) -> Result<(), StepError> {
+    pub(super) async fn power_on_again(
+        &self,
+        id: Uuid,
+        was_on: bool,
+        boot: Boot,
+    ) -> Result<(), StepError> {
         if !was_on {
             return Ok(());
         }
@@ -139,7 +144,7 @@ impl Steps {
             Some(status) if status.power == PowerState::Crashed => self.end(id).await?,
             Some(_) => return Ok(()),
         }
-        self.hypervisor.start(id).await?;
+        self.hypervisor.start(id, boot).await?;
         Ok(())
     }
 
@@ -192,7 +197,7 @@ impl Steps {
             .is_none_or(|status| !status.persistent))
     }
 
-    pub(super) async fn start(&self, id: Uuid, mark: Mark) -> Applied {
+    pub(super) async fn start(&self, id: Uuid, mark: Mark, boot: Boot) -> Applied {
         let report = |message: &str| {
             Ok(Some(StepReport {
                 message: message.to_owned(),
@@ -213,8 +218,20 @@ impl Steps {
                 ));
             }
         }
-        self.hypervisor.start(id).await?;
-        report("")
+        self.hypervisor.start(id, boot).await?;
+        // A guest may be off again already; but what runs has to be what was to be started.
+        match self.xml(id, Definition::Live).await? {
+            Some(xml) if !carries(&xml, mark) => {
+                self.end(id).await?;
+                Err(StepError::new(
+                    Reason::LibvirtRefused,
+                    format!(
+                        "what libvirt started as domain {id} was not what was to be started, but memory that had been saved of something else; it was ended, so ask again"
+                    ),
+                ))
+            }
+            _ => report(""),
+        }
     }
 
     pub(super) async fn is_started(&self, id: Uuid, mark: Mark) -> Result<bool, StepError> {

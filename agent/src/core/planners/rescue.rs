@@ -207,6 +207,7 @@ pub(super) fn plan(
         Phase::Switch,
         Step::StartDomain {
             mark: Mark::Plan(facts.plan),
+            fresh: true,
         },
     );
 

@@ -58,7 +58,13 @@ pub(super) fn plan(
     );
     let start = !args.restore_power || rescue.power_before.is_on();
     if start {
-        builder.step(Phase::Switch, Step::StartDomain { mark: Mark::Own });
+        builder.step(
+            Phase::Switch,
+            Step::StartDomain {
+                mark: Mark::Own,
+                fresh: true,
+            },
+        );
     }
     builder.step(
         Phase::CleanUp,
