@@ -148,7 +148,26 @@ impl Steps {
         Ok(())
     }
 
-    pub(super) async fn define(&self, xml: &str) -> Applied {
+    /// Defines the domain, unless its definition is neither the one that the plan was made for nor
+    /// the one that it makes: the change would be lost, and the plan's own way back is not its.
+    pub(super) async fn define(
+        &self,
+        id: Uuid,
+        xml: &str,
+        mark: Mark,
+        before: Option<&str>,
+    ) -> Applied {
+        if let Some(current) = self.xml(id, Definition::Inactive).await?
+            && Some(current.as_str()) != before
+            && !is_of(&current, xml, mark)
+        {
+            return Err(StepError::new(
+                Reason::DomainChanged,
+                format!(
+                    "the definition of domain {id} was changed while the operation ran; ask again"
+                ),
+            ));
+        }
         self.hypervisor.define(xml).await?;
         Ok(None)
     }
@@ -162,24 +181,32 @@ impl Steps {
         let Some(current) = self.xml(id, Definition::Inactive).await? else {
             return Ok(false);
         };
-        Ok(match mark {
-            Mark::Plan(_) => carries(&current, mark),
-            // Our saved text is libvirt's own, so it prints the same again.
-            Mark::Own => current == xml,
-        })
+        Ok(is_of(&current, xml, mark))
     }
 
-    /// Takes a definition back: the one before, or none. One that was not changed is left alone.
+    /// Takes a definition back: the one before, or none. What is neither missing nor of this step
+    /// was not changed by it, and is left alone.
     pub(super) async fn define_again(
         &self,
         id: Uuid,
+        xml: &str,
+        mark: Mark,
         before: Option<&str>,
     ) -> Result<(), StepError> {
+        let current = self.xml(id, Definition::Inactive).await?;
         match before {
-            Some(xml) if self.xml(id, Definition::Inactive).await?.as_deref() == Some(xml) => {}
-            Some(xml) => self.hypervisor.define(xml).await?,
+            _ if current.is_some_and(|current| !is_of(&current, xml, mark)) => {}
+            Some(before) => self.hypervisor.define(before).await?,
             // The definition may be the server's own, coming back from a rescue: its NVRAM is too.
             None => self.hypervisor.undefine(id, Nvram::Keep).await?,
+        }
+        Ok(())
+    }
+
+    /// Takes it back that the domain was undefined. A definition that is there now is somebody's.
+    pub(super) async fn define_removed(&self, id: Uuid, before: &str) -> Result<(), StepError> {
+        if self.xml(id, Definition::Inactive).await?.is_none() {
+            self.hypervisor.define(before).await?;
         }
         Ok(())
     }
@@ -269,6 +296,15 @@ impl Steps {
             Err(HypervisorError::NoDomain { .. }) => Ok(None),
             Err(error) => Err(error.into()),
         }
+    }
+}
+
+/// Is this definition the one that a step made of `xml`?
+fn is_of(current: &str, xml: &str, mark: Mark) -> bool {
+    match mark {
+        Mark::Plan(_) => carries(current, mark),
+        // Our saved text is libvirt's own, so it prints the same again.
+        Mark::Own => current == xml,
     }
 }
 

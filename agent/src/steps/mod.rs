@@ -81,7 +81,9 @@ impl StepRunner for Steps {
             Step::PowerOff { shutdown, .. } => self.power_off(&context, *shutdown).await,
             Step::MarkCommitStarted => self.mark_commit_started(server).await,
             Step::CommitOverlay { path, base } => self.commit_overlay(&context, path, base).await,
-            Step::DefineDomain { xml, .. } => self.define(xml).await,
+            Step::DefineDomain { xml, mark, before } => {
+                self.define(server, xml, *mark, before.as_deref()).await
+            }
             Step::UndefineDomain { .. } => self.undefine(server).await,
             Step::StartDomain { mark, fresh } => self.start(server, *mark, boot(*fresh)).await,
             Step::SetUserPassword { user, hash } => {
@@ -114,8 +116,11 @@ impl StepRunner for Steps {
             }
             // The overlays show the same disk as before, however much of them was written.
             Step::MarkCommitStarted | Step::CommitOverlay { .. } => Ok(()),
-            Step::DefineDomain { before, .. } => self.define_again(server, before.as_deref()).await,
-            Step::UndefineDomain { before, .. } => self.define_again(server, Some(before)).await,
+            Step::DefineDomain { xml, mark, before } => {
+                self.define_again(server, xml, *mark, before.as_deref())
+                    .await
+            }
+            Step::UndefineDomain { before } => self.define_removed(server, before).await,
             Step::StartDomain { mark, .. } => self.stop_started(server, *mark).await,
             // The password before is not known, and a rescue guest that takes another one is no worse.
             Step::SetUserPassword { .. } => Ok(()),

@@ -5,16 +5,19 @@ use std::sync::Arc;
 
 use salvor_agent::{
     core::{
-        action::Action,
+        action::{Action, Verb},
         operation::OperationState,
         reason::Reason,
         state::{PowerState, VmState},
     },
-    engine::{NoProbe, Probe},
-    hypervisor::{Boot, Hypervisor as _},
+    engine::{NoProbe, Point, Probe},
+    hypervisor::{Boot, Definition, Hypervisor as _},
 };
 
-use crate::host::{AT_ONCE, Agent, Host, NEW, ON, SERVER, adopt, rescue_action, unrescue};
+use crate::{
+    gate::Gate,
+    host::{AT_ONCE, Agent, Host, NEW, ON, SERVER, adopt, rescue_action, unrescue},
+};
 
 /// An agent with an adopted server that runs.
 async fn with_server(host: &Host, probe: Arc<dyn Probe>) -> Agent {
@@ -68,4 +71,71 @@ async fn a_start_that_brings_back_a_rescue_is_not_taken_for_the_server() {
     assert_eq!(seen.record.unwrap().vm_state, VmState::Stopped);
     agent.succeed(ON, Action::Start).await;
     assert_eq!(host.look(&agent).await.live, seen.inactive);
+}
+
+/// Changes the domain's definition as an administrator would, and says what it is then.
+async fn edit(host: &Host) -> String {
+    let xml = host.fake.domain_xml(SERVER, Definition::Inactive).await;
+    let changed = xml
+        .unwrap()
+        .replace("</uuid>", "</uuid><title>changed</title>");
+    host.fake.define(&changed).await.unwrap();
+    changed
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_definition_that_was_changed_meanwhile_is_not_overwritten() {
+    for (verb, rescued) in [(Verb::Rescue, false), (Verb::Unrescue, true)] {
+        let host = Host::new();
+        // The guest is off, the definition is not yet looked at.
+        let power_off = if rescued { 0 } else { 5 };
+        let gate = Gate::new(verb, Point::AfterStep(power_off));
+        let agent = with_server(&host, Arc::clone(&gate) as _).await;
+        let action = if rescued {
+            agent.succeed(ON, rescue_action()).await;
+            Action::Unrescue(unrescue())
+        } else {
+            rescue_action()
+        };
+        let plan = agent.plan(ON, &action).await;
+        let power_off = plan
+            .steps
+            .iter()
+            .position(|planned| planned.step.kind() == "PowerOff");
+        let before = host.look(&agent).await;
+        let submitted = agent.submit(ON, action).await.unwrap();
+        gate.reached().await;
+        let changed = edit(&host).await;
+        gate.open();
+        let operation = agent.ended(submitted.operation.id).await;
+        assert_eq!(power_off, Some(if rescued { 0 } else { 5 }));
+        assert_eq!(operation.state, OperationState::Failed, "{operation:#?}");
+        assert_eq!(operation.error.unwrap().reason, Reason::DomainChanged);
+        let seen = host.look(&agent).await;
+        assert_eq!(seen.inactive.as_ref(), Some(&changed));
+        // The guest that was on is on again, with the definition that there is now.
+        assert_eq!(seen.live.as_ref(), Some(&changed));
+        assert_eq!((seen.saved, seen.files), (before.saved, before.files));
+        let record = agent.record();
+        assert_eq!(record.vm_state, before.record.unwrap().vm_state);
+        assert_eq!(record.fault, None);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn taking_back_leaves_a_definition_alone_that_somebody_else_made() {
+    let host = Host::new();
+    let gate = Gate::new(Verb::Delete, Point::AfterStep(1));
+    let agent = with_server(&host, Arc::clone(&gate) as _).await;
+    let delete = agent.submit(ON, Action::Delete).await.unwrap().operation.id;
+    gate.reached().await;
+    let mine = host
+        .foreign_domain(false)
+        .replace("</uuid>", "</uuid><title>mine</title>");
+    host.fake.define(&mine).await.unwrap();
+    agent.engine.cancel(delete).await.unwrap();
+    gate.open();
+    let operation = agent.ended(delete).await;
+    assert_eq!(operation.state, OperationState::Cancelled);
+    assert_eq!(host.look(&agent).await.inactive, Some(mine));
 }
