@@ -399,3 +399,14 @@ fn overlays_are_committed_only_while_the_domain_is_their_rescue() {
         plan(Some(&server), &commit, &facts, templates()).unwrap();
     }
 }
+
+#[test]
+fn the_definition_of_a_rescue_is_no_way_back() {
+    let (_, left) = rescued(&active(), fixture("virt-manager"), rescue_args());
+    let refusal = rescue_refused(|facts, _| facts.domain = left.domain);
+    says(
+        &refusal,
+        Reason::DomainUnsupported,
+        &["that of a rescue", "restore that first"],
+    );
+}
