@@ -139,3 +139,20 @@ async fn taking_back_leaves_a_definition_alone_that_somebody_else_made() {
     assert_eq!(operation.state, OperationState::Cancelled);
     assert_eq!(host.look(&agent).await.inactive, Some(mine));
 }
+
+#[tokio::test]
+async fn a_delete_keeps_what_is_not_of_the_agent_in_the_folder_of_an_adopted_server() {
+    let host = Host::new();
+    let agent = with_server(&host, Arc::new(NoProbe)).await;
+    agent.succeed(ON, rescue_action()).await;
+    // The agent made the disk in an earlier life, of which its store knows nothing.
+    let disk = host.layout().disk(SERVER);
+    std::fs::write(&disk, "precious").unwrap();
+    agent.succeed(ON, Action::Delete).await;
+    assert!(std::fs::exists(&disk).unwrap());
+    assert!(!std::fs::exists(host.layout().rescues(SERVER)).unwrap());
+    drop(agent);
+    let agent = host.agent(Arc::new(NoProbe)).await;
+    assert_eq!(agent.swept, Vec::<String>::new());
+    assert!(std::fs::exists(&disk).unwrap());
+}
