@@ -7,7 +7,7 @@ use salvor_agent::{
     core::{
         action::{Action, Verb},
         operation::OperationState,
-        reason::Reason,
+        reason::{Reason, WarningName},
         state::{PowerState, VmState},
     },
     engine::{NoProbe, Point, Probe},
@@ -15,6 +15,7 @@ use salvor_agent::{
 };
 
 use crate::{
+    crash::{FAIL, Plot},
     gate::Gate,
     host::{AT_ONCE, Agent, Host, NEW, ON, SERVER, adopt, rescue_action, unrescue},
 };
@@ -155,4 +156,30 @@ async fn a_delete_keeps_what_is_not_of_the_agent_in_the_folder_of_an_adopted_ser
     let agent = host.agent(Arc::new(NoProbe)).await;
     assert_eq!(agent.swept, Vec::<String>::new());
     assert!(std::fs::exists(&disk).unwrap());
+}
+
+#[tokio::test]
+async fn a_preparation_that_cannot_be_removed_is_left_behind_and_the_server_is_as_before() {
+    let host = Host::new();
+    // The folder of the rescue; nothing was switched yet.
+    let plot = Plot::new(&[(Point::BeforeStep(4), FAIL), (Point::BeforeRevert(1), FAIL)]);
+    let agent = with_server(&host, plot).await;
+    let before = host.look(&agent).await;
+    let operation = agent.carry_out(ON, rescue_action()).await;
+    assert_eq!(operation.state, OperationState::Failed);
+    assert_eq!(operation.error.unwrap().reason, Reason::StorageFailed);
+    let warnings: Vec<_> = operation.warnings.iter().map(|w| w.name).collect();
+    assert_eq!(
+        warnings,
+        [WarningName::LeftBehind],
+        "{:?}",
+        operation.warnings
+    );
+    let seen = host.look(&agent).await;
+    assert_eq!(seen.record, before.record);
+    assert_eq!(seen.holders, before.holders);
+    drop(agent);
+    let agent = host.agent(Arc::new(NoProbe)).await;
+    assert_eq!(agent.swept.len(), 1);
+    assert_eq!(host.look(&agent).await.files, before.files);
 }
