@@ -298,7 +298,10 @@ fn steps() -> Vec<Step> {
             before: None,
         },
         Step::UndefineDomain { before: text() },
-        Step::StartDomain { mark: Mark::Own },
+        Step::StartDomain {
+            mark: Mark::Own,
+            fresh: false,
+        },
         Step::SetUserPassword {
             user: text(),
             hash: CryptHash(text()),

@@ -148,6 +148,9 @@ pub enum Step {
     StartDomain {
         /// What the running domain carries in its metadata.
         mark: Mark,
+        /// The plan has changed the definition: memory that was saved before is not brought back.
+        #[serde(default)]
+        fresh: bool,
     },
     /// The guest agent sets a password.
     SetUserPassword {

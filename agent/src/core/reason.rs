@@ -56,6 +56,8 @@ named_states! {
         /// See [`Reason::explanation`].
         DomainInvalid = "DOMAIN_INVALID",
         /// See [`Reason::explanation`].
+        DomainChanged = "DOMAIN_CHANGED",
+        /// See [`Reason::explanation`].
         OverlayDecisionNeeded = "OVERLAY_DECISION_NEEDED",
         /// See [`Reason::explanation`].
         NoOverlays = "NO_OVERLAYS",
@@ -246,6 +248,11 @@ impl Reason {
                 FailedPrecondition,
                 409,
                 "libvirt or its QEMU does not take the domain that would be defined. The message is libvirt's.",
+            ),
+            Self::DomainChanged => (
+                FailedPrecondition,
+                409,
+                "Somebody else changed the domain's definition, and the action would have lost that. Look at the domain, then ask again.",
             ),
             Self::OverlayDecisionNeeded => (
                 InvalidArgument,

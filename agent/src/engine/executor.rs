@@ -32,7 +32,7 @@ use crate::{
     cancel::Cancel,
     core::{
         operation::{OperationRecord, OperationState, StepState},
-        plan::{Plan, Step},
+        plan::{Phase, Plan, Step},
         reason::{Reason, Refusal, Warning, WarningName},
         record::Fault,
     },
@@ -196,6 +196,17 @@ impl Execution {
                 Ok(_) => self.end_step(index, StepState::Reverted, ""),
                 Err(error) => {
                     self.end_step(index, StepState::RevertFailed, &error.message);
+                    if self.touches_no_guest(index) {
+                        // Not worth the server's state: it is said, and swept at the next start.
+                        self.operation.warnings.push(Warning {
+                            name: WarningName::LeftBehind,
+                            message: format!(
+                                "could not take back \"{}\": {error}",
+                                self.describe(index)
+                            ),
+                        });
+                        continue;
+                    }
                     // What was done before must stay as it is: taking it back now would be done to a
                     // host that is not what that step expects.
                     fault = Some(self.fault(index, &error));
@@ -351,6 +362,14 @@ impl Execution {
             .steps
             .get(index)
             .map_or(StepState::Pending, |step| step.state)
+    }
+
+    /// Is what the step leaves behind a file or a note that no guest sees? A saved definition is more:
+    /// it is the way back of a rescue.
+    fn touches_no_guest(&self, index: usize) -> bool {
+        self.plan.steps.get(index).is_some_and(|planned| {
+            planned.phase == Phase::Prepare && !matches!(planned.step, Step::SaveDefinition { .. })
+        })
     }
 
     fn describe(&self, index: usize) -> String {

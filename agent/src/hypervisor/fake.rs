@@ -23,8 +23,8 @@ use uuid::Uuid;
 
 use self::host::{Domain, HostState, Planned, element, identity, refused};
 use super::{
-    CryptHash, Definition, DomainStatus, HostFacts, Hypervisor, HypervisorError, HypervisorEvent,
-    HypervisorResult, LinkState, Nvram, PowerReading, StuckCall,
+    Boot, CryptHash, Definition, DomainStatus, HostFacts, Hypervisor, HypervisorError,
+    HypervisorEvent, HypervisorResult, LinkState, Nvram, PowerReading, StuckCall,
 };
 use crate::core::state::PowerState;
 
@@ -266,9 +266,10 @@ impl FakeHypervisor {
     /// Gives the domain a managed save image; it is off then.
     pub fn managed_save(&self, id: Uuid) {
         let mut state = lock(&self.host.state);
+        let saved = state.domains.get(&id).and_then(|d| d.live.clone());
         self.end(&mut state, id, "saved");
         if let Some(domain) = state.domains.get_mut(&id) {
-            domain.managed_save = true;
+            domain.managed_save = saved;
         }
     }
 
@@ -295,7 +296,7 @@ impl FakeHypervisor {
                 live: Some(xml.to_owned()),
                 power: PowerState::Running,
                 reason: "booted",
-                managed_save: false,
+                managed_save: None,
             },
         );
         self.emit(HypervisorEvent::Domain {
@@ -530,19 +531,23 @@ impl Hypervisor for FakeHypervisor {
         .await
     }
 
-    async fn start(&self, id: Uuid) -> HypervisorResult<()> {
+    async fn start(&self, id: Uuid, boot: Boot) -> HypervisorResult<()> {
         self.call("start", &id.to_string(), |fake, state| {
             let domain = state.known(id)?;
             if domain.live.is_some() {
                 return refused("start", "domain is already running");
             }
-            domain.live.clone_from(&domain.inactive);
             domain.power = PowerState::Running;
-            domain.reason = if std::mem::take(&mut domain.managed_save) {
-                "restored"
-            } else {
-                "booted"
-            };
+            match (domain.managed_save.take(), boot) {
+                (Some(saved), Boot::Resume) => {
+                    domain.live = Some(saved);
+                    domain.reason = "restored";
+                }
+                (Some(_), Boot::Fresh) | (None, _) => {
+                    domain.live.clone_from(&domain.inactive);
+                    domain.reason = "booted";
+                }
+            }
             fake.emit(HypervisorEvent::Domain {
                 id,
                 what: "started",

@@ -119,6 +119,15 @@ pub enum Nvram {
     Remove,
 }
 
+/// What a start does with saved memory (a managed save image).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Boot {
+    /// It is brought back, with the domain as it was when it was saved.
+    Resume,
+    /// It is dropped: what boots is the persistent definition, whatever was saved before.
+    Fresh,
+}
+
 /// The host as libvirt describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostFacts {
@@ -222,8 +231,8 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// Removes the persistent definition, a managed save image included. No such domain is success.
     async fn undefine(&self, id: Uuid, nvram: Nvram) -> HypervisorResult<()>;
 
-    /// Starts the persistent definition.
-    async fn start(&self, id: Uuid) -> HypervisorResult<()>;
+    /// Starts the domain: with its saved memory, or with its persistent definition.
+    async fn start(&self, id: Uuid, boot: Boot) -> HypervisorResult<()>;
 
     /// Asks the guest to shut down (ACPI). Returns once asked, not once off.
     async fn shutdown(&self, id: Uuid) -> HypervisorResult<()>;

@@ -51,8 +51,8 @@ use self::threads::{Job, Ticket};
 use self::turns::Turns;
 use crate::core::state::PowerState;
 use crate::hypervisor::{
-    CryptHash, Definition, DomainStatus, HostFacts, Hypervisor, HypervisorError, HypervisorEvent,
-    HypervisorResult, LinkState, Nvram, PowerReading, StuckCall,
+    Boot, CryptHash, Definition, DomainStatus, HostFacts, Hypervisor, HypervisorError,
+    HypervisorEvent, HypervisorResult, LinkState, Nvram, PowerReading, StuckCall,
 };
 
 /// How many events a receiver may be behind before it has to look at everything anew.
@@ -466,10 +466,18 @@ impl Hypervisor for Libvirt {
         .await
     }
 
-    async fn start(&self, id: Uuid) -> HypervisorResult<()> {
+    async fn start(&self, id: Uuid, boot: Boot) -> HypervisorResult<()> {
         let call = Call::new("virDomainCreate", self.shared.config.start_timeout).about(id);
         self.call(Class::Mutate, call, move |connect| {
-            Ok(connect.lookup_domain_by_uuid(id)?.create()?)
+            let domain = connect.lookup_domain_by_uuid(id)?;
+            match boot {
+                Boot::Resume => Ok(domain.create()?),
+                Boot::Fresh => match domain.create_with_flags(sys::VIR_DOMAIN_START_FORCE_BOOT) {
+                    // A driver that knows no saved memory, such as the test driver.
+                    Err(error) if is(&error, ErrorNumber::InvalidArg) => Ok(domain.create()?),
+                    answer => Ok(answer?),
+                },
+            }
         })
         .await
     }

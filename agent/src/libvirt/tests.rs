@@ -64,14 +64,17 @@ async fn a_domain_goes_through_its_life_and_events_tell_of_it() {
     let off = libvirt.shutdown(id).await;
     assert!(is_refused(&off, "running"), "{off:?}");
 
-    libvirt.start(id).await.unwrap();
+    libvirt.start(id, Boot::Resume).await.unwrap();
     assert_eq!(power(&libvirt, id).await.0, PowerState::Running);
-    assert!(is_refused(&libvirt.start(id).await, "already running"));
+    assert!(is_refused(
+        &libvirt.start(id, Boot::Resume).await,
+        "already running"
+    ));
     libvirt.domain_xml(id, Definition::Live).await.unwrap();
 
     libvirt.shutdown(id).await.unwrap();
     assert_eq!(power(&libvirt, id).await.0, PowerState::Shutdown);
-    libvirt.start(id).await.unwrap();
+    libvirt.start(id, Boot::Resume).await.unwrap();
     libvirt.destroy(id).await.unwrap();
     let off = (PowerState::Shutdown, "destroyed".to_owned());
     assert_eq!(power(&libvirt, id).await, off);
@@ -136,7 +139,7 @@ async fn a_missing_domain_is_named() {
     let id = Uuid::new_v4();
     let domain = id.to_string();
     let missing = HypervisorError::NoDomain { domain };
-    assert_eq!(libvirt.start(id).await, Err(missing.clone()));
+    assert_eq!(libvirt.start(id, Boot::Resume).await, Err(missing.clone()));
     assert_eq!(libvirt.shutdown(id).await, Err(missing.clone()));
     let xml = libvirt.domain_xml(id, Definition::Inactive).await;
     assert_eq!(xml, Err(missing));
@@ -211,7 +214,7 @@ async fn calls_that_hang_hold_up_their_own_domain_only_and_are_listed_until_they
     let (sick, well) = (Uuid::new_v4(), Uuid::new_v4());
     for id in [sick, well] {
         libvirt.define(&xml(id)).await.unwrap();
-        libvirt.start(id).await.unwrap();
+        libvirt.start(id, Boot::Resume).await.unwrap();
     }
     for class in [Class::Mutate, Class::Read, Class::Emergency] {
         let count = class.limit() - 1;
@@ -222,7 +225,7 @@ async fn calls_that_hang_hold_up_their_own_domain_only_and_are_listed_until_they
         libvirt.define(&xml(well)).await.unwrap();
         libvirt.domain(well).await.unwrap();
         libvirt.destroy(well).await.unwrap();
-        libvirt.start(well).await.unwrap();
+        libvirt.start(well, Boot::Resume).await.unwrap();
         let asked = libvirt.shutdown(sick).await;
         assert!(
             matches!(asked, Err(HypervisorError::Deadline { call: "hangs", .. })),

@@ -362,3 +362,51 @@ fn the_image_of_a_rescue_is_the_named_one_else_the_servers_else_the_hosts() {
     let refusal = choose_image(&adopted, None, None).unwrap_err();
     says(&refusal, Reason::NoRescueImage, &["rescue.default_image"]);
 }
+
+#[test]
+fn overlays_are_committed_only_while_the_domain_is_their_rescue() {
+    let mut args = rescue_args();
+    args.protection = Protection::Overlay;
+    let own = fixture("virt-manager");
+    let (server, facts) = rescued(&active(), own, args);
+    let back = |overlay| {
+        Action::Unrescue(UnrescueArgs {
+            overlay: Some(overlay),
+            ..unrescue_args()
+        })
+    };
+    let (commit, discard) = (
+        back(OverlayDisposition::Commit),
+        back(OverlayDisposition::Discard),
+    );
+    plan(Some(&server), &commit, &facts, templates()).unwrap();
+    let rescue = facts.domain.as_ref().unwrap().xml.clone();
+    let id = server.rescue.as_ref().unwrap().plan.to_string();
+    let other = rescue.replace(&id, &uuid::Uuid::nil().to_string());
+    assert_ne!(other, rescue);
+    for xml in [own.to_owned(), other] {
+        let mut facts = facts.clone();
+        facts.domain.as_mut().unwrap().xml = xml;
+        says(
+            &refused(Some(&server), &commit, &facts),
+            Reason::DomainChanged,
+            &["overlay", "can be discarded"],
+        );
+        plan(Some(&server), &discard, &facts, templates()).unwrap();
+        // The commit itself may have put it there.
+        let mut server = server.clone();
+        server.rescue.as_mut().unwrap().commit_started = true;
+        plan(Some(&server), &commit, &facts, templates()).unwrap();
+    }
+}
+
+#[test]
+fn the_definition_of_a_rescue_is_no_way_back() {
+    let (_, left) = rescued(&active(), fixture("virt-manager"), rescue_args());
+    let refusal = rescue_refused(|facts, _| facts.domain = left.domain);
+    says(
+        &refusal,
+        Reason::DomainUnsupported,
+        &["that of a rescue", "restore that first"],
+    );
+}

@@ -12,7 +12,7 @@ use salvor_agent::{
         state::{PowerState, TaskState, VmState},
     },
     engine::{NoProbe, Point, Probe},
-    hypervisor::{Hypervisor as _, HypervisorError},
+    hypervisor::{Boot, Hypervisor as _, HypervisorError},
     store::Request,
 };
 
@@ -40,7 +40,7 @@ async fn agent(host: &Host, probe: Arc<dyn Probe>) -> Agent {
 async fn with_server(host: &Host, probe: Arc<dyn Probe>) -> Agent {
     let agent = agent(host, probe).await;
     host.fake.define(&host.foreign_domain(false)).await.unwrap();
-    host.fake.start(SERVER).await.unwrap();
+    host.fake.start(SERVER, Boot::Resume).await.unwrap();
     agent.succeed(NEW, adopt()).await;
     agent
 }

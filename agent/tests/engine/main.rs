@@ -15,4 +15,5 @@ mod host;
 mod observe;
 mod power_off;
 mod store;
+mod switch;
 mod variants;

@@ -10,7 +10,7 @@ use salvor_agent::{
         state::{ObservationSource, PowerState, VmState},
     },
     engine::NoProbe,
-    hypervisor::{Hypervisor as _, HypervisorError, LinkState},
+    hypervisor::{Boot, Hypervisor as _, HypervisorError, LinkState},
     observe::Observer,
 };
 use tokio::{sync::watch, task::JoinHandle};
@@ -34,7 +34,7 @@ impl Watched {
         let agent = host.agent(Arc::new(NoProbe)).await;
         host.add_images(&agent.store).await;
         host.fake.define(&host.foreign_domain(false)).await.unwrap();
-        host.fake.start(SERVER).await.unwrap();
+        host.fake.start(SERVER, Boot::Resume).await.unwrap();
         agent.succeed(NEW, adopt()).await;
         // Events have to do: the interval is far longer than any test.
         let observer = Observer::new(
@@ -167,7 +167,7 @@ async fn a_guest_that_powers_off_is_stopped_and_one_that_somebody_starts_is_acti
         watched.agent.record().power.source,
         ObservationSource::Event
     );
-    watched.host.fake.start(SERVER).await.unwrap();
+    watched.host.fake.start(SERVER, Boot::Resume).await.unwrap();
     watched.becomes(VmState::Active).await;
     stays("it is left alone", || {
         watched.agent.record().vm_state == VmState::Active

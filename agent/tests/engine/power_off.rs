@@ -14,7 +14,7 @@ use salvor_agent::{
         state::PowerState,
     },
     engine::{StepContext, StepError, StepReport, StepRunner as _},
-    hypervisor::{Hypervisor as _, HypervisorError, fake::FakeHypervisor},
+    hypervisor::{Boot, Hypervisor as _, HypervisorError, fake::FakeHypervisor},
     steps::Steps,
     storage::qemu_img::QemuImg,
     store::Store,
@@ -45,7 +45,7 @@ impl Bench {
         let fake = FakeHypervisor::new();
         let xml = format!("<domain><name>a</name><uuid>{ID}</uuid></domain>");
         fake.define(&xml).await.unwrap();
-        fake.start(ID).await.unwrap();
+        fake.start(ID, Boot::Resume).await.unwrap();
         fake.clear_calls();
         let store = Store::open(&folder.path().join("db"), 10).unwrap();
         let layout = Layout::new(folder.path().to_str().unwrap());
@@ -215,7 +215,10 @@ async fn a_cancel_ends_the_waiting_and_leaves_the_guest() {
 async fn what_is_left_of_a_crashed_guest_is_not_in_the_way_of_a_start() {
     let bench = Bench::new().await;
     bench.fake.set_power(ID, PowerState::Crashed, "panicked");
-    let start = Step::StartDomain { mark: Mark::Own };
+    let start = Step::StartDomain {
+        mark: Mark::Own,
+        fresh: false,
+    };
     bench.apply(&start, Cancel::never()).await.unwrap();
     let status = bench.fake.domain(ID).await.unwrap().unwrap();
     assert_eq!(status.power, PowerState::Running);
@@ -227,6 +230,7 @@ async fn a_guest_that_somebody_else_started_is_neither_taken_for_ours_nor_ended(
     let bench = Bench::new().await;
     let start = Step::StartDomain {
         mark: Mark::Plan(bench.plan.id),
+        fresh: false,
     };
     let error = bench.apply(&start, Cancel::never()).await.unwrap_err();
     assert!(error.message.contains("somebody else"), "{error}");

@@ -183,6 +183,7 @@ pub(super) fn plan(
         Phase::Switch,
         Step::StartDomain {
             mark: Mark::Plan(facts.plan),
+            fresh: true,
         },
     );
     Ok(builder.becomes(VmState::Active, RescueChange::Keep))

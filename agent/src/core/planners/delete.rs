@@ -51,12 +51,13 @@ pub(super) fn plan(server: &ServerRecord, facts: &Facts) -> Plan {
             });
         }
     }
-    builder.step(
-        Phase::CleanUp,
-        Step::RemoveFolder {
-            path: facts.host.layout.server(server.id),
-        },
-    );
+    // Of an adopted server only the rescues are the agent's, wherever its disks may lie.
+    let layout = &facts.host.layout;
+    let path = match server.origin {
+        Origin::Created => layout.server(server.id),
+        Origin::Adopted => layout.rescues(server.id),
+    };
+    builder.step(Phase::CleanUp, Step::RemoveFolder { path });
     if let Some(rescue) = &server.rescue {
         let holder = rescue_holder(server.id, rescue.plan);
         builder.step(

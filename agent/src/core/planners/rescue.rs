@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 
 use salvor_domain_templates::{
     Bus, Device, DiskChange, DiskDevice, DiskFormat, DiskRole, DiskSource, Domain, Firmware, Mode,
-    RescueDisk as DiskSpec, RescueRendering, RescueSpec, TemplateError, Templates, render_rescue,
+    RescueDisk as DiskSpec, RescueRendering, RescueSpec, Role, TemplateError, Templates,
+    render_rescue,
 };
 use uuid::Uuid;
 
@@ -207,6 +208,7 @@ pub(super) fn plan(
         Phase::Switch,
         Step::StartDomain {
             mark: Mark::Plan(facts.plan),
+            fresh: true,
         },
     );
 
@@ -293,6 +295,17 @@ fn check_domain(server: &ServerRecord, domain: &DomainFacts) -> Result<(), Refus
             format!(
                 "domain {} has saved memory, which the next start would bring back instead of the rescue; start server {} first, or remove it with `virsh managedsave-remove {}`",
                 domain.name, server.id, domain.name
+            ),
+        ));
+    }
+    if let Some(mark) = read_domain(&domain.xml)?.salvor_mark()
+        && mark.role == Role::Rescue
+    {
+        return Err(Refusal::new(
+            Reason::DomainUnsupported,
+            format!(
+                "the definition of domain {} is that of a rescue (plan {}), not the server's own, which would be no way back; restore that first",
+                domain.name, mark.plan
             ),
         ));
     }
