@@ -17,7 +17,7 @@ use crate::{
         state::PowerState,
     },
     engine::{StepContext, StepError, StepReport},
-    hypervisor::{Definition, HypervisorError, HypervisorEvent, Nvram, PowerReading},
+    hypervisor::{Definition, HypervisorError, HypervisorEvent, PowerReading},
 };
 
 /// Events say when a guest is off; this is how often it is looked at all the same.
@@ -173,14 +173,13 @@ impl Steps {
         match before {
             Some(xml) if self.xml(id, Definition::Inactive).await?.as_deref() == Some(xml) => {}
             Some(xml) => self.hypervisor.define(xml).await?,
-            // The definition may be the server's own, coming back from a rescue: its NVRAM is too.
-            None => self.hypervisor.undefine(id, Nvram::Keep).await?,
+            None => self.hypervisor.undefine(id).await?,
         }
         Ok(())
     }
 
     pub(super) async fn undefine(&self, id: Uuid) -> Applied {
-        self.hypervisor.undefine(id, Nvram::Keep).await?;
+        self.hypervisor.undefine(id).await?;
         Ok(None)
     }
 

@@ -200,12 +200,7 @@ async fn a_domain_that_somebody_removed_has_no_state_and_can_be_deleted() {
     let watched = Watched::new().await;
     watched.host.fake.destroy(SERVER).await.unwrap();
     watched.becomes(VmState::Stopped).await;
-    watched
-        .host
-        .fake
-        .undefine(SERVER, salvor_agent::hypervisor::Nvram::Keep)
-        .await
-        .unwrap();
+    watched.host.fake.undefine(SERVER).await.unwrap();
     watched.sees(PowerState::NoState).await;
     watched.agent.succeed(ON, Action::Delete).await;
     watched.end().await;
