@@ -230,6 +230,29 @@ async fn a_rescue_whose_time_is_over_ends_by_itself() {
 }
 
 #[tokio::test]
+async fn a_rescue_that_ends_by_itself_leaves_off_what_was_off() {
+    let watched = Watched::new().await;
+    watched.host.fake.guest_powers_off(SERVER);
+    watched.becomes(VmState::Stopped).await;
+    watched
+        .rescue(|args| {
+            args.protection = Protection::Overlay;
+            args.timeout_ms = Some(50);
+            args.timeout_overlay = Some(OverlayDisposition::Discard);
+        })
+        .await;
+    watched.becomes(VmState::Stopped).await;
+    until("it has cleaned up", || {
+        watched.agent.record().operation.is_none()
+    })
+    .await;
+    let seen = watched.host.look(&watched.agent).await;
+    assert_eq!(seen.power, Some(PowerState::Shutdown));
+    assert_eq!(watched.operations(Verb::Unrescue).await, 1);
+    watched.end().await;
+}
+
+#[tokio::test]
 async fn an_unrescue_that_fails_by_itself_is_not_repeated_at_once() {
     let watched = Watched::new().await;
     watched.rescue(|args| args.timeout_ms = Some(200)).await;
