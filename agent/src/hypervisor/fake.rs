@@ -24,7 +24,7 @@ use uuid::Uuid;
 use self::host::{Domain, HostState, Planned, element, identity, refused};
 use super::{
     Boot, CryptHash, Definition, DomainStatus, HostFacts, Hypervisor, HypervisorError,
-    HypervisorEvent, HypervisorResult, LinkState, Nvram, PowerReading, StuckCall,
+    HypervisorEvent, HypervisorResult, LinkState, PowerReading, StuckCall,
 };
 use crate::core::state::PowerState;
 
@@ -514,12 +514,8 @@ impl Hypervisor for FakeHypervisor {
         .await
     }
 
-    async fn undefine(&self, id: Uuid, nvram: Nvram) -> HypervisorResult<()> {
-        let argument = match nvram {
-            Nvram::Keep => format!("{id} keep"),
-            Nvram::Remove => format!("{id} remove"),
-        };
-        self.call("undefine", &argument, |fake, state| {
+    async fn undefine(&self, id: Uuid) -> HypervisorResult<()> {
+        self.call("undefine", &id.to_string(), |fake, state| {
             if state.undefine(id) {
                 fake.emit(HypervisorEvent::Domain {
                     id,

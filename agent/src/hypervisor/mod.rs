@@ -110,15 +110,6 @@ pub enum Definition {
     Inactive,
 }
 
-/// What becomes of a domain's NVRAM file when its definition is removed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Nvram {
-    /// It stays.
-    Keep,
-    /// It goes.
-    Remove,
-}
-
 /// What a start does with saved memory (a managed save image).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Boot {
@@ -228,8 +219,10 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// back whatever a schema says. A server may be down meanwhile.
     async fn define(&self, xml: &str) -> HypervisorResult<()>;
 
-    /// Removes the persistent definition, a managed save image included. No such domain is success.
-    async fn undefine(&self, id: Uuid, nvram: Nvram) -> HypervisorResult<()>;
+    /// Removes the persistent definition, with a managed save image and what libvirt notes of
+    /// snapshots and checkpoints, which would stand in the way. NVRAM and TPM state stay: the
+    /// definition may come back. No such domain is success.
+    async fn undefine(&self, id: Uuid) -> HypervisorResult<()>;
 
     /// Starts the domain: with its saved memory, or with its persistent definition.
     async fn start(&self, id: Uuid, boot: Boot) -> HypervisorResult<()>;

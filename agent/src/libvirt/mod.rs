@@ -52,7 +52,7 @@ use self::turns::Turns;
 use crate::core::state::PowerState;
 use crate::hypervisor::{
     Boot, CryptHash, Definition, DomainStatus, HostFacts, Hypervisor, HypervisorError,
-    HypervisorEvent, HypervisorResult, LinkState, Nvram, PowerReading, StuckCall,
+    HypervisorEvent, HypervisorResult, LinkState, PowerReading, StuckCall,
 };
 
 /// How many events a receiver may be behind before it has to look at everything anew.
@@ -331,25 +331,14 @@ fn run_event_loop() {
 }
 
 /// The flags of an undefine, best first: an older libvirt does not know the later ones, and without
-/// those for NVRAM it refuses rather than to choose for us.
-fn undefine_flags(nvram: Nvram) -> [sys::virDomainUndefineFlagsValues; 3] {
-    let saved = sys::VIR_DOMAIN_UNDEFINE_MANAGED_SAVE;
-    let (files, tpm) = match nvram {
-        Nvram::Keep => (
-            saved | sys::VIR_DOMAIN_UNDEFINE_KEEP_NVRAM,
-            sys::VIR_DOMAIN_UNDEFINE_KEEP_TPM,
-        ),
-        // For good, so what libvirt notes of snapshots and checkpoints must not stand in the way.
-        Nvram::Remove => (
-            saved
-                | sys::VIR_DOMAIN_UNDEFINE_NVRAM
-                | sys::VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
-                | sys::VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA,
-            sys::VIR_DOMAIN_UNDEFINE_TPM,
-        ),
-    };
-    [files | tpm, files, saved]
-}
+/// that for NVRAM it refuses rather than to choose for us. What it notes of snapshots and checkpoints
+/// goes: it would refuse otherwise, and a server with a snapshot could not be deleted.
+const UNDEFINE_FLAGS: [sys::virDomainUndefineFlagsValues; 3] = {
+    let saved = sys::VIR_DOMAIN_UNDEFINE_MANAGED_SAVE | sys::VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA;
+    let files =
+        saved | sys::VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA | sys::VIR_DOMAIN_UNDEFINE_KEEP_NVRAM;
+    [files | sys::VIR_DOMAIN_UNDEFINE_KEEP_TPM, files, saved]
+};
 
 #[async_trait]
 impl Hypervisor for Libvirt {
@@ -443,7 +432,7 @@ impl Hypervisor for Libvirt {
         .await
     }
 
-    async fn undefine(&self, id: Uuid, nvram: Nvram) -> HypervisorResult<()> {
+    async fn undefine(&self, id: Uuid) -> HypervisorResult<()> {
         let call = self.call_named("virDomainUndefineFlags").about(id);
         self.call(Class::Mutate, call, move |connect| {
             let Some(domain) = find(connect, id)? else {
@@ -453,7 +442,7 @@ impl Hypervisor for Libvirt {
                 return Ok(());
             }
             let mut answer = Ok(());
-            for flags in undefine_flags(nvram) {
+            for flags in UNDEFINE_FLAGS {
                 answer = domain.undefine_flags(flags);
                 match &answer {
                     Err(error) if is(error, ErrorNumber::InvalidArg) => {}

@@ -257,7 +257,8 @@ impl Observer {
                 } else {
                     rescue.expiry_overlay
                 },
-                restore_power: false,
+                // Nobody asked for a start: what was off before the rescue stays off.
+                restore_power: true,
                 shutdown: self.dispatcher.settings().shutdown,
             });
             self.act(&server, action).await;

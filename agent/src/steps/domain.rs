@@ -17,7 +17,7 @@ use crate::{
         state::PowerState,
     },
     engine::{StepContext, StepError, StepReport},
-    hypervisor::{Boot, Definition, HypervisorError, HypervisorEvent, Nvram, PowerReading},
+    hypervisor::{Boot, Definition, HypervisorError, HypervisorEvent, PowerReading},
 };
 
 /// Events say when a guest is off; this is how often it is looked at all the same.
@@ -198,7 +198,7 @@ impl Steps {
             _ if current.is_some_and(|current| !is_of(&current, xml, mark)) => {}
             Some(before) => self.hypervisor.define(before).await?,
             // The definition may be the server's own, coming back from a rescue: its NVRAM is too.
-            None => self.hypervisor.undefine(id, Nvram::Keep).await?,
+            None => self.hypervisor.undefine(id).await?,
         }
         Ok(())
     }
@@ -212,7 +212,7 @@ impl Steps {
     }
 
     pub(super) async fn undefine(&self, id: Uuid) -> Applied {
-        self.hypervisor.undefine(id, Nvram::Keep).await?;
+        self.hypervisor.undefine(id).await?;
         Ok(None)
     }
 

@@ -200,12 +200,7 @@ async fn a_domain_that_somebody_removed_has_no_state_and_can_be_deleted() {
     let watched = Watched::new().await;
     watched.host.fake.destroy(SERVER).await.unwrap();
     watched.becomes(VmState::Stopped).await;
-    watched
-        .host
-        .fake
-        .undefine(SERVER, salvor_agent::hypervisor::Nvram::Keep)
-        .await
-        .unwrap();
+    watched.host.fake.undefine(SERVER).await.unwrap();
     watched.sees(PowerState::NoState).await;
     watched.agent.succeed(ON, Action::Delete).await;
     watched.end().await;
@@ -230,6 +225,29 @@ async fn a_rescue_whose_time_is_over_ends_by_itself() {
     let after = watched.host.look(&watched.agent).await;
     assert_eq!(after.inactive, before.inactive);
     assert_eq!(after.files, before.files);
+    assert_eq!(watched.operations(Verb::Unrescue).await, 1);
+    watched.end().await;
+}
+
+#[tokio::test]
+async fn a_rescue_that_ends_by_itself_leaves_off_what_was_off() {
+    let watched = Watched::new().await;
+    watched.host.fake.guest_powers_off(SERVER);
+    watched.becomes(VmState::Stopped).await;
+    watched
+        .rescue(|args| {
+            args.protection = Protection::Overlay;
+            args.timeout_ms = Some(50);
+            args.timeout_overlay = Some(OverlayDisposition::Discard);
+        })
+        .await;
+    watched.becomes(VmState::Stopped).await;
+    until("it has cleaned up", || {
+        watched.agent.record().operation.is_none()
+    })
+    .await;
+    let seen = watched.host.look(&watched.agent).await;
+    assert_eq!(seen.power, Some(PowerState::Shutdown));
     assert_eq!(watched.operations(Verb::Unrescue).await, 1);
     watched.end().await;
 }

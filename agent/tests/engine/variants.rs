@@ -11,7 +11,7 @@ use salvor_agent::{
     },
     dispatch::Target,
     engine::{NoProbe, Point},
-    hypervisor::{Boot, Hypervisor as _, Nvram},
+    hypervisor::{Boot, Hypervisor as _},
 };
 
 use crate::{
@@ -252,7 +252,7 @@ pub(crate) async fn prepare(host: &Host, prior: &[Prior]) {
             }
             Prior::Undefined => {
                 host.fake.destroy(SERVER).await.unwrap();
-                host.fake.undefine(SERVER, Nvram::Keep).await.unwrap();
+                host.fake.undefine(SERVER).await.unwrap();
             }
         }
     }

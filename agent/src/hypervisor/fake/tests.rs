@@ -44,7 +44,7 @@ async fn a_name_belongs_to_one_uuid() {
 #[tokio::test]
 async fn an_undefined_running_domain_is_transient_and_vanishes_when_it_ends() {
     let fake = running().await;
-    fake.undefine(ID, Nvram::Keep).await.unwrap();
+    fake.undefine(ID).await.unwrap();
     assert!(!fake.domain(ID).await.unwrap().unwrap().persistent);
     fake.destroy(ID).await.unwrap();
     assert_eq!(fake.domain(ID).await.unwrap(), None);
