@@ -6,14 +6,14 @@ use salvor_agent::core::{
     facts::Facts,
     image::ImageFormat,
     planners::{choose_image, plan},
-    reason::{Reason, Refusal},
+    reason::{Reason, Refusal, WarningName},
     record::{Origin, OverlayDisposition, Protection, RescueBus, RescueDevice, ServerRecord},
     state::{PowerState, VmState},
 };
 
 use crate::bench::{
-    BASE, RESCUE, create_args, created_xml, domain, facts, fixture, image, record, rescue_args,
-    rescued, templates, unrescue_args,
+    BASE, RESCUE, create_args, created_xml, defined, domain, facts, fixture, image, record,
+    rescue_args, rescued, templates, unrescue_args,
 };
 
 fn refused(server: Option<&ServerRecord>, action: &Action, facts: &Facts) -> Refusal {
@@ -186,6 +186,20 @@ fn disks_that_cannot_have_an_overlay_are_named() {
         &refusal,
         Reason::DomainUnsupported,
         &["disk vda", "neither a file nor a block device"],
+    );
+    let lun = fixture("virt-manager")
+        .replace(
+            "<disk type='file' device='disk'>",
+            "<disk type='block' device='lun'>",
+        )
+        .replace(
+            "<source file='/var/lib/libvirt/images/fedora-workstation.qcow2'/>",
+            "<source dev='/dev/sdx'/>",
+        );
+    says(
+        &overlay(&lun, &|_| {}),
+        Reason::DomainUnsupported,
+        &["disk vda", "LUN passed through", "READ_ONLY"],
     );
     let vmdk = fixture("virt-manager").replacen("type='qcow2'", "type='vmdk'", 1);
     says(
@@ -361,4 +375,55 @@ fn the_image_of_a_rescue_is_the_named_one_else_the_servers_else_the_hosts() {
     assert_eq!(choose_image(&adopted, None, Some(other)), Ok(other));
     let refusal = choose_image(&adopted, None, None).unwrap_err();
     says(&refusal, Reason::NoRescueImage, &["rescue.default_image"]);
+}
+
+/// A definition with things that no protection of disks covers.
+fn with_other_storage() -> String {
+    fixture("virt-manager").replacen(
+        "<devices>",
+        "<devices>\
+         <disk type='file' device='floppy'><source file='/f.img'/><target dev='fda' bus='fdc'/></disk>\
+         <hostdev mode='subsystem' type='usb'><source><vendor id='0x1234'/></source></hostdev>\
+         <filesystem type='mount'><source dir='/srv/share'/><target dir='share'/></filesystem>\
+         <filesystem type='mount'><source dir='/srv/ro'/><target dir='ro'/><readonly/></filesystem>",
+        1,
+    )
+}
+
+#[test]
+fn what_no_protection_of_disks_covers_is_named() {
+    let xml = with_other_storage();
+    let warned = |protection| {
+        let mut args = rescue_args();
+        args.protection = protection;
+        let planned = plan(
+            Some(&active()),
+            &Action::Rescue(Box::new(args)),
+            &rescue_facts(&xml),
+            templates(),
+        )
+        .unwrap();
+        let warning = planned
+            .warnings
+            .iter()
+            .find(|warning| warning.name == WarningName::NotProtected)
+            .map(|warning| warning.message.clone());
+        (warning, defined(&planned))
+    };
+    let (read_only, xml) = warned(Protection::ReadOnly);
+    let read_only = read_only.unwrap();
+    assert!(
+        read_only.contains("hostdev usb (id=0x1234); filesystem share (dir=/srv/share)"),
+        "{read_only}"
+    );
+    assert!(!read_only.contains("/srv/ro") && !read_only.contains("fda"));
+    let parsed = salvor_domain_templates::Domain::parse(&xml).unwrap();
+    assert!(parsed.disk("fda").unwrap().readonly);
+    assert!(
+        warned(Protection::Overlay)
+            .0
+            .unwrap()
+            .contains("floppy fda")
+    );
+    assert_eq!(warned(Protection::ReadWrite).0, None);
 }

@@ -7,7 +7,7 @@ use salvor_domain_templates::{DiskChange, DiskDevice, DiskSource, Domain};
 
 use crate::core::{
     facts::DomainFacts,
-    reason::{Reason, Refusal},
+    reason::{Reason, Refusal, Warning, WarningName},
     record::{Overlay, Protection},
 };
 
@@ -29,7 +29,10 @@ pub(super) fn overlays(
     }
     let mut overlays = Vec::new();
     for disk in parsed.disks() {
-        if disk.device != DiskDevice::Disk || disk.readonly || disk.source == DiskSource::None {
+        if !matches!(disk.device, DiskDevice::Disk | DiskDevice::Lun)
+            || disk.readonly
+            || disk.source == DiskSource::None
+        {
             continue;
         }
         let refuse = |why: &str| {
@@ -41,6 +44,9 @@ pub(super) fn overlays(
                 ),
             )
         };
+        if disk.device == DiskDevice::Lun {
+            return Err(refuse("it is a LUN passed through"));
+        }
         let base = match &disk.source {
             DiskSource::File(path) | DiskSource::Block(path) => path.clone(),
             DiskSource::Network { .. }
@@ -101,9 +107,36 @@ pub(super) fn changes(
             .disks()
             .iter()
             .filter(|disk| {
-                matches!(disk.device, DiskDevice::Disk | DiskDevice::Lun) && !disk.readonly
+                matches!(
+                    disk.device,
+                    DiskDevice::Disk | DiskDevice::Lun | DiskDevice::Floppy
+                ) && !disk.readonly
             })
             .map(|disk| (disk.target.clone(), DiskChange::ReadOnly))
             .collect(),
     }
+}
+
+/// What the guest can write to although its disks are protected.
+pub(super) fn unprotected(parsed: &Domain, wanted: Protection) -> Option<Warning> {
+    if wanted == Protection::ReadWrite {
+        return None;
+    }
+    let floppies = parsed.disks().iter().filter(|disk| {
+        wanted == Protection::Overlay
+            && disk.device == DiskDevice::Floppy
+            && !disk.readonly
+            && disk.source != DiskSource::None
+    });
+    let open: Vec<String> = floppies
+        .map(|disk| format!("floppy {}", disk.target))
+        .chain(parsed.other_storage())
+        .collect();
+    (!open.is_empty()).then(|| Warning {
+        name: WarningName::NotProtected,
+        message: format!(
+            "the protection of disks ({wanted}) does not cover these, which the rescue guest can write to: {}",
+            open.join("; ")
+        ),
+    })
 }

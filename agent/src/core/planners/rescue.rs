@@ -13,7 +13,7 @@ use super::{
     Builder,
     create::{admin_user, check_space, image},
     need_domain,
-    protect::{Overlays, changes, overlays},
+    protect::{Overlays, changes, overlays, unprotected},
     read_domain, rescue_holder,
 };
 use crate::core::{
@@ -296,6 +296,7 @@ impl<'a> Rescue<'a> {
                 ),
             });
         }
+        warnings.extend(unprotected(&self.parsed, self.args.protection));
     }
 }
 
