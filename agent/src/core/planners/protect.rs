@@ -65,9 +65,16 @@ pub(super) fn overlays(
         if base_format != "raw" && base_format != "qcow2" {
             return Err(refuse(&format!("its format is {base_format}")));
         }
-        let Some(size) = domain.disk_sizes.get(&disk.target) else {
-            return Err(refuse("its size cannot be told"));
+        let size = match domain.disk_sizes.get(&disk.target) {
+            Some(Ok(size)) => *size,
+            Some(Err(why)) => return Err(refuse(&format!("its size cannot be told ({why})"))),
+            None => return Err(refuse("its size cannot be told")),
         };
+        if let Some(why) = domain.unwritable.get(&disk.target) {
+            return Err(refuse(&format!(
+                "{base} cannot be written by the agent ({why}), so repairs could not be committed to it; if salvord.service is in the way, add its folder to ReadWritePaths (a device to DeviceAllow) of the unit"
+            )));
+        }
         let path = format!("{folder}/{}.overlay", disk.target);
         overlays.push((
             (
@@ -78,7 +85,7 @@ pub(super) fn overlays(
                     base_format,
                 },
             ),
-            *size,
+            size,
         ));
     }
     Ok(overlays)

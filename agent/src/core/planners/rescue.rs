@@ -349,6 +349,17 @@ fn check_domain(server: &ServerRecord, domain: &DomainFacts) -> Result<(), Refus
             ),
         ));
     }
+    if !domain.live_only.is_empty() {
+        return Err(Refusal::new(
+            Reason::DomainUnsupported,
+            format!(
+                "domain {} runs with what its definition does not have, so the rescue and the server after it would be without: {}; keep it (attach it with `virsh attach-device {} FILE --config`) or detach it first",
+                domain.name,
+                domain.live_only.join(", "),
+                domain.name
+            ),
+        ));
+    }
     Ok(())
 }
 
