@@ -454,3 +454,21 @@ async fn a_definition_that_was_not_changed_is_not_written_again() {
         Vec::<String>::new()
     );
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_disk_attached_to_the_running_guest_only_keeps_a_rescue_from_losing_it() {
+    let host = Host::new();
+    let agent = with_server(&host, Arc::new(NoProbe)).await;
+    let whole = host.foreign_domain(false);
+    let from = whole.find("<disk type='file' device='disk'><driver name='qemu' type='qcow2'/>");
+    let from = from.unwrap();
+    let to = from + whole[from..].find('\n').unwrap();
+    // The guest runs with vdb, the definition is without.
+    let without = format!("{}{}", &whole[..from], &whole[to..]);
+    host.fake.define(&without).await.unwrap();
+    let refusal = agent.submit(ON, rescue_action()).await.unwrap_err();
+    assert_eq!(refusal.reason, Reason::DomainUnsupported);
+    assert!(refusal.message.contains("disk vdb"), "{refusal}");
+    host.fake.define(&whole).await.unwrap();
+    agent.succeed(ON, rescue_action()).await;
+}

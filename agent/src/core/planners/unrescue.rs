@@ -8,7 +8,7 @@ use crate::core::{
     action::{UnrescueArgs, Verb},
     facts::Facts,
     plan::{Mark, Phase, Plan, RescueChange, Step},
-    reason::{Reason, Refusal},
+    reason::{Reason, Refusal, Warning, WarningName},
     record::{OverlayDisposition, RescueRecord, ServerRecord},
     state::VmState,
 };
@@ -44,6 +44,17 @@ pub(super) fn plan(
     if commit {
         builder.step(Phase::Switch, Step::MarkCommitStarted);
         for overlay in &rescue.overlays {
+            if let Some(space) = facts.commit_space.get(&overlay.path)
+                && space.free < space.allocated
+            {
+                builder.plan.warnings.push(Warning {
+                    name: WarningName::SpaceMayRunOut,
+                    message: format!(
+                        "committing may write {} bytes to {}, and {} are free there; if it does not end, make room and unrescue with commit again",
+                        space.allocated, overlay.base, space.free
+                    ),
+                });
+            }
             builder.step(
                 Phase::Switch,
                 Step::CommitOverlay {
