@@ -20,8 +20,9 @@ use nix::unistd::Group;
 use thiserror::Error;
 use tokio::net::UnixListener;
 
-/// Connections that may wait to be accepted.
-const BACKLOG: i32 = 128;
+/// Connections that may wait to be accepted: as many as the kernel allows (`net.core.somaxconn`), because a
+/// client that does not block is turned away at once when they are too many.
+const BACKLOG: Backlog = Backlog::MAXALLOWABLE;
 
 /// The mode of a folder that is made for the socket: clients must be able to pass through.
 const FOLDER_MODE: u32 = 0o755;
@@ -192,7 +193,7 @@ fn listen(path: &Path) -> io::Result<std::os::unix::net::UnixListener> {
     nix::sys::stat::fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
     let address = UnixAddr::new(path.as_os_str().as_bytes())?;
     nix::sys::socket::bind(std::os::fd::AsRawFd::as_raw_fd(&socket), &address)?;
-    nix::sys::socket::listen(&socket, Backlog::new(BACKLOG)?)?;
+    nix::sys::socket::listen(&socket, BACKLOG)?;
     Ok(socket.into())
 }
 

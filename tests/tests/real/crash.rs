@@ -6,8 +6,8 @@
 //! The same over all verbs on a hypervisor in memory is in the agent's own tests.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::fmt::Write as _;
 use std::fs;
-use std::io::Write as _;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -522,10 +522,13 @@ fn report(played: &BTreeMap<(Script, &'static str), usize>, took: Duration) {
     let total: usize = played.values().sum();
     let line = format!("real crash cases: {total}");
     println!("{line} in {:.0} s", took.as_secs_f64());
-    let mut file = fs::File::options()
-        .create(true)
-        .append(true)
-        .open(target_folder().join("crash-cases.txt"))
-        .unwrap();
-    writeln!(file, "{line}").unwrap();
+    let mut text = String::new();
+    for ((script, state), count) in played {
+        let _ = writeln!(text, "{script:?} {state}: {count}");
+    }
+    fs::write(
+        target_folder().join("crash-cases-real.txt"),
+        text + &line + "\n",
+    )
+    .unwrap();
 }

@@ -18,6 +18,8 @@ mod ends;
 mod faults;
 mod firmware;
 mod frozen;
+mod fuzz;
+mod fuzz_calls;
 mod harness;
 mod images;
 mod password;

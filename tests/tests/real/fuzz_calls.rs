@@ -1,0 +1,621 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Calls with hostile and random arguments. None of them may be accepted if it would change something: a
+//! server that exists is named only where something else is surely wrong.
+
+use prost::Message;
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use rand::{Rng, RngCore};
+use salvor_proto::google::longrunning::{
+    CancelOperationRequest, DeleteOperationRequest, GetOperationRequest, ListOperationsRequest,
+    WaitOperationRequest,
+};
+use salvor_proto::v1::{
+    AdoptServerRequest, CreateServerRequest, DeleteImageRequest, DeleteServerRequest, Flavor,
+    GetHostRequest, GetImageRequest, GetServerRequest, ImageSpec, ImportImageFromPathRequest,
+    ImportImageRequest, ListImagesRequest, ListServersRequest, ListUnmanagedDomainsRequest,
+    NetworkInterfaceSpec, PlanActionRequest, ReleaseServerRequest, RescueServerRequest,
+    StartServerRequest, StopServerRequest, UnrescueServerRequest, WatchEventsRequest,
+    import_image_request::Part, network_interface_spec::Connection, plan_action_request::Action,
+};
+use uuid::Uuid;
+
+/// What exists, to be named now and then.
+#[derive(Debug, Default)]
+pub(super) struct Known {
+    pub(super) servers: Vec<String>,
+    pub(super) domains: Vec<String>,
+    pub(super) images: Vec<String>,
+    pub(super) operations: Vec<String>,
+}
+
+/// One call: its path, its messages as bytes, and headers.
+#[derive(Debug, Default)]
+pub(super) struct Call {
+    pub(super) path: String,
+    pub(super) messages: Vec<Vec<u8>>,
+    pub(super) headers: Vec<(&'static str, String)>,
+    /// It must be refused: it would change something.
+    pub(super) must_fail: bool,
+    /// Its bytes were tampered with, so the transport may refuse it before anybody looks at it.
+    pub(super) tampered: bool,
+}
+
+const TEXTS: [&str; 24] = [
+    "",
+    " ",
+    "\0",
+    "web\0",
+    "a\nb",
+    "\r\n\r\nHTTP/1.1 200 OK",
+    "\u{1b}[2J\u{1b}[31mred",
+    "\u{202e}drawkcab",
+    "../../../../etc/shadow",
+    "..",
+    "/dev/sda",
+    "</name><devices><disk type='file'/></devices>",
+    "<!DOCTYPE x [<!ENTITY e SYSTEM 'file:///etc/passwd'>]>&e;",
+    "']]><!--",
+    "'\"`$(reboot);|&",
+    "' OR 1=1 --",
+    "%s%n%x",
+    "{{ 7*7 }}{% include '/etc/passwd' %}",
+    "-drive file=/etc/shadow",
+    "😀💥\u{fe0f}",
+    "ffffffff",
+    "operations/../servers",
+    "18446744073709551616",
+    "\u{10ffff}\u{feff}\u{7f}",
+];
+
+pub(super) struct Fuzz<'a> {
+    pub(super) rng: StdRng,
+    pub(super) known: &'a Known,
+}
+
+impl Fuzz<'_> {
+    fn chance(&mut self, percent: u32) -> bool {
+        self.rng.random_range(0..100) < percent
+    }
+
+    /// Text that names nothing.
+    fn word(&mut self) -> String {
+        match self.rng.random_range(0..100) {
+            0..40 => (*TEXTS.choose(&mut self.rng).unwrap()).to_owned(),
+            // What could be a name or an id.
+            40..55 => format!("no-such-{}", self.rng.random::<u16>()),
+            55..70 => Uuid::from_u128(self.rng.random()).to_string(),
+            70..72 => "A".repeat(1 << 20),
+            72..74 => "é\0".repeat(200_000),
+            _ => {
+                let length = self.rng.random_range(1..300);
+                (0..length).map(|_| self.rng.random::<char>()).collect()
+            }
+        }
+    }
+
+    /// Not a uuid, and not absent.
+    fn bad_id(&mut self) -> String {
+        loop {
+            let word = self.word();
+            if !word.is_empty() && Uuid::try_parse(&word).is_err() {
+                return word;
+            }
+        }
+    }
+
+    fn maybe_id(&mut self) -> String {
+        if self.chance(50) {
+            self.word()
+        } else {
+            String::new()
+        }
+    }
+
+    fn server(&mut self) -> String {
+        self.known.servers.choose(&mut self.rng).unwrap().clone()
+    }
+
+    fn bytes(&mut self, most: usize) -> Vec<u8> {
+        let mut bytes = vec![0; self.rng.random_range(0..=most)];
+        self.rng.fill_bytes(&mut bytes);
+        bytes
+    }
+
+    /// A number that no enumeration has.
+    fn bad_enum(&mut self) -> i32 {
+        *[99, -1, i32::MIN, i32::MAX, 1 << 20]
+            .choose(&mut self.rng)
+            .unwrap()
+    }
+
+    fn number(&mut self) -> i32 {
+        *[0, 1, -1, 5, 1000, i32::MIN, i32::MAX]
+            .choose(&mut self.rng)
+            .unwrap()
+    }
+
+    fn bad_duration(&mut self) -> Option<prost_types::Duration> {
+        let (seconds, nanos) = *[
+            (-1, 0),
+            (i64::MIN, i32::MIN),
+            (i64::MAX, 0),
+            (0, 1_000_000_000),
+            (0, -5),
+            (1, i32::MAX),
+            (40 * 86_400, 0),
+        ]
+        .choose(&mut self.rng)
+        .unwrap();
+        Some(prost_types::Duration { seconds, nanos })
+    }
+
+    fn maybe_duration(&mut self) -> Option<prost_types::Duration> {
+        if self.chance(50) {
+            self.bad_duration()
+        } else {
+            None
+        }
+    }
+
+    fn create(&mut self) -> CreateServerRequest {
+        let sound = Flavor {
+            vcpus: 1,
+            memory_mib: 64,
+            disk_gib: 0,
+        };
+        let (image, flavor) = if self.chance(30) {
+            let vcpus = *[0, 100_000, u32::MAX].choose(&mut self.rng).unwrap();
+            let memory_mib = *[0, 1, u64::MAX].choose(&mut self.rng).unwrap();
+            let image = self.known.images.choose(&mut self.rng).unwrap().clone();
+            (
+                image,
+                self.chance(70).then_some(Flavor {
+                    vcpus,
+                    memory_mib,
+                    disk_gib: u64::MAX,
+                }),
+            )
+        } else {
+            (self.word(), Some(sound))
+        };
+        let interface = NetworkInterfaceSpec {
+            connection: self.chance(80).then(|| Connection::Bridge(self.word())),
+            mac: self.word(),
+            model: self.word(),
+        };
+        CreateServerRequest {
+            request_id: self.maybe_id(),
+            server_id: self.maybe_id(),
+            name: self.word(),
+            image,
+            flavor,
+            interfaces: if self.chance(30) {
+                vec![interface]
+            } else {
+                Vec::new()
+            },
+            admin_pass: self.chance(30).then(|| self.word()),
+            hostname: self.maybe_id(),
+            public_keys: if self.chance(20) {
+                [(self.word(), self.word())].into()
+            } else {
+                [].into()
+            },
+            user_data: if self.chance(20) {
+                self.bytes(200_000)
+            } else {
+                Vec::new()
+            },
+            metadata: if self.chance(20) {
+                [(self.word(), self.word())].into()
+            } else {
+                [].into()
+            },
+            machine: self.maybe_id(),
+            firmware: if self.chance(20) { self.bad_enum() } else { 0 },
+            powered_off: self.chance(50),
+        }
+    }
+
+    fn adopt(&mut self) -> AdoptServerRequest {
+        if self.chance(40) {
+            let domain = self.known.domains.choose(&mut self.rng).unwrap().clone();
+            return AdoptServerRequest {
+                request_id: self.bad_id(),
+                domain,
+                name: self.word(),
+            };
+        }
+        AdoptServerRequest {
+            request_id: self.maybe_id(),
+            domain: self.word(),
+            name: self.word(),
+        }
+    }
+
+    /// A server that exists with a bad request id, or one that does not.
+    fn plain(&mut self) -> (String, String) {
+        if self.chance(40) {
+            (self.bad_id(), self.server())
+        } else {
+            (self.maybe_id(), self.word())
+        }
+    }
+
+    fn stop(&mut self) -> StopServerRequest {
+        let (request_id, server) = self.plain();
+        if self.chance(30) {
+            return StopServerRequest {
+                request_id: String::new(),
+                server: self.server(),
+                shutdown_timeout: self.bad_duration(),
+            };
+        }
+        StopServerRequest {
+            request_id,
+            server,
+            shutdown_timeout: self.maybe_duration(),
+        }
+    }
+
+    fn rescue(&mut self) -> RescueServerRequest {
+        let (request_id, server) = self.plain();
+        let mut request = RescueServerRequest {
+            request_id,
+            server,
+            image: self.chance(30).then(|| self.word()),
+            admin_pass: self.chance(20).then(|| self.word()),
+            ..RescueServerRequest::default()
+        };
+        if self.chance(60) {
+            // Whatever is named, this is surely wrong.
+            match self.rng.random_range(0..8) {
+                0 => request.mode = self.bad_enum(),
+                1 => request.bus = self.bad_enum(),
+                2 => request.device = self.bad_enum(),
+                3 => request.disk_protection = self.bad_enum(),
+                4 => request.timeout_overlay = self.bad_enum(),
+                5 => request.timeout = self.bad_duration(),
+                6 => request.shutdown_timeout = self.bad_duration(),
+                _ => request.image = Some("no-such-image".into()),
+            }
+            request.request_id = String::new();
+            request.server = self.server();
+        }
+        request
+    }
+
+    fn unrescue(&mut self) -> UnrescueServerRequest {
+        let (request_id, server) = self.plain();
+        let mut request = UnrescueServerRequest {
+            request_id,
+            server,
+            ..Default::default()
+        };
+        if self.chance(60) {
+            match self.rng.random_range(0..4) {
+                0 => request.overlay = self.bad_enum(),
+                1 => request.power = self.bad_enum(),
+                2 => request.shutdown_timeout = self.bad_duration(),
+                // The rescue has no overlays.
+                _ => request.overlay = 1,
+            }
+            request.request_id = String::new();
+            request.server = self.server();
+        }
+        request
+    }
+
+    fn plan(&mut self) -> PlanActionRequest {
+        // Only a dry run, so it may be sound as well.
+        let server = if self.chance(50) {
+            self.server()
+        } else {
+            self.word()
+        };
+        let action = match self.rng.random_range(0..12) {
+            0 => Some(Action::Create(self.create())),
+            1 => Some(Action::Adopt(self.adopt())),
+            2 => Some(Action::Release(ReleaseServerRequest {
+                server,
+                ..Default::default()
+            })),
+            3 => Some(Action::Delete(DeleteServerRequest {
+                server,
+                ..Default::default()
+            })),
+            4 => Some(Action::Start(StartServerRequest {
+                server,
+                ..Default::default()
+            })),
+            5 => Some(Action::Stop(StopServerRequest {
+                server,
+                ..Default::default()
+            })),
+            6 => Some(Action::Rescue(self.rescue())),
+            7 => {
+                let image = self.known.images.choose(&mut self.rng).cloned();
+                let disk_protection = self.rng.random_range(0..4);
+                let mode = self.rng.random_range(0..3);
+                Some(Action::Rescue(RescueServerRequest {
+                    server,
+                    image,
+                    disk_protection,
+                    mode,
+                    ..Default::default()
+                }))
+            }
+            8 => Some(Action::Unrescue(self.unrescue())),
+            9 => Some(Action::Unrescue(UnrescueServerRequest {
+                server,
+                ..Default::default()
+            })),
+            10 => {
+                let domain = self.known.domains.choose(&mut self.rng).unwrap().clone();
+                Some(Action::Adopt(AdoptServerRequest {
+                    domain,
+                    ..Default::default()
+                }))
+            }
+            _ => None,
+        };
+        PlanActionRequest { action }
+    }
+
+    fn spec(&mut self) -> ImageSpec {
+        ImageSpec {
+            id: self.maybe_id(),
+            name: self.word(),
+            format: if self.chance(30) {
+                self.bad_enum()
+            } else {
+                self.rng.random_range(0..4)
+            },
+            properties: if self.chance(30) {
+                [(self.word(), self.word())].into()
+            } else {
+                [].into()
+            },
+            // No content has this sum.
+            sha256: if self.chance(50) {
+                "0".repeat(64)
+            } else {
+                self.bad_id()
+            },
+            ..ImageSpec::default()
+        }
+    }
+
+    fn import(&mut self) -> Vec<Vec<u8>> {
+        let count = self.rng.random_range(0..5);
+        let mut parts = Vec::new();
+        for _ in 0..count {
+            let part = match self.rng.random_range(0..5) {
+                0 | 1 => Some(Part::Spec(self.spec())),
+                2 | 3 => Some(Part::Chunk(self.bytes(60_000))),
+                _ => None,
+            };
+            parts.push(ImportImageRequest { part }.encode_to_vec());
+        }
+        parts
+    }
+
+    fn name_of_operation(&mut self) -> String {
+        match self.rng.random_range(0..3) {
+            0 => self.known.operations.choose(&mut self.rng).unwrap().clone(),
+            1 => format!("operations/{}", self.word()),
+            _ => self.word(),
+        }
+    }
+
+    /// The next call.
+    pub(super) fn call(&mut self) -> Call {
+        let mut call = if self.chance(50) {
+            self.change()
+        } else {
+            self.read()
+        };
+        // What names a server that exists must stay as it is: a bit elsewhere could make it sound.
+        if !call.must_fail && self.chance(20) {
+            self.tamper(&mut call);
+        }
+        if self.chance(10) {
+            let id = (*TEXTS.choose(&mut self.rng).unwrap()).to_owned();
+            call.headers.push(("x-openstack-request-id", id));
+        }
+        if self.chance(5) {
+            let timeout = *["0n", "1u", "99999999H", "x", "-1S", ""]
+                .choose(&mut self.rng)
+                .unwrap();
+            call.headers.push(("grpc-timeout", timeout.to_owned()));
+        }
+        call
+    }
+
+    fn tamper(&mut self, call: &mut Call) {
+        call.tampered = true;
+        match self.rng.random_range(0..4) {
+            0 => call.messages = vec![self.bytes(200)],
+            1 => call.messages.push(Vec::new()),
+            2 => call.messages.clear(),
+            _ => {
+                for byte in call.messages.iter_mut().flatten() {
+                    if self.rng.random_range(0..20) == 0 {
+                        *byte = self.rng.random();
+                    }
+                }
+            }
+        }
+    }
+
+    fn change(&mut self) -> Call {
+        let (request_id, server) = self.plain();
+        let servers = "salvor.compute.v1.ServerService";
+        let images = "salvor.compute.v1.ImageService";
+        let mut call = match self.rng.random_range(0..11) {
+            0 => one(servers, "CreateServer", &self.create()),
+            1 => one(servers, "AdoptServer", &self.adopt()),
+            2 => one(
+                servers,
+                "ReleaseServer",
+                &ReleaseServerRequest { request_id, server },
+            ),
+            3 => one(
+                servers,
+                "DeleteServer",
+                &DeleteServerRequest { request_id, server },
+            ),
+            4 => one(
+                servers,
+                "StartServer",
+                &StartServerRequest { request_id, server },
+            ),
+            5 => one(servers, "StopServer", &self.stop()),
+            6 | 7 => one(servers, "RescueServer", &self.rescue()),
+            8 => one(servers, "UnrescueServer", &self.unrescue()),
+            9 => {
+                let image = if self.chance(30) {
+                    // In use by a rescue.
+                    self.known.images.choose(&mut self.rng).unwrap().clone()
+                } else {
+                    self.word()
+                };
+                one(images, "DeleteImage", &DeleteImageRequest { image })
+            }
+            _ => Call {
+                path: format!("/{images}/ImportImage"),
+                messages: self.import(),
+                ..Call::default()
+            },
+        };
+        call.must_fail = true;
+        call
+    }
+
+    fn read(&mut self) -> Call {
+        let servers = "salvor.compute.v1.ServerService";
+        let images = "salvor.compute.v1.ImageService";
+        let hosts = "salvor.compute.v1.HostService";
+        let operations = "google.longrunning.Operations";
+        let name = self.name_of_operation();
+        let (page_size, page_token) = (self.number(), self.maybe_id());
+        match self.rng.random_range(0..16) {
+            0 => {
+                let server = if self.chance(50) {
+                    self.server()
+                } else {
+                    self.word()
+                };
+                one(servers, "GetServer", &GetServerRequest { server })
+            }
+            1 | 2 => {
+                let request = ListServersRequest {
+                    page_size,
+                    page_token,
+                    name_contains: self.maybe_id(),
+                    statuses: if self.chance(50) {
+                        vec![self.word()]
+                    } else {
+                        Vec::new()
+                    },
+                    vm_states: if self.chance(30) {
+                        vec![self.bad_enum()]
+                    } else {
+                        Vec::new()
+                    },
+                    power_states: if self.chance(30) {
+                        vec![self.bad_enum()]
+                    } else {
+                        Vec::new()
+                    },
+                    origin: if self.chance(30) { self.bad_enum() } else { 0 },
+                };
+                one(servers, "ListServers", &request)
+            }
+            3..6 => one(servers, "PlanAction", &self.plan()),
+            6 => one(operations, "GetOperation", &GetOperationRequest { name }),
+            7 => {
+                let (filter, name) = (self.maybe_id(), self.maybe_id());
+                let request = ListOperationsRequest {
+                    name,
+                    filter,
+                    page_size,
+                    page_token,
+                    ..Default::default()
+                };
+                one(operations, "ListOperations", &request)
+            }
+            8 => {
+                let timeout = self.bad_duration();
+                one(
+                    operations,
+                    "WaitOperation",
+                    &WaitOperationRequest { name, timeout },
+                )
+            }
+            // Those that there are have all ended.
+            9 => one(
+                operations,
+                "CancelOperation",
+                &CancelOperationRequest { name },
+            ),
+            10 => {
+                let name = self.word();
+                one(
+                    operations,
+                    "DeleteOperation",
+                    &DeleteOperationRequest { name },
+                )
+            }
+            11 => {
+                let after = [None, Some(-1), Some(0), Some(i64::MAX), Some(i64::MIN)];
+                let request = WatchEventsRequest {
+                    after_revision: *after.choose(&mut self.rng).unwrap(),
+                    servers: if self.chance(60) {
+                        vec![self.word()]
+                    } else {
+                        Vec::new()
+                    },
+                };
+                one("salvor.compute.v1.WatchService", "WatchEvents", &request)
+            }
+            12 => {
+                let image = self.word();
+                one(images, "GetImage", &GetImageRequest { image })
+            }
+            13 => one(
+                images,
+                "ListImages",
+                &ListImagesRequest {
+                    page_size,
+                    page_token,
+                },
+            ),
+            14 => {
+                let spec = self.chance(80).then(|| self.spec());
+                let path = if self.chance(30) {
+                    "/etc/passwd".into()
+                } else {
+                    self.word()
+                };
+                let request = ImportImageFromPathRequest { spec, path };
+                one(images, "ImportImageFromPath", &request)
+            }
+            _ if self.chance(50) => one(hosts, "GetHost", &GetHostRequest {}),
+            _ => one(
+                hosts,
+                "ListUnmanagedDomains",
+                &ListUnmanagedDomainsRequest {},
+            ),
+        }
+    }
+}
+
+fn one(service: &str, method: &str, message: &impl Message) -> Call {
+    Call {
+        path: format!("/{service}/{method}"),
+        messages: vec![message.encode_to_vec()],
+        ..Call::default()
+    }
+}
