@@ -91,7 +91,6 @@ rescues! {
     stable_rescue_from_an_ide_cd: Stable, Medium::cd(RescueBus::Ide);
     stable_rescue_from_a_sata_cd: Stable, Medium::cd(RescueBus::Sata).q35();
     stable_rescue_from_a_scsi_cd: Stable, Medium::cd(RescueBus::Scsi), protections: 1;
-    stable_rescue_from_a_usb_cd: Stable, Medium::cd(RescueBus::Usb), protections: 1;
 }
 
 /// The disks of the original by target: bus, and serial number and label.
@@ -173,6 +172,13 @@ async fn rescue(
         console.wait_line(mark, "GUEST ready name=resc", BOOT);
         let disks = console.disks(mark);
         check_places(mode, medium, &rescue, &disks);
+        if medium.bus == RescueBus::Scsi && mode == RescueMode::Stable {
+            // Linux names SCSI disks as they happen to answer; their addresses say who is who.
+            let attached = &by_serial(&disks, "attached").name;
+            let address = format!("basename $(readlink -f /sys/block/{attached}/device)");
+            let address = console.run_ok(&address);
+            assert!(address.ends_with(":0:0:0\n"), "{address}");
+        }
 
         // gap 4: each rescue has a disk of its own, on which no other has written.
         if medium.device == RescueDevice::Disk {
@@ -279,10 +285,6 @@ fn check_places(mode: RescueMode, medium: Medium, rescue: &RescueInfo, disks: &[
         assert!(disks.iter().any(|disk| disk.name == "sr0"), "{disks:#?}");
     } else {
         assert!(!by_serial(disks, "salvor-rescue").read_only);
-    }
-    let behind_the_original = medium.bus == RescueBus::Scsi && mode == RescueMode::Stable;
-    if behind_the_original && medium.device == RescueDevice::Disk {
-        assert_eq!([seen("attached"), seen("salvor-rescue")], ["sda", "sdb"]);
     }
     // The config drive is there as well.
     let others = disks.iter().filter(|disk| disk.name.starts_with("sr"));
