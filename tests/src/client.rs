@@ -145,7 +145,12 @@ impl Client {
         properties: &[(&str, &str)],
         bytes: Vec<u8>,
     ) -> Image {
-        let answer = self.send_image(name, format, properties, bytes).await;
+        let mut spec = spec(name, format);
+        spec.properties = properties
+            .iter()
+            .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
+            .collect();
+        let answer = self.send_image(spec, bytes).await;
         answer.unwrap().into_inner().image.unwrap()
     }
 
@@ -156,25 +161,15 @@ impl Client {
         format: ImageFormat,
         bytes: Vec<u8>,
     ) -> Result<tonic::Response<ImportImageResponse>, Status> {
-        self.send_image(name, format, &[], bytes).await
+        self.send_image(spec(name, format), bytes).await
     }
 
-    async fn send_image(
+    /// Sends an image, whatever the agent may say about it.
+    pub async fn send_image(
         &mut self,
-        name: &str,
-        format: ImageFormat,
-        properties: &[(&str, &str)],
+        spec: ImageSpec,
         bytes: Vec<u8>,
     ) -> Result<tonic::Response<ImportImageResponse>, Status> {
-        let spec = ImageSpec {
-            name: name.to_owned(),
-            format: format.into(),
-            properties: properties
-                .iter()
-                .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
-                .collect(),
-            ..ImageSpec::default()
-        };
         let mut parts = vec![ImportImageRequest {
             part: Some(Part::Spec(spec)),
         }];
@@ -380,6 +375,14 @@ impl Client {
         assert_eq!(server.vm_state(), vm_state, "{server:#?}");
         assert_eq!(server.task_state, "", "{server:#?}");
         assert_eq!(server.operation, "", "{server:#?}");
+    }
+}
+
+fn spec(name: &str, format: ImageFormat) -> ImageSpec {
+    ImageSpec {
+        name: name.to_owned(),
+        format: format.into(),
+        ..ImageSpec::default()
     }
 }
 

@@ -1,10 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Removes at start-up what no server and no operation knows of any more.
 //!
-//! Operations leave nothing behind but where removing failed: then it is tried again here. Only
-//! folders named by a uuid are looked at, and only before operations are taken up.
+//! Operations leave nothing behind but where removing failed: then it is tried again here, before
+//! operations are taken up. Only what the journal knows to be the agent's own work is removed. With a
+//! store that was lost, or put back from a backup, disks and images that nobody knows are somebody's
+//! servers: they are named in the log and left alone.
 
-use std::{collections::BTreeSet, path::Path};
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+};
 
 use uuid::Uuid;
 
@@ -14,8 +19,8 @@ use crate::{
     store::{Store, StoreResult},
 };
 
-/// Removes folders of servers and rescues that nobody knows, and says which; lets go of images and
-/// forgets saved definitions that nobody knows.
+/// Removes folders of servers and rescues that only the journal knows, and says which; lets go of
+/// images and forgets saved definitions that nobody knows.
 ///
 /// # Errors
 /// If the store fails. What cannot be removed is logged, and tried again at the next start.
@@ -42,45 +47,54 @@ pub async fn sweep(store: &Store, layout: &Layout) -> StoreResult<Vec<String>> {
             store.drop_definition(server, Some(plan)).await?;
         }
     }
+    let mut removed = Vec::new();
+    for (server, plan) in unknown_folders(layout, known).await {
+        let path = match plan {
+            Some(plan) => layout.rescue(server, plan),
+            None => layout.server(server),
+        };
+        if store.worked_on(server, plan).await? {
+            remove(path, layout.servers(), &mut removed).await;
+        } else {
+            tracing::error!(
+                path,
+                "a folder that neither a server nor the journal knows is left alone"
+            );
+        }
+    }
     let images = store
         .images()
         .await?
         .into_iter()
         .map(|(image, _)| image.id)
         .collect();
-    let layout = layout.clone();
-    let removed = tokio::task::spawn_blocking(move || {
-        let mut removed = remove_unknown(&layout, &known);
-        removed.extend(remove_unknown_images(&layout, &images));
-        removed
-    });
-    Ok(removed.await.unwrap_or_default())
+    for path in unknown_images(layout, images).await {
+        tracing::warn!(path = %path.display(), "an image without a record is left alone; remove it if it is not wanted");
+    }
+    Ok(removed)
 }
 
-/// Images whose import ended before they had a record, or whose removal ended after it.
-fn remove_unknown_images(layout: &Layout, known: &BTreeSet<Uuid>) -> Vec<String> {
-    let Ok(entries) = std::fs::read_dir(layout.images()) else {
-        return Vec::new();
+/// Image files whose import ended before they had a record, whose removal ended after it, or whose
+/// records were lost.
+async fn unknown_images(layout: &Layout, known: BTreeSet<Uuid>) -> Vec<PathBuf> {
+    let folder = layout.images();
+    let look = move || {
+        let Ok(entries) = std::fs::read_dir(folder) else {
+            return Vec::new();
+        };
+        let unknown = |path: &PathBuf| {
+            let id = path
+                .file_stem()
+                .and_then(|stem| Uuid::parse_str(stem.to_str()?).ok());
+            id.is_some_and(|id| !known.contains(&id))
+        };
+        entries
+            .flatten()
+            .map(|entry| entry.path())
+            .filter(unknown)
+            .collect()
     };
-    let mut removed = Vec::new();
-    for path in entries.flatten().map(|entry| entry.path()) {
-        let id = path
-            .file_stem()
-            .and_then(|stem| Uuid::parse_str(stem.to_str()?).ok());
-        if id.is_none_or(|id| known.contains(&id)) {
-            continue;
-        }
-        match std::fs::remove_file(&path) {
-            Ok(()) => {
-                tracing::warn!(path = %path.display(), "removed an image that has no record");
-                removed.push(path.display().to_string());
-            }
-            Err(error) => {
-                tracing::error!(path = %path.display(), %error, "an image that has no record cannot be removed");
-            }
-        }
-    }
-    removed
+    tokio::task::spawn_blocking(look).await.unwrap_or_default()
 }
 
 /// Holders are named `servers/<server>/disk` and `servers/<server>/rescue/<plan>`.
@@ -91,28 +105,40 @@ fn holder_is_known(holder: &str, known: &BTreeSet<(Uuid, Option<Uuid>)>) -> bool
     server.is_some_and(|server| known.contains(&(server, plan)))
 }
 
-fn remove_unknown(layout: &Layout, known: &BTreeSet<(Uuid, Option<Uuid>)>) -> Vec<String> {
-    let mut removed = Vec::new();
-    let servers = layout.servers();
-    for server in uuids_in(Path::new(&servers)) {
-        if !known.contains(&(server, None)) {
-            remove(&layout.server(server), &servers, &mut removed);
-            continue;
-        }
-        for plan in uuids_in(Path::new(&layout.rescues(server))) {
-            if !known.contains(&(server, Some(plan))) {
-                remove(&layout.rescue(server, plan), &servers, &mut removed);
+/// Folders of servers and of rescues that no record and no operation under way knows.
+async fn unknown_folders(
+    layout: &Layout,
+    known: BTreeSet<(Uuid, Option<Uuid>)>,
+) -> Vec<(Uuid, Option<Uuid>)> {
+    let layout = layout.clone();
+    let look = move || {
+        let mut unknown = Vec::new();
+        for server in uuids_in(Path::new(&layout.servers())) {
+            if !known.contains(&(server, None)) {
+                unknown.push((server, None));
+                continue;
+            }
+            for plan in uuids_in(Path::new(&layout.rescues(server))) {
+                if !known.contains(&(server, Some(plan))) {
+                    unknown.push((server, Some(plan)));
+                }
             }
         }
-    }
-    removed
+        unknown
+    };
+    tokio::task::spawn_blocking(look).await.unwrap_or_default()
 }
 
-fn remove(path: &str, servers: &str, removed: &mut Vec<String>) {
-    match remove_tree(Path::new(path), Path::new(servers)) {
-        Ok(()) => {
+async fn remove(path: String, servers: String, removed: &mut Vec<String>) {
+    let target = path.clone();
+    let work = move || remove_tree(Path::new(&target), Path::new(&servers));
+    match tokio::task::spawn_blocking(work).await {
+        Ok(Ok(())) => {
             tracing::warn!(path, "removed a folder that no server knows of");
-            removed.push(path.to_owned());
+            removed.push(path);
+        }
+        Ok(Err(error)) => {
+            tracing::error!(path, %error, "a folder that no server knows of cannot be removed")
         }
         Err(error) => {
             tracing::error!(path, %error, "a folder that no server knows of cannot be removed")

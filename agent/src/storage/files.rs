@@ -15,6 +15,7 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt 
 use std::path::{Component, Path, PathBuf};
 
 use nix::errno::Errno;
+use nix::fcntl::OFlag;
 use nix::unistd::{Whence, lseek};
 use sha2::{Digest as _, Sha256};
 
@@ -164,7 +165,8 @@ pub fn write_file_durable(path: &Path, bytes: &[u8], mode: u32) -> Result<(), Fi
 }
 
 /// Copies a file: holes stay holes, and a file system that can share blocks does. The copy is there
-/// with all its bytes or not at all.
+/// with all its bytes or not at all. The original must be a regular file under its own name: where
+/// QEMU's user can put a link in its place, a copy must not give it another file's content.
 ///
 /// # Errors
 /// [`FileError`].
@@ -175,10 +177,27 @@ pub fn copy_file_durable(
     cancel: &Cancel,
     done: BytesDone<'_>,
 ) -> Result<(), FileError> {
-    let source = File::open(from).map_err(cannot("opened", from))?;
+    let source = open_plain(from)?;
     replace_durable(to, mode, |file, part| {
         copy_contents(&source, file, part, cancel, done)
     })
+}
+
+/// Opens a regular file to read, and neither follows a link nor waits for a pipe.
+fn open_plain(path: &Path) -> Result<File, FileError> {
+    let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(flags.bits())
+        .open(path)
+        .map_err(cannot("opened", path))?;
+    if file.metadata().map_err(cannot("read", path))?.is_file() {
+        return Ok(file);
+    }
+    Err(cannot("copied", path)(std::io::Error::new(
+        ErrorKind::InvalidInput,
+        "it is not a regular file",
+    )))
 }
 
 /// Has `fill` write a file beside `path`, and puts it in its place when that succeeded.
@@ -505,5 +524,21 @@ mod tests {
         assert!(free_space(Path::new("/")).unwrap() > 0);
         assert_eq!(free_space(Path::new("/proc")).unwrap(), 0);
         assert!(free_space(Path::new("/absent")).is_err());
+    }
+
+    #[test]
+    fn only_a_regular_file_under_its_own_name_is_copied() {
+        let dir = tempfile::tempdir().unwrap();
+        let (secret, link) = (dir.path().join("secret"), dir.path().join("link"));
+        fs::write(&secret, "secret").unwrap();
+        std::os::unix::fs::symlink(&secret, &link).unwrap();
+        let pipe = dir.path().join("pipe");
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRUSR).unwrap();
+        let to = dir.path().join("copy");
+        for from in [&link, &pipe, &dir.path().to_owned()] {
+            let copied = copy_file_durable(from, &to, DISK_MODE, &Cancel::never(), &mut |_| {});
+            assert!(copied.is_err(), "{}", from.display());
+            assert!(!to.exists());
+        }
     }
 }

@@ -421,6 +421,21 @@ impl Store {
         .await
     }
 
+    /// Does the journal have an operation on this server, and the one with this id, if one is named?
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn worked_on(&self, server: Uuid, operation: Option<Uuid>) -> StoreResult<bool> {
+        self.run(move |db| {
+            Ok(db.connection.query_row(
+                "SELECT EXISTS (SELECT 1 FROM operations WHERE server = ?1 AND (?2 IS NULL OR id = ?2))",
+                params![server.to_string(), operation.map(|id| id.to_string())],
+                |row| row.get(0),
+            )?)
+        })
+        .await
+    }
+
     /// Operations that have not ended, oldest first, with their plans.
     ///
     /// # Errors

@@ -48,7 +48,7 @@ async fn a_server_made_of_a_qcow2_or_raw_image_boots_knows_who_it_is_and_leaves_
     let mut scene = Scene::new().await;
     for format in [Format::Qcow2, Format::Raw] {
         let image = scene.linux_image(&LinuxGuest::new("made"), format).await;
-        let stored = stored_file(&scene, &image);
+        let stored = scene.stored_file(&image);
         let sum = sha256(&stored);
         let mac = "52:54:00:00:0c:01";
         let request = CreateServerRequest {
@@ -108,15 +108,6 @@ async fn a_server_made_of_a_qcow2_or_raw_image_boots_knows_who_it_is_and_leaves_
         assert_eq!(references(&mut scene, &image).await, 0);
         assert_eq!(sha256(&stored), sum, "nobody wrote to the image");
     }
-}
-
-/// The file of an image in the agent's store.
-fn stored_file(scene: &Scene, image: &Image) -> PathBuf {
-    std::fs::read_dir(scene.agent.state_folder().join("images"))
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .find(|path| path.to_string_lossy().contains(&image.id))
-        .unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -261,7 +252,7 @@ async fn an_image_is_not_deleted_while_a_servers_or_a_rescues_disk_stands_on_it(
     for image in [&base, &resc] {
         let answer = scene.client.images.delete_image(delete(image)).await;
         assert_refused(answer, Code::FailedPrecondition, "IMAGE_IN_USE");
-        assert!(stored_file(&scene, image).exists());
+        assert!(scene.stored_file(image).exists());
     }
     scene.client.unrescue(unrescue_of(id)).await.done();
     scene

@@ -21,6 +21,7 @@ mod frozen;
 mod fuzz;
 mod fuzz_calls;
 mod harness;
+mod images;
 mod password;
 mod power;
 mod rescue;

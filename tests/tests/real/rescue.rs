@@ -2,11 +2,11 @@
 //! Rescue and unrescue from every state, refusals that leave the guest alone, and what a rescue never changes.
 
 use std::fs;
-use std::path::PathBuf;
 
 use salvor_proto::v1::{
-    DiskProtection, Image, ImageFormat, PowerState, RescueBus, RescueDevice, RescueMode,
-    RescueServerRequest, VmState,
+    DiskProtection, ImageFormat, OverlayDisposition, PlanActionRequest, PowerState, RescueBus,
+    RescueDevice, RescueMode, RescueServerRequest, UnrescueServerRequest, VmState,
+    plan_action_request::Action as PlannedAction,
 };
 use salvor_tests::agent::AgentSettings;
 use salvor_tests::client::{Client, assert_refused};
@@ -232,7 +232,7 @@ async fn a_rescue_that_cannot_start_is_taken_back_and_the_server_runs_again() {
     let definition = scene.libvirt.inactive_xml(id).unwrap();
     // Nothing shows before the start that this is no disk: only what QEMU finds when it opens it.
     let image = scene.tiny_image("resc").await;
-    let stored = stored_file(&scene, &image);
+    let stored = scene.stored_file(&image);
     let size = fs::metadata(&stored).unwrap().len();
     fs::write(&stored, vec![b'x'; usize::try_from(size).unwrap()]).unwrap();
 
@@ -250,15 +250,6 @@ async fn a_rescue_that_cannot_start_is_taken_back_and_the_server_runs_again() {
     if booted {
         console.wait_line(mark, "TINY-READY orig", SOON);
     }
-}
-
-/// The file of an image in the agent's store.
-fn stored_file(scene: &Scene, image: &Image) -> PathBuf {
-    fs::read_dir(scene.agent.state_folder().join("images"))
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .find(|path| path.to_string_lossy().contains(&image.id))
-        .unwrap()
 }
 
 /// Checks that a refused rescue has not touched the server.
@@ -293,9 +284,9 @@ async fn a_rescue_that_cannot_be_is_refused_while_the_guest_runs_on_untouched() 
     let definition = scene.libvirt.inactive_xml(id).unwrap();
     let good = scene.tiny_image("resc").await;
     let missing = scene.tiny_image("missing").await;
-    fs::remove_file(stored_file(&scene, &missing)).unwrap();
+    fs::remove_file(scene.stored_file(&missing)).unwrap();
     let short = scene.tiny_image("short").await;
-    fs::write(stored_file(&scene, &short), "QFI").unwrap();
+    fs::write(scene.stored_file(&short), "QFI").unwrap();
     let file = scene.disk("good");
     TinyGuest::new("good").build(&file, Format::Qcow2);
     let mut odd = Vec::new();
@@ -449,7 +440,7 @@ async fn an_unsafe_image_never_becomes_one_and_a_raw_disk_with_a_qcow2_header_st
         assert_eq!(console.run_ok("cat /sys/block/vdb/size"), "2048\n");
         let mut request = restore_of(id);
         if protection == DiskProtection::Overlay {
-            request.overlay = salvor_proto::v1::OverlayDisposition::Commit.into();
+            request.overlay = OverlayDisposition::Commit.into();
         }
         scene.unrescue(request).await;
         assert_eq!(sha256(&disk), before);
@@ -534,6 +525,109 @@ async fn an_operators_template_adds_a_device_to_rescues_and_to_nothing_else() {
         live.contains("<watchdog model='i6300esb' action='none'>"),
         "{live}"
     );
+    scene.unrescue(unrescue_of(id)).await;
+    assert_eq!(scene.libvirt.inactive_xml(id).unwrap(), definition);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn overlays_are_never_committed_or_discarded_without_being_asked() {
+    let mut scene = Scene::new().await;
+    let id = scene.tiny(&TinyGuest::new("orig")).await;
+    let image = scene.tiny_image("resc").await;
+    let unrescue = |overlay: OverlayDisposition| UnrescueServerRequest {
+        overlay: overlay.into(),
+        ..unrescue_of(id)
+    };
+    for (protection, undecided, reason) in [
+        (
+            DiskProtection::Overlay,
+            OverlayDisposition::Unspecified,
+            "OVERLAY_DECISION_NEEDED",
+        ),
+        (
+            DiskProtection::ReadWrite,
+            OverlayDisposition::Commit,
+            "NO_OVERLAYS",
+        ),
+        (
+            DiskProtection::ReadOnly,
+            OverlayDisposition::Discard,
+            "NO_OVERLAYS",
+        ),
+    ] {
+        let request = RescueServerRequest {
+            disk_protection: protection.into(),
+            ..rescue_with(id, &image)
+        };
+        let rescued = scene.rescue(request).await;
+        let run = scene.run_number(id);
+        let answer = scene.client.servers.unrescue_server(unrescue(undecided));
+        assert_refused(answer.await, Code::InvalidArgument, reason);
+        assert_eq!(scene.run_number(id), run);
+        let server = scene.client.get(id).await;
+        Client::assert_settled(&server, VmState::Rescued);
+        assert_eq!(server.rescue, rescued.rescue);
+        let decided = match protection {
+            DiskProtection::Overlay => OverlayDisposition::Discard,
+            _ => OverlayDisposition::Unspecified,
+        };
+        scene.unrescue(unrescue(decided)).await;
+    }
+    let answer = scene.client.servers.unrescue_server(unrescue_of(id)).await;
+    assert_refused(answer, Code::FailedPrecondition, "NOT_RESCUED");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dry_run_tells_what_a_rescue_would_do_and_does_none_of_it() {
+    let mut scene = Scene::new().await;
+    let xml = scene
+        .tiny_xml(&TinyGuest::new("orig"))
+        .device("<graphics type='vnc' autoport='yes' passwd='sesame'/>");
+    let id = scene.running(&xml, "TINY-READY orig").await;
+    let definition = scene.libvirt.inactive_xml(id).unwrap();
+    let image = scene.tiny_image("resc").await;
+    let (run, mark) = (scene.run_number(id), scene.console(id).mark());
+    let dry = |request: RescueServerRequest| PlanActionRequest {
+        action: Some(PlannedAction::Rescue(request)),
+    };
+    let answer = scene
+        .client
+        .servers
+        .plan_action(dry(rescue_with(id, &image)));
+    let plan = answer.await.unwrap().into_inner();
+    assert!(plan.accepted && plan.refusals.is_empty(), "{plan:#?}");
+    let kinds: Vec<_> = plan.steps.iter().map(|step| step.kind.as_str()).collect();
+    for kind in ["SaveDefinition", "PowerOff", "DefineDomain", "StartDomain"] {
+        assert!(kinds.contains(&kind), "{kinds:?}");
+    }
+    assert!(
+        plan.domain_diff
+            .contains("+      <serial>salvor-rescue</serial>")
+            || plan.domain_diff.contains("salvor-rescue"),
+        "{}",
+        plan.domain_diff
+    );
+    assert!(!plan.domain_diff.contains("sesame"), "{}", plan.domain_diff);
+    assert!(!plan.files.is_empty());
+    assert_untouched(&mut scene, id, run, mark).await;
+
+    // What is told is what happens.
+    let (_, ended) = scene.client.rescue(rescue_with(id, &image)).await;
+    ended.done();
+    let done: Vec<_> = ended
+        .metadata
+        .steps
+        .iter()
+        .map(|step| step.kind.as_str())
+        .collect();
+    assert_eq!(done, kinds);
+    let answer = scene
+        .client
+        .servers
+        .plan_action(dry(rescue_with(id, &image)));
+    let plan = answer.await.unwrap().into_inner();
+    assert!(!plan.accepted);
+    assert_eq!(plan.refusals[0].reason, "ALREADY_RESCUED");
     scene.unrescue(unrescue_of(id)).await;
     assert_eq!(scene.libvirt.inactive_xml(id).unwrap(), definition);
 }

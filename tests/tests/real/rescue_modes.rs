@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use salvor_proto::v1::{
-    DiskProtection, OverlayDisposition, RescueBus, RescueDevice, RescueInfo, RescueMode,
-    RescueServerRequest, UnrescueServerRequest, VmState,
+    DiskProtection, ImageFormat, OverlayDisposition, RescueBus, RescueDevice, RescueInfo,
+    RescueMode, RescueServerRequest, UnrescueServerRequest, VmState,
 };
 use salvor_tests::client::Client;
 use salvor_tests::console::GuestDisk;
@@ -44,6 +44,13 @@ impl Medium {
         }
     }
 
+    const fn raw(self) -> Self {
+        Self {
+            format: Format::Raw,
+            ..self
+        }
+    }
+
     const fn q35(self) -> Self {
         Self { q35: true, ..self }
     }
@@ -54,13 +61,16 @@ impl Medium {
     }
 }
 
-/// One test for each mode and medium: rescue systems with a drive each, all protections in turn.
+/// One test for each mode and medium, all protections in turn (or the first few of them).
 macro_rules! rescues {
-    ($($name:ident: $mode:ident, $medium:expr;)+) => {
+    (@protections) => { &PROTECTIONS };
+    (@protections $count:literal) => { &PROTECTIONS[..$count] };
+    ($($name:ident: $mode:ident, $medium:expr $(, protections: $count:literal)?;)+) => {
         $(
             #[tokio::test(flavor = "multi_thread")]
             async fn $name() {
-                rescue_under_every_protection(RescueMode::$mode, $medium).await;
+                let protections = rescues!(@protections $($count)?);
+                rescue(RescueMode::$mode, $medium, protections).await;
             }
         )+
     };
@@ -69,7 +79,7 @@ macro_rules! rescues {
 // gap 10: no disk is missing and, in stable mode, none is renamed.
 rescues! {
     classic_rescue_from_a_virtio_disk: Classic, Medium::disk(RescueBus::Virtio);
-    classic_rescue_from_a_scsi_disk: Classic, Medium::disk(RescueBus::Scsi);
+    classic_rescue_from_a_scsi_disk: Classic, Medium::disk(RescueBus::Scsi).raw();
     classic_rescue_from_a_usb_disk: Classic, Medium::disk(RescueBus::Usb);
     classic_rescue_from_a_sata_disk: Classic, Medium::disk(RescueBus::Sata).q35();
     classic_rescue_from_an_ide_cd: Classic, Medium::cd(RescueBus::Ide);
@@ -80,6 +90,8 @@ rescues! {
     stable_rescue_from_a_sata_disk: Stable, Medium::disk(RescueBus::Sata).q35();
     stable_rescue_from_an_ide_cd: Stable, Medium::cd(RescueBus::Ide);
     stable_rescue_from_a_sata_cd: Stable, Medium::cd(RescueBus::Sata).q35();
+    stable_rescue_from_a_scsi_cd: Stable, Medium::cd(RescueBus::Scsi), protections: 1;
+    stable_rescue_from_a_usb_cd: Stable, Medium::cd(RescueBus::Usb), protections: 1;
 }
 
 /// The disks of the original by target: bus, and serial number and label.
@@ -118,7 +130,11 @@ fn original(scene: &Scene, medium: Medium) -> (DomainXml, BTreeMap<&'static str,
     (xml, files)
 }
 
-async fn rescue_under_every_protection(mode: RescueMode, medium: Medium) {
+async fn rescue(
+    mode: RescueMode,
+    medium: Medium,
+    protections: &[(DiskProtection, OverlayDisposition)],
+) {
     let mut scene = Scene::new().await;
     let (xml, files) = original(&scene, medium);
     let id = scene.running(&xml, "TINY-READY orig").await;
@@ -130,7 +146,7 @@ async fn rescue_under_every_protection(mode: RescueMode, medium: Medium) {
     let image = scene.linux_image(&system, medium.format).await;
 
     let mut written = BTreeMap::from(ORIGINALS.map(|(_, _, serial)| (serial, "-".to_owned())));
-    for (number, (protection, overlay)) in PROTECTIONS.into_iter().enumerate() {
+    for (number, (protection, overlay)) in protections.iter().copied().enumerate() {
         let before = hashes(&files);
         let mut console = scene.console(id);
         let mark = console.mark();
@@ -264,11 +280,133 @@ fn check_places(mode: RescueMode, medium: Medium, rescue: &RescueInfo, disks: &[
     } else {
         assert!(!by_serial(disks, "salvor-rescue").read_only);
     }
-    if medium.bus == RescueBus::Scsi && mode == RescueMode::Stable {
+    let behind_the_original = medium.bus == RescueBus::Scsi && mode == RescueMode::Stable;
+    if behind_the_original && medium.device == RescueDevice::Disk {
         assert_eq!([seen("attached"), seen("salvor-rescue")], ["sda", "sdb"]);
     }
     // The config drive is there as well.
     let others = disks.iter().filter(|disk| disk.name.starts_with("sr"));
     let expected = ORIGINALS.len() + 1 + usize::from(medium.device == RescueDevice::Disk);
     assert_eq!(disks.len() - others.count(), expected, "{disks:#?}");
+}
+
+/// Buses of the root: its bus, its name, and whether the machine is a q35.
+const ROOTS: [(&str, &str, bool); 5] = [
+    ("virtio", "vda", false),
+    ("scsi", "sda", false),
+    ("usb", "sda", false),
+    ("ide", "hda", false),
+    ("sata", "sda", true),
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rescue_disk_takes_the_roots_bus_in_classic_mode_and_virtio_in_stable_mode() {
+    let mut scene = Scene::new().await;
+    let image = scene.tiny_image("resc").await;
+    for (bus, target, q35) in ROOTS {
+        let name = format!("{bus}-root");
+        let disk = scene.disk(&name);
+        TinyGuest::new(&name).build(&disk, Format::Qcow2);
+        let mut xml = DomainXml::tiny(&Scene::unique(&name), &scene.log(&name))
+            .device("<controller type='scsi' model='virtio-scsi'/>")
+            .device("<controller type='usb' model='qemu-xhci'/>")
+            .disk(&disk, Format::Qcow2, target, bus, "root", Some(1));
+        if q35 {
+            xml = xml.q35();
+        }
+        let ready = format!("TINY-READY {name}");
+        let id = scene.running(&xml, &ready).await;
+        let definition = scene.libvirt.inactive_xml(id).unwrap();
+        let console = scene.console(id);
+        for (mode, own) in [(RescueMode::Classic, bus), (RescueMode::Stable, "virtio")] {
+            println!("{bus} {mode:?}");
+            let mark = console.mark();
+            let request = RescueServerRequest {
+                mode: mode.into(),
+                ..rescue_with(id, &image)
+            };
+            let rescue = scene.rescue(request).await.rescue.unwrap();
+            // BIOS calls it 80: the first disk, for the original cannot boot.
+            console.wait_line(mark, "TINY-UP resc boot=80", SOON);
+            let placed = |role: &str| rescue.disks.iter().find(|disk| disk.role == role).unwrap();
+            assert_eq!(placed("rescue").bus, own);
+            assert_eq!(placed("original").original_target, target);
+            if mode == RescueMode::Stable {
+                assert_eq!(placed("original").target, target);
+            } else {
+                assert_eq!(placed("rescue").target, target, "the root's old place");
+            }
+            scene.unrescue(unrescue_of(id)).await;
+            console.wait_line(mark, &ready, SOON);
+            assert_eq!(scene.libvirt.inactive_xml(id).unwrap(), definition);
+        }
+        scene.libvirt.destroy(id).unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_images_properties_choose_the_mode_and_the_place_and_the_requests_words_come_first() {
+    let mut scene = Scene::new().await;
+    let id = scene.tiny(&TinyGuest::new("orig")).await;
+    let disk = scene.disk("resc");
+    TinyGuest::new("resc").build(&disk, Format::Qcow2);
+    let iso = scene.folder.join("iso");
+    LinuxGuest::new("iso").build(&iso, Format::Iso);
+    let (classic, stable) = (RescueMode::Classic, RescueMode::Stable);
+    let (hard, cd) = (RescueDevice::Disk, RescueDevice::Cdrom);
+    let nothing = RescueServerRequest::default();
+    let says_classic = RescueServerRequest {
+        mode: classic.into(),
+        bus: RescueBus::Virtio.into(),
+        ..nothing.clone()
+    };
+    let none: Option<(&str, &str)> = None;
+    let usb = Some(("hw_rescue_bus", "usb"));
+    let scsi = Some(("hw_rescue_bus", "scsi"));
+    let cdrom = Some(("hw_rescue_device", "cdrom"));
+    let cases = [
+        (
+            none,
+            Format::Qcow2,
+            &nothing,
+            classic,
+            RescueBus::Virtio,
+            hard,
+        ),
+        (usb, Format::Qcow2, &nothing, stable, RescueBus::Usb, hard),
+        (scsi, Format::Qcow2, &nothing, stable, RescueBus::Scsi, hard),
+        (cdrom, Format::Qcow2, &nothing, stable, RescueBus::Ide, cd),
+        (none, Format::Iso, &nothing, stable, RescueBus::Ide, cd),
+        (
+            usb,
+            Format::Qcow2,
+            &says_classic,
+            classic,
+            RescueBus::Virtio,
+            hard,
+        ),
+    ];
+    for (property, format, words, mode, bus, device) in cases {
+        println!("{property:?} {format:?}");
+        let (format, file) = match format {
+            Format::Iso => (ImageFormat::Iso, &iso),
+            _ => (ImageFormat::Qcow2, &disk),
+        };
+        let image = scene
+            .client
+            .import_file("x", format, property.as_slice(), file)
+            .await;
+        let request = RescueServerRequest {
+            mode: words.mode,
+            bus: words.bus,
+            device: words.device,
+            ..rescue_with(id, &image)
+        };
+        let rescue = scene.rescue(request).await.rescue.unwrap();
+        assert_eq!(
+            (rescue.mode(), rescue.bus(), rescue.device()),
+            (mode, bus, device)
+        );
+        scene.unrescue(unrescue_of(id)).await;
+    }
 }

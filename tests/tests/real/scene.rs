@@ -205,6 +205,14 @@ impl Scene {
         assert_eq!(self.saved_definition(id), None);
     }
 
+    /// The file of an image in the agent's store.
+    #[track_caller]
+    pub(crate) fn stored_file(&self, image: &Image) -> PathBuf {
+        let files = files_under(&self.agent.state_folder().join("images"));
+        let its = |file: &PathBuf| file.to_string_lossy().contains(&image.id);
+        files.into_iter().find(its).unwrap()
+    }
+
     /// Every byte that the agent keeps or has logged.
     pub(crate) fn everything_kept(&self) -> Vec<u8> {
         let mut bytes = self.agent.log().into_bytes();

@@ -26,6 +26,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use super::files::DISK_MODE;
 use super::inspect::Format;
 use crate::cancel::Cancel;
 use process::{Kind, failed};
@@ -92,12 +93,12 @@ pub enum QemuImgError {
         #[source]
         source: serde_json::Error,
     },
-    /// A file could not be removed before, or synced after.
+    /// A file could not be made or removed before, or synced after.
     #[error("{} could not be {action}", path.display())]
     File {
         /// The file.
         path: PathBuf,
-        /// What should have been done: "removed", "synced".
+        /// What should have been done: "made", "removed", "synced".
         action: &'static str,
         /// Why.
         #[source]
@@ -407,15 +408,29 @@ fn name(path: &Path) -> Result<OsString, QemuImgError> {
     Ok(path.as_os_str().to_owned())
 }
 
+/// Makes an empty file of our own for qemu-img to fill. It would make one that everybody can read,
+/// and keeps the mode of one that is there.
 async fn make_room(path: &Path, if_exists: IfExists) -> Result<(), QemuImgError> {
     match (tokio::fs::symlink_metadata(path).await, if_exists) {
-        (Ok(_), IfExists::Fail) => Err(QemuImgError::Exists {
-            path: path.to_owned(),
-        }),
-        (Ok(_), IfExists::Replace) => remove(path).await,
-        // Absent, or not to be seen: then qemu-img will say why.
-        (Err(_), _) => Ok(()),
+        (Ok(_), IfExists::Fail) => {
+            return Err(QemuImgError::Exists {
+                path: path.to_owned(),
+            });
+        }
+        (Ok(_), IfExists::Replace) => remove(path).await?,
+        (Err(_), _) => {}
     }
+    let made = tokio::fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(DISK_MODE)
+        .open(path)
+        .await;
+    made.map(drop).map_err(|source| QemuImgError::File {
+        path: path.to_owned(),
+        action: "made",
+        source,
+    })
 }
 
 async fn remove(path: &Path) -> Result<(), QemuImgError> {

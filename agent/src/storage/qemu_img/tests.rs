@@ -76,6 +76,26 @@ async fn overlays_state_the_backing_file_and_its_format() {
 }
 
 #[tokio::test]
+async fn nobody_else_can_read_what_is_made() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let dir = tempfile::tempdir().unwrap();
+    let (base, disk) = (dir.path().join("base"), dir.path().join("disk"));
+    let tool = QemuImg::default();
+    tool.create_empty(&job(), raw(&base), MIB, IfExists::Fail)
+        .await
+        .unwrap();
+    for path in [&base, &disk] {
+        if path == &disk {
+            tool.create_overlay(&job(), &disk, raw(&base), Some(MIB), IfExists::Fail)
+                .await
+                .unwrap();
+        }
+        let mode = std::fs::metadata(path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "{}", path.display());
+    }
+}
+
+#[tokio::test]
 async fn an_existing_file_is_kept_unless_it_is_to_be_replaced() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk");
