@@ -96,7 +96,7 @@ impl From<QemuImgError> for StepError {
             QemuImgError::Failed { stderr, .. } if stderr.contains("No space left") => {
                 Self::new(Reason::NoSpace, error.to_string())
             }
-            _ => Self::new(Reason::StorageFailed, chain(&error)),
+            _ => Self::new(super::files::storage_reason(&error), chain(&error)),
         }
     }
 }

@@ -138,7 +138,7 @@ impl From<FileError> for StepError {
 }
 
 /// Is there an error of a full filesystem below it?
-fn storage_reason(error: &(dyn std::error::Error + 'static)) -> Reason {
+pub(super) fn storage_reason(error: &(dyn std::error::Error + 'static)) -> Reason {
     let mut cause = Some(error);
     while let Some(error) = cause {
         let full = |error: &std::io::Error| {

@@ -3,6 +3,7 @@
 //! (by itself, with SIGKILL) before and after every step, every step fails, the way back is cut off as
 //! well, and taking back fails. However it was cut off, the operation ends in "done" or "as before".
 //!
+//! `SALVOR_CRASH_CASE=unrescue:after-step:1:kill` plays only the cases whose failpoints hold that text.
 //! The same over all verbs on a hypervisor in memory is in the agent's own tests.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -27,7 +28,7 @@ use tonic::Status;
 use super::stage::{Actor, FIXER, Play, rescue_of, tiny, unrescue_of};
 
 /// So many cases run at once, each on a domain and with an agent of its own.
-const WORKERS: usize = 3;
+const WORKERS: usize = 4;
 
 /// What is cut off.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
