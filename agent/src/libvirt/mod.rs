@@ -150,7 +150,8 @@ impl Libvirt {
         Ok(Self { shared, turns })
     }
 
-    /// Does `work` with a connection on one of the threads of the class.
+    /// Does `work` with a connection on one of the threads of the class. While an earlier call of the
+    /// class about the domain hangs, a further one would only take another thread and hang too.
     async fn call<T, F>(&self, class: Class, call: Call, work: F) -> HypervisorResult<T>
     where
         T: Send + 'static,
@@ -160,8 +161,17 @@ impl Libvirt {
             let reason = reason.clone();
             return Err(HypervisorError::LinkDown { reason });
         }
+        if let Some(stuck) = call
+            .domain
+            .and_then(|domain| self.shared.stuck.in_the_way(class.name(), domain))
+        {
+            return Err(HypervisorError::Deadline {
+                call: stuck.call,
+                after: stuck.age,
+            });
+        }
         let (answer, answered) = oneshot::channel();
-        let ticket = Ticket::new(call.name, call.domain);
+        let ticket = Ticket::new(call.name, class.name(), call.domain);
         let shared = Arc::clone(&self.shared);
         let job = Job::new(&ticket, move |connect| {
             // Nobody may wait for it any more.
@@ -423,8 +433,10 @@ impl Hypervisor for Libvirt {
     }
 
     async fn define(&self, xml: &str) -> HypervisorResult<()> {
+        let mut call = self.call_named("virDomainDefineXML");
+        let parsed = salvor_domain_templates::Domain::parse(xml).ok();
+        call.domain = parsed.and_then(|domain| Uuid::parse_str(&domain.uuid()?).ok());
         let xml = xml.to_owned();
-        let call = self.call_named("virDomainDefineXML");
         self.call(Class::Mutate, call, move |connect| {
             connect.define_domain_xml(&xml)?;
             Ok(())

@@ -226,6 +226,16 @@ async fn calls_that_hang_hold_up_their_own_domain_only_and_are_listed_until_they
         libvirt.domain(well).await.unwrap();
         libvirt.destroy(well).await.unwrap();
         libvirt.start(well, Boot::Resume).await.unwrap();
+        // What would hang as well takes no thread more.
+        let again = match class {
+            Class::Mutate => libvirt.start(sick, Boot::Fresh).await,
+            Class::Read => libvirt.power(sick).await.map(drop),
+            Class::Emergency => libvirt.destroy(sick).await,
+        };
+        assert!(
+            matches!(again, Err(HypervisorError::Deadline { call: "hangs", .. })),
+            "{again:?}"
+        );
         let asked = libvirt.shutdown(sick).await;
         assert!(
             matches!(asked, Err(HypervisorError::Deadline { call: "hangs", .. })),
