@@ -9,11 +9,12 @@ use salvor_proto::v1::{
     DiskProtection, ImageFormat, OverlayDisposition, RescueBus, RescueDevice, RescueInfo,
     RescueMode, RescueServerRequest, UnrescueServerRequest, VmState,
 };
-use salvor_tests::client::Client;
+use salvor_tests::client::{Client, assert_refused};
 use salvor_tests::console::GuestDisk;
 use salvor_tests::domain::DomainXml;
 use salvor_tests::guests::{Format, LinuxGuest, TinyGuest, labelled_disk, linux_slot};
 use salvor_tests::wait::{BOOT, SOON};
+use tonic::Code;
 
 use crate::scene::{PROTECTIONS, Scene, rescue_with, sha256, unrescue_of};
 
@@ -411,4 +412,52 @@ async fn an_images_properties_choose_the_mode_and_the_place_and_the_requests_wor
         );
         scene.unrescue(unrescue_of(id)).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn overlays_are_never_committed_or_discarded_without_being_asked() {
+    let mut scene = Scene::new().await;
+    let id = scene.tiny(&TinyGuest::new("orig")).await;
+    let image = scene.tiny_image("resc").await;
+    let unrescue = |overlay: OverlayDisposition| UnrescueServerRequest {
+        overlay: overlay.into(),
+        ..unrescue_of(id)
+    };
+    for (protection, undecided, reason) in [
+        (
+            DiskProtection::Overlay,
+            OverlayDisposition::Unspecified,
+            "OVERLAY_DECISION_NEEDED",
+        ),
+        (
+            DiskProtection::ReadWrite,
+            OverlayDisposition::Commit,
+            "NO_OVERLAYS",
+        ),
+        (
+            DiskProtection::ReadOnly,
+            OverlayDisposition::Discard,
+            "NO_OVERLAYS",
+        ),
+    ] {
+        let request = RescueServerRequest {
+            disk_protection: protection.into(),
+            ..rescue_with(id, &image)
+        };
+        let rescued = scene.rescue(request).await;
+        let run = scene.run_number(id);
+        let answer = scene.client.servers.unrescue_server(unrescue(undecided));
+        assert_refused(answer.await, Code::InvalidArgument, reason);
+        assert_eq!(scene.run_number(id), run);
+        let server = scene.client.get(id).await;
+        Client::assert_settled(&server, VmState::Rescued);
+        assert_eq!(server.rescue, rescued.rescue);
+        let decided = match protection {
+            DiskProtection::Overlay => OverlayDisposition::Discard,
+            _ => OverlayDisposition::Unspecified,
+        };
+        scene.unrescue(unrescue(decided)).await;
+    }
+    let answer = scene.client.servers.unrescue_server(unrescue_of(id)).await;
+    assert_refused(answer, Code::FailedPrecondition, "NOT_RESCUED");
 }
