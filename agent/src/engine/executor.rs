@@ -217,6 +217,15 @@ impl Execution {
     }
 
     async fn backward(&mut self) -> Result<(), Abandoned> {
+        // A call that missed its deadline may still take effect: then it would undo what is taken
+        // back before. If it never comes back, taking back is all the same the best there is.
+        let settled = self.runner.settled(self.operation.server);
+        if tokio::time::timeout(REVERT_DEADLINE, settled)
+            .await
+            .is_err()
+        {
+            tracing::error!(operation = %self.operation.id, "a call that was given up on hangs; taking the operation back under it");
+        }
         let mut fault = None;
         for index in (0..self.plan.steps_before_commit()).rev() {
             if matches!(

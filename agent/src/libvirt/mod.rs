@@ -340,6 +340,12 @@ const UNDEFINE_FLAGS: [sys::virDomainUndefineFlagsValues; 3] = {
     [files | sys::VIR_DOMAIN_UNDEFINE_KEEP_TPM, files, saved]
 };
 
+/// Which domain is defined by this? Nobody asks for one without a uuid, which would be a new one.
+fn uuid_of(xml: &str) -> Option<Uuid> {
+    let domain = salvor_domain_templates::Domain::parse(xml).ok()?;
+    Uuid::parse_str(&domain.uuid()?).ok()
+}
+
 #[async_trait]
 impl Hypervisor for Libvirt {
     async fn host(&self) -> HypervisorResult<HostFacts> {
@@ -424,7 +430,8 @@ impl Hypervisor for Libvirt {
 
     async fn define(&self, xml: &str) -> HypervisorResult<()> {
         let xml = xml.to_owned();
-        let call = self.call_named("virDomainDefineXML");
+        let mut call = self.call_named("virDomainDefineXML");
+        call.domain = uuid_of(&xml);
         self.call(Class::Mutate, call, move |connect| {
             connect.define_domain_xml(&xml)?;
             Ok(())

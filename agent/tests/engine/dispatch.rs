@@ -12,15 +12,15 @@ use salvor_agent::{
         state::{PowerState, TaskState, VmState},
     },
     engine::{NoProbe, Point, Probe},
-    hypervisor::{Hypervisor as _, HypervisorError},
+    hypervisor::{Hypervisor as _, HypervisorError, StuckCall},
     store::Request,
 };
 
 use crate::{
-    gate::{Gate, until},
+    gate::{Gate, stays, until},
     host::{
-        AT_ONCE, Agent, Host, NEW, ON, PATIENCE, SERVER, adopt, anonymous, create, rescue_action,
-        unrescue,
+        AT_ONCE, Agent, BASE, Host, NEW, ON, PATIENCE, SERVER, adopt, anonymous, create,
+        rescue_action, unrescue,
     },
 };
 
@@ -339,7 +339,7 @@ async fn a_journal_that_cannot_be_written_is_tried_again() {
     gate.open();
     // The commit has failed by now, or will before the trigger is gone; either way it ends.
     let failed = || agent.record().vm_state == VmState::Active;
-    crate::gate::stays("the outcome does not stand", failed).await;
+    stays("the outcome does not stand", failed).await;
     assert_eq!(agent.record().operation, Some(stop));
     other.execute_batch("DROP TRIGGER full").unwrap();
     assert_eq!(agent.ended(stop).await.state, OperationState::Done);
@@ -453,4 +453,44 @@ async fn a_definition_that_was_not_changed_is_not_written_again() {
         host.look(&agent).await.differences(&before),
         Vec::<String>::new()
     );
+}
+
+#[tokio::test]
+async fn a_call_that_missed_its_deadline_does_not_take_effect_after_the_roll_back() {
+    let host = Host::new();
+    let agent = with_server(&host, Arc::new(NoProbe)).await;
+    let before = host.look(&agent).await;
+    let stuck = |domain| StuckCall {
+        call: "virDomainDefineXML",
+        domain: Some(domain),
+        age: Duration::from_secs(31),
+    };
+    let late = HypervisorError::Deadline {
+        call: "virDomainDefineXML",
+        after: Duration::from_secs(30),
+    };
+    host.fake.set_stuck_calls(vec![stuck(SERVER)]);
+    host.fake.fail_next("define", late);
+    let rescue = agent.submit(ON, rescue_action()).await.unwrap();
+    let id = rescue.operation.id;
+    let state = || {
+        let view = agent.engine.watch(id);
+        view.map(|view| view.borrow().operation.state)
+    };
+    until("the define is too late", || {
+        state() == Some(OperationState::Reverting)
+    })
+    .await;
+    stays("it waits", || state() == Some(OperationState::Reverting)).await;
+    // Now libvirt does what it was asked for, and the call is over.
+    let xml = before.inactive.clone().unwrap();
+    let changed = xml.replace("131072", "262144");
+    assert_ne!(changed, xml);
+    host.fake.define(&changed).await.unwrap();
+    // That of another server is of no concern.
+    host.fake.set_stuck_calls(vec![stuck(BASE)]);
+    let operation = agent.ended(id).await;
+    assert_eq!(operation.error.unwrap().reason, Reason::DeadlineExceeded);
+    let after = host.look(&agent).await;
+    assert_eq!(before.differences(&after), Vec::<String>::new());
 }

@@ -21,6 +21,8 @@ use salvor_agent::{
     store::{Accept, Accepted},
 };
 
+use uuid::Uuid;
+
 use crate::host::{
     Agent, Host, NEW, ON, PATIENCE, SERVER, Seen, adopt, anonymous, rescue_action, unrescue,
 };
@@ -63,6 +65,10 @@ impl StepRunner for Panics {
 
     async fn ready(&self) {
         self.steps.ready().await;
+    }
+
+    async fn settled(&self, server: Uuid) {
+        self.steps.settled(server).await;
     }
 }
 
