@@ -187,6 +187,21 @@ pub struct StuckCall {
     pub age: Duration,
 }
 
+impl StuckCall {
+    /// Would it change a definition or a guest's power if it took effect now? Reads would not. A
+    /// request to a guest may hang for as long as its QEMU does, and the guest may ignore it anyway.
+    #[must_use]
+    pub fn changes_domain(&self) -> bool {
+        matches!(
+            self.call,
+            "virDomainDefineXML"
+                | "virDomainUndefineFlags"
+                | "virDomainCreate"
+                | "virDomainDestroy"
+        )
+    }
+}
+
 /// What the agent may ask of a hypervisor.
 #[async_trait]
 pub trait Hypervisor: Send + Sync + 'static {

@@ -350,6 +350,12 @@ const UNDEFINE_FLAGS: [sys::virDomainUndefineFlagsValues; 3] = {
     [files | sys::VIR_DOMAIN_UNDEFINE_KEEP_TPM, files, saved]
 };
 
+/// Which domain is defined by this? Nobody asks for one without a uuid, which would be a new one.
+fn uuid_of(xml: &str) -> Option<Uuid> {
+    let domain = salvor_domain_templates::Domain::parse(xml).ok()?;
+    Uuid::parse_str(&domain.uuid()?).ok()
+}
+
 #[async_trait]
 impl Hypervisor for Libvirt {
     async fn host(&self) -> HypervisorResult<HostFacts> {
@@ -434,8 +440,7 @@ impl Hypervisor for Libvirt {
 
     async fn define(&self, xml: &str) -> HypervisorResult<()> {
         let mut call = self.call_named("virDomainDefineXML");
-        let parsed = salvor_domain_templates::Domain::parse(xml).ok();
-        call.domain = parsed.and_then(|domain| Uuid::parse_str(&domain.uuid()?).ok());
+        call.domain = uuid_of(xml);
         let xml = xml.to_owned();
         self.call(Class::Mutate, call, move |connect| {
             connect.define_domain_xml(&xml)?;

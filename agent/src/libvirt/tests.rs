@@ -321,6 +321,13 @@ async fn asking_twenty_thousand_times_does_not_grow_the_process() {
 }
 
 #[test]
+fn a_define_is_about_the_domain_that_its_xml_names() {
+    let id = Uuid::new_v4();
+    assert_eq!(uuid_of(&xml(id)), Some(id));
+    assert_eq!(uuid_of("<domain><name>a</name></domain>"), None);
+}
+
+#[test]
 fn an_undefine_without_flags_for_nvram_is_the_last_resort() {
     let [best, older, oldest] = UNDEFINE_FLAGS;
     assert_eq!(best & older, older);

@@ -10,9 +10,10 @@ mod files;
 mod records;
 mod sweep;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
+use uuid::Uuid;
 
 pub use sweep::sweep;
 
@@ -27,6 +28,9 @@ use crate::{
     storage::qemu_img::QemuImg,
     store::{Store, StoreError},
 };
+
+/// How often it is looked whether a call that was given up on has come back.
+const STUCK_PAUSE: Duration = Duration::from_millis(100);
 
 /// The host that steps work on.
 pub struct Steps {
@@ -167,6 +171,17 @@ impl StepRunner for Steps {
         {
             // Nobody will ever say that it is back.
             std::future::pending::<()>().await;
+        }
+    }
+
+    async fn settled(&self, server: Uuid) {
+        let hangs = || {
+            let mut stuck = self.hypervisor.stuck_calls().into_iter();
+            stuck.any(|call| call.domain == Some(server) && call.changes_domain())
+        };
+        // Nobody tells when such a call comes back.
+        while hangs() {
+            tokio::time::sleep(STUCK_PAUSE).await;
         }
     }
 }

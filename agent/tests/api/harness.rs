@@ -49,6 +49,8 @@ impl StepRunner for Gate {
     }
 
     async fn ready(&self) {}
+
+    async fn settled(&self, _server: Uuid) {}
 }
 
 /// An agent and what a test can do to it.
