@@ -109,7 +109,11 @@ impl StepRunner for Steps {
             | Step::CopyFile { to: path, .. }
             | Step::BuildConfigDrive { path, .. } => self.remove_file(path).await,
             Step::SaveDefinition { .. } => self.drop_definition_of(server, plan).await,
-            Step::PowerOff { was_on, .. } => self.power_on_again(server, *was_on).await,
+            Step::PowerOff {
+                was_on: true,
+                shutdown,
+            } => self.power_on_again(server, *shutdown).await,
+            Step::PowerOff { was_on: false, .. } => Ok(()),
             // The overlays show the same disk as before, however much of them was written.
             Step::MarkCommitStarted | Step::CommitOverlay { .. } => Ok(()),
             Step::DefineDomain { before, .. } => self.define_again(server, before.as_deref()).await,
