@@ -27,6 +27,10 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// itself and as long again after it killed it.
 const DESTROY_LIMIT: Duration = Duration::from_secs(60);
 
+/// How long a guest that was asked to shut down, and then no longer should, is watched at most: most
+/// guests that obey at all are off by then, and whoever cancels waits for it.
+const OBEYS_LATE: Duration = Duration::from_secs(10);
+
 impl Steps {
     /// Asks the guest to shut down, again and again (a guest that is still booting loses the request),
     /// and ends it when its time is over. A guest whose CPUs are stopped cannot answer: it is ended.
@@ -130,19 +134,36 @@ impl Steps {
     }
 
     /// Takes a power-off back: the guest that ran runs again.
+    ///
+    /// A request to shut down cannot be taken back: a guest that is still on may be on its way down.
+    /// It is watched for as long as it was to be given, up to [`OBEYS_LATE`]. One that takes longer
+    /// goes off after the operation has ended, as if it had been told so from inside: the observer
+    /// sees that, and it stays off.
     pub(super) async fn power_on_again(
         &self,
         id: Uuid,
-        was_on: bool,
+        shutdown: Shutdown,
         boot: Boot,
     ) -> Result<(), StepError> {
-        if !was_on {
-            return Ok(());
-        }
-        match self.on(id).await? {
-            None => {}
-            Some(status) if status.power == PowerState::Crashed => self.end(id).await?,
-            Some(_) => return Ok(()),
+        let mut events = self.hypervisor.events();
+        let watched = Duration::from_millis(shutdown.timeout_ms).min(OBEYS_LATE);
+        let deadline = Instant::now() + watched;
+        loop {
+            match self.on(id).await? {
+                None => break,
+                Some(status) if status.power == PowerState::Crashed => {
+                    self.end(id).await?;
+                    break;
+                }
+                // Only a guest that runs was asked, and only such a one can obey.
+                Some(status) if status.power != PowerState::Running => return Ok(()),
+                Some(_) if Instant::now() >= deadline => return Ok(()),
+                Some(_) => {
+                    let look_again = (Instant::now() + LOOK_AGAIN).min(deadline);
+                    // A time-out is the next look's turn.
+                    let _ = timeout_at(look_again, news_of(&mut events, id)).await;
+                }
+            }
         }
         self.hypervisor.start(id, boot).await?;
         Ok(())

@@ -115,12 +115,16 @@ impl StepRunner for Steps {
             | Step::CopyFile { to: path, .. }
             | Step::BuildConfigDrive { path, .. } => self.remove_file(path).await,
             Step::SaveDefinition { .. } => self.drop_definition_of(server, plan).await,
-            Step::PowerOff { was_on, .. } => {
+            Step::PowerOff { was_on: false, .. } => Ok(()),
+            Step::PowerOff {
+                was_on: true,
+                shutdown,
+            } => {
                 // A plan that defines may have left memory behind that was saved of the other
                 // definition; any other has no reason to lose what was saved.
                 let defines = |step: &PlannedStep| matches!(step.step, Step::DefineDomain { .. });
                 let boot = boot(context.plan.steps.iter().any(defines));
-                self.power_on_again(server, *was_on, boot).await
+                self.power_on_again(server, *shutdown, boot).await
             }
             // The overlays show the same disk as before, however much of them was written.
             Step::MarkCommitStarted | Step::CommitOverlay { .. } => Ok(()),

@@ -8,6 +8,7 @@ use salvor_agent::{
     core::{
         action::{Action, Shutdown, Verb},
         operation::OperationState,
+        plan::{PlannedStep, Step},
         reason::Reason,
         state::{PowerState, TaskState, VmState},
     },
@@ -506,9 +507,12 @@ async fn a_call_that_missed_its_deadline_does_not_take_effect_after_the_roll_bac
     .await;
     stays("it waits", || state() == Some(OperationState::Reverting)).await;
     // Now libvirt does what it was asked for, and the call is over.
-    let xml = before.inactive.clone().unwrap();
-    let changed = xml.replace("131072", "262144");
-    assert_ne!(changed, xml);
+    let plan = rescue.plan.unwrap();
+    let define = |planned: &PlannedStep| match &planned.step {
+        Step::DefineDomain { xml, .. } => Some(xml.clone()),
+        _ => None,
+    };
+    let changed = plan.steps.iter().find_map(define).unwrap();
     host.fake.define(&changed).await.unwrap();
     // That of another server is of no concern.
     host.fake.set_stuck_calls(vec![stuck(BASE)]);

@@ -90,6 +90,20 @@ impl Bench {
         (report.guest_stop.unwrap(), begun.elapsed())
     }
 
+    /// Takes a power-off of a guest that was on back.
+    async fn take_back(&self, shutdown: Shutdown) {
+        let context = StepContext {
+            plan: &self.plan,
+            cancel: Cancel::never(),
+            progress: &|_| {},
+        };
+        let step = Step::PowerOff {
+            shutdown,
+            was_on: true,
+        };
+        self.steps.revert(context, &step).await.unwrap();
+    }
+
     fn count(&self, name: &str) -> usize {
         let calls = self.fake.calls();
         calls
@@ -209,6 +223,45 @@ async fn a_cancel_ends_the_waiting_and_leaves_the_guest() {
     assert_eq!(outcome.unwrap_err().reason, Reason::Cancelled);
     assert_eq!(begun.elapsed(), Duration::from_millis(3_500));
     assert_eq!(bench.count("destroy"), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_obeys_after_the_cancel_is_started_again() {
+    let bench = Bench::new().await;
+    bench.fake.guest_ignores_acpi(ID);
+    let fake = bench.fake.clone();
+    let guest = async {
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        fake.guest_powers_off(ID);
+    };
+    let ((), ()) = tokio::join!(bench.take_back(NOVA), guest);
+    let status = bench.fake.domain(ID).await.unwrap().unwrap();
+    assert_eq!(status.power, PowerState::Running);
+    assert_eq!((bench.count("start"), bench.count("destroy")), (1, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_does_not_obey_holds_up_the_cancel_for_ten_seconds_at_most() {
+    let bench = Bench::new().await;
+    bench.fake.guest_ignores_acpi(ID);
+    let soon = Shutdown {
+        timeout_ms: 200,
+        ..NOVA
+    };
+    let never = Shutdown {
+        timeout_ms: 0,
+        ..NOVA
+    };
+    for (shutdown, ms) in [(NOVA, 10_000), (soon, 200), (never, 0)] {
+        let begun = Instant::now();
+        bench.take_back(shutdown).await;
+        assert_eq!(begun.elapsed(), Duration::from_millis(ms));
+    }
+    let begun = Instant::now();
+    bench.fake.set_power(ID, PowerState::Paused, "user");
+    bench.take_back(NOVA).await;
+    assert_eq!(begun.elapsed(), Duration::ZERO, "it cannot obey");
+    assert_eq!(bench.count("start"), 0);
 }
 
 #[tokio::test(start_paused = true)]

@@ -38,7 +38,7 @@ const LONGEST_BACKING_NAME: usize = 1023;
 #[derive(Debug, thiserror::Error)]
 pub enum QemuImgError {
     /// It could not be started or waited for.
-    #[error("{} cannot be run under prlimit: are qemu-utils and util-linux installed?", program.display())]
+    #[error("{} cannot be run under setpriv and prlimit: are qemu-utils and util-linux installed?", program.display())]
     Spawn {
         /// The program.
         program: PathBuf,

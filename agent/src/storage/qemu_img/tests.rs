@@ -377,6 +377,55 @@ async fn a_cancelled_qemu_img_is_killed_at_once() {
     assert!(!pid.exists());
 }
 
+/// The agent of the next test, when the test runs itself as another process.
+const AGENT: &str = "SALVOR_TEST_QEMU_IMG_OF";
+
+#[tokio::test]
+async fn a_killed_agent_takes_its_qemu_img_along() {
+    if let Some(dir) = std::env::var_os(AGENT) {
+        let tool = script(
+            Path::new(&dir),
+            "echo $$ > $0.new; mv $0.new $0.pid; exec sleep 300",
+        );
+        let (overlay, base) = (Path::new(&dir).join("a"), Path::new(&dir).join("b"));
+        let ended = tool.commit(&job(), &overlay, raw(&base), MIB).await;
+        panic!("it was to be killed: {ended:?}");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let name = "storage::qemu_img::tests::a_killed_agent_takes_its_qemu_img_along";
+    let mut agent = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", name])
+        .env(AGENT, dir.path())
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
+    let wait = async |what: &str, is_so: &dyn Fn() -> bool| {
+        while !is_so() && tokio::time::Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        (!is_so()).then(|| what.to_owned())
+    };
+    let pid_file = dir.path().join("qemu-img.pid");
+    let begun = wait("qemu-img begins", &|| pid_file.exists()).await;
+    agent.kill().unwrap();
+    agent.wait().unwrap();
+    assert_eq!(begun, None);
+    // Whoever collects orphans here may take its time: a zombie is gone as well.
+    let pid = std::fs::read_to_string(&pid_file)
+        .unwrap()
+        .trim()
+        .to_owned();
+    let stat = format!("/proc/{pid}/stat");
+    let gone = || std::fs::read_to_string(&stat).map_or(true, |stat| stat.contains(") Z "));
+    let stays = wait("qemu-img ends", &gone).await;
+    if stays.is_some() {
+        let pid = nix::unistd::Pid::from_raw(pid.parse().unwrap());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+    }
+    assert_eq!(stays, None);
+}
+
 #[tokio::test]
 async fn qemu_img_runs_under_its_limits_and_in_its_own_group() {
     let dir = tempfile::tempdir().unwrap();
