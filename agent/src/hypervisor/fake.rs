@@ -36,6 +36,8 @@ struct Host {
     state: Mutex<HostState>,
     events: broadcast::Sender<HypervisorEvent>,
     link: watch::Sender<LinkState>,
+    /// Calls of this name do not come back.
+    hangs: watch::Sender<Option<&'static str>>,
 }
 
 /// What happens to a process.
@@ -104,6 +106,7 @@ impl FakeHypervisor {
                 state: Mutex::default(),
                 events: broadcast::Sender::new(EVENT_BUFFER),
                 link: watch::Sender::new(LinkState::Up),
+                hangs: watch::Sender::new(None),
             }),
             process: Arc::new(Process::new()),
         }
@@ -175,6 +178,11 @@ impl FakeHypervisor {
         lock(&self.host.state)
             .planned
             .push((call.to_owned(), planned));
+    }
+
+    /// Calls of this name hang, without effect, until it is said that none does.
+    pub fn hang(&self, call: Option<&'static str>) {
+        self.host.hangs.send_replace(call);
     }
 
     /// Every call of every process so far, as `name` or `name argument`.
@@ -373,6 +381,9 @@ impl FakeHypervisor {
         argument: &str,
         effect: impl FnOnce(&Self, &mut HostState) -> HypervisorResult<T> + Send,
     ) -> HypervisorResult<T> {
+        let mut hangs = self.host.hangs.subscribe();
+        // The sender lives in `self`, so the wait can only end with the value.
+        let _ = hangs.wait_for(|hangs| *hangs != Some(call)).await;
         let fate = self.fate();
         match fate {
             Fate::Before(Trouble::Death) => return self.die().await,

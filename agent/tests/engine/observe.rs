@@ -343,3 +343,24 @@ async fn a_password_that_the_guest_agent_refuses_is_not_offered_again_at_once() 
     assert_eq!(watched.agent.record().vm_state, VmState::Rescued);
     watched.end().await;
 }
+
+#[tokio::test]
+async fn a_question_that_hangs_holds_up_nothing_else() {
+    let watched = Watched::new().await;
+    let fake = &watched.host.fake;
+    watched.rescue(|_| {}).await;
+    watched.sees(PowerState::Running).await;
+    fake.hang(Some("ping_guest_agent"));
+    fake.guest_agent(SERVER, true);
+    fake.set_power(SERVER, PowerState::Paused, "user");
+    watched.sees(PowerState::Paused).await;
+    fake.hang(Some("power"));
+    fake.set_power(SERVER, PowerState::Running, "unpaused");
+    fake.set_link(down());
+    watched.sees(PowerState::Unknown).await;
+    // What hung was asked before all that, and tells nothing new when it comes back.
+    fake.set_link(LinkState::Up);
+    fake.hang(None);
+    watched.sees(PowerState::Running).await;
+    watched.end().await;
+}
