@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 
 use salvor_proto::google::longrunning::Operation;
 use salvor_proto::v1::{
-    DiskProtection, OperationState, OverlayDisposition, PlanActionRequest, RescueBus, RescueMode,
-    StepState, VmState, plan_action_request::Action,
+    DiskProtection, OperationState, OperationStep, OverlayDisposition, PlanActionRequest,
+    RescueBus, RescueMode, StepState, VmState, plan_action_request::Action,
 };
 use salvor_tests::agent::AgentSettings;
 use salvor_tests::client::{Client, Ended};
@@ -306,7 +306,16 @@ impl Stage {
             }
         }
 
-        if case.cut == Cut::FailTwice {
+        let cannot_be_taken_back = |step: &&OperationStep| step.state() == StepState::RevertFailed;
+        let stuck = ended.metadata.steps.iter().find(cannot_be_taken_back);
+        let untouched =
+            |step: &OperationStep| step.phase == "prepare" && step.kind != "SaveDefinition";
+        if case.cut == Cut::FailTwice && stuck.is_some_and(untouched) {
+            // No guest was touched: it is as before, and the next start takes what is left behind.
+            self.restart_agent().await;
+            self.check_as_before(&ended, rescue.as_ref(), script, mark, number)
+                .await;
+        } else if case.cut == Cut::FailTwice {
             let server = self.play.client.get(self.actor.id).await;
             Client::assert_settled(&server, VmState::Error);
             let fault = server.fault.unwrap();

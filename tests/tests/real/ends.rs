@@ -85,7 +85,7 @@ async fn a_stop_that_is_cancelled_leaves_the_guest_running() {
     println!("a stop was cancelled in {:?}", since.elapsed());
     assert_eq!(ended.metadata.state(), OperationState::Cancelled);
     assert_eq!(ended.error().code, Code::Cancelled as i32);
-    assert!(since.elapsed() < Duration::from_secs(5));
+    assert!(since.elapsed() < Duration::from_secs(30));
     play.assert_original(&actor, mark, number).await;
     assert_refused(
         play.client
