@@ -66,7 +66,7 @@ impl Steps {
     }
 
     /// A path that is the agent's to make and to remove.
-    fn own(&self, path: &str) -> Result<PathBuf, StepError> {
+    pub(super) fn own(&self, path: &str) -> Result<PathBuf, StepError> {
         let servers = PathBuf::from(self.layout.servers());
         let path = PathBuf::from(path);
         let plain = path
@@ -115,7 +115,7 @@ pub(super) fn remove_tree(path: &Path, top: &Path) -> Result<(), StepError> {
     Ok(())
 }
 
-async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, StepError> + Send + 'static,
 ) -> Result<T, StepError> {
     tokio::task::spawn_blocking(work).await.map_err(|error| {
@@ -138,7 +138,7 @@ impl From<FileError> for StepError {
 }
 
 /// Is there an error of a full filesystem below it?
-fn storage_reason(error: &(dyn std::error::Error + 'static)) -> Reason {
+pub(super) fn storage_reason(error: &(dyn std::error::Error + 'static)) -> Reason {
     let mut cause = Some(error);
     while let Some(error) = cause {
         let full = |error: &std::io::Error| {

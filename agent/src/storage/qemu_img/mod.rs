@@ -31,9 +31,6 @@ use super::inspect::Format;
 use crate::cancel::Cancel;
 use process::{Kind, failed};
 
-/// QEMU keeps the name of a backing file in at most this many bytes.
-const LONGEST_BACKING_NAME: usize = 1023;
-
 /// What went wrong with qemu-img.
 #[derive(Debug, thiserror::Error)]
 pub enum QemuImgError {
@@ -236,33 +233,6 @@ impl Default for QemuImg {
 }
 
 impl QemuImg {
-    /// Creates an empty qcow2 overlay on a backing file, as large as that or as `size` says.
-    ///
-    /// # Errors
-    /// [`QemuImgError`]; nothing is left behind then.
-    pub async fn create_overlay(
-        &self,
-        job: &Job<'_>,
-        path: &Path,
-        backing: Disk<'_>,
-        size: Option<u64>,
-        if_exists: IfExists,
-    ) -> Result<(), QemuImgError> {
-        if backing.path.as_os_str().len() > LONGEST_BACKING_NAME {
-            return Err(QemuImgError::Path {
-                path: backing.path.to_owned(),
-                rule: "a backing file's name has at most 1023 bytes",
-            });
-        }
-        let mut arguments = words(&["-q", "-f", "qcow2", "-F", backing.format.driver(), "-b"]);
-        arguments.push(name(backing.path)?);
-        if size.is_some() {
-            // Nothing need be read of the backing file then, which a running guest may have locked.
-            arguments.push("-u".into());
-        }
-        self.create(job, arguments, path, size, if_exists).await
-    }
-
     /// Creates an empty disk of `size` bytes; a raw one is sparse.
     ///
     /// # Errors
