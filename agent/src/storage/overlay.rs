@@ -69,7 +69,7 @@ pub fn create(path: &Path, backing: &Path, format: Format, size: u64) -> Result<
     }
     let size = size.next_multiple_of(512);
     let l1_entries = size.div_ceil(PER_L1_ENTRY);
-    let clusters = 3 + (l1_entries * 8).div_ceil(CLUSTER).max(1);
+    let clusters = 3 + (l1_entries * 8).div_ceil(CLUSTER);
     let header = header(name, format.driver(), size, l1_entries);
     let refcounts: Vec<u8> = (0..clusters).flat_map(|_| 1u16.to_be_bytes()).collect();
     replace_durable(path, DISK_MODE, |file, part| {
