@@ -479,7 +479,7 @@ fn the_built_in_templates_are_good_and_so_is_an_override_that_adds_a_device() {
 fn an_override_that_gives_unusable_domains_is_refused_by_the_check_and_at_the_start() {
     for (wrong, named) in [
         // libvirt's schema knows no such element.
-        ("<no-such-device/>\n  </devices>", "libvirt's schema"),
+        ("<no-such-device/>\n  </devices>", "against schema"),
         // Not XML any more.
         ("<watchdog>\n  </devices>", "rescue.xml"),
         // A variable that does not exist.

@@ -290,6 +290,7 @@ fn steps() -> Vec<Step> {
         Step::CommitOverlay {
             path: text(),
             base: text(),
+            base_format: String::new(),
         },
         Step::DefineDomain {
             xml: text(),
@@ -297,7 +298,10 @@ fn steps() -> Vec<Step> {
             before: None,
         },
         Step::UndefineDomain { before: text() },
-        Step::StartDomain { mark: Mark::Own },
+        Step::StartDomain {
+            mark: Mark::Own,
+            fresh: false,
+        },
         Step::SetUserPassword {
             user: text(),
             hash: CryptHash(text()),

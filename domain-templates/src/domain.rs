@@ -296,6 +296,37 @@ impl Domain {
             .collect()
     }
 
+    /// What the guest can write to besides its disks: host devices, shared folders and NVDIMMs, each in words.
+    pub fn other_storage(&self) -> Vec<String> {
+        devices_of(&self.root)
+            .filter(|device| device.child("readonly").is_none())
+            .filter_map(|device| {
+                let source = device.child("source");
+                let kind = match device.name.as_str() {
+                    "hostdev" => device.attribute("type").unwrap_or("device"),
+                    "filesystem" => device
+                        .child("target")
+                        .and_then(|target| target.attribute("dir"))
+                        .unwrap_or_default(),
+                    "memory" if device.attribute("model") == Some("nvdimm") => "nvdimm",
+                    _ => return None,
+                };
+                let at: Vec<String> = source
+                    .into_iter()
+                    .flat_map(|source| std::iter::once(source).chain(source.elements()))
+                    .flat_map(|element| {
+                        let attributes = element.attributes.iter();
+                        let told = attributes.map(|(name, value)| format!("{name}={value}"));
+                        let text = Some(element.text())
+                            .filter(|text| element.name == "path" && !text.is_empty());
+                        told.chain(text)
+                    })
+                    .collect();
+                Some(format!("{} {kind} ({})", device.name, at.join(" ")))
+            })
+            .collect()
+    }
+
     /// What the guest starts from.
     pub fn firmware(&self) -> Firmware {
         let Some(os) = self.root.child("os") else {

@@ -57,7 +57,10 @@ pub(crate) fn by_overlay(
         });
     }
     element.set_attribute("type", "file");
-    element.remove_elements(|child| child.name == "backingStore");
+    // A chain that the definition states stays stated, one longer: libvirt need not read formats from the files then.
+    if let Some(chain) = element.child("backingStore").cloned() {
+        element.replace(as_backing(disk, chain));
+    }
     // A new <source>: labels, locks and reservations of the old one belong to the old file.
     element.replace(Element::new("source").with("file", overlay));
     match element.child_mut("driver") {
@@ -69,4 +72,18 @@ pub(crate) fn by_overlay(
         ),
     }
     Ok(())
+}
+
+/// The original disk as what the overlay stands on, with what it stands on itself.
+fn as_backing(disk: &Disk, chain: Element) -> Element {
+    let (kind, attribute) = match disk.source {
+        DiskSource::Block(_) => ("block", "dev"),
+        _ => ("file", "file"),
+    };
+    let format = disk.format.as_deref().unwrap_or("raw");
+    let mut backing = Element::new("backingStore").with("type", kind);
+    backing.append(Element::new("format").with("type", format));
+    backing.append(Element::new("source").with(attribute, disk.path().unwrap_or_default()));
+    backing.append(chain);
+    backing
 }

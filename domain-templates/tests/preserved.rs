@@ -94,7 +94,8 @@ impl Case {
             || line == "/domain/devices/disk type=\"file\" device=\"disk\""
             || self.has(" cdrom") && line == "/domain/devices/disk type=\"file\" device=\"cdrom\""
             || self.is_movable(line, &["target "])
-            || self.has(" overlay") && self.is_of_root(line, &["source ", "driver "])
+            || self.has(" overlay")
+                && self.is_of_root(line, &["source ", "driver ", "backingStore"])
             || self.has(" read-only") && self.is_of_root(line, &["readonly"])
             || self.has(" usb")
                 && line.contains("/controller type=\"usb\"")

@@ -58,7 +58,10 @@ fn an_overlay_takes_the_place_of_a_file_or_block_device() {
         assert_eq!(disk.format.as_deref(), Some("qcow2"));
         assert_eq!(disk.serial.as_deref(), Some("abc"));
         assert!(rendering.xml.contains("<disk type='file' device='disk'><driver name='qemu' type='qcow2' cache='none' io='native'/>"));
-        assert!(!rendering.xml.contains("seclabel") && !rendering.xml.contains("backingStore"));
+        assert!(!rendering.xml.contains("seclabel"));
+        assert!(rendering.xml.contains(
+            "<backingStore type='block'><format type='raw'/><source dev='/dev/vg/root'/><backingStore/></backingStore>"
+        ), "{}", rendering.xml);
         assert_eq!(rendering.xml.contains("slot='0x05'"), mode == Mode::Stable);
     }
 }
@@ -97,4 +100,22 @@ fn protecting_a_disk_that_is_not_there_is_refused() {
         matches!(refused, Err(TemplateError::NoSuchDisk { .. })),
         "{refused:?}"
     );
+}
+
+#[test]
+fn a_chain_that_the_definition_states_stays_stated_below_the_overlay() {
+    let chain = "<backingStore type='file'><format type='raw'/><source file='/base'/><backingStore/></backingStore>";
+    let rendered = |more: &str| {
+        let xml = domain("pc", "", &disk("vda", "virtio", more));
+        let spec = protecting(Mode::Stable, "vda", overlay());
+        render(&xml, &spec).unwrap().xml
+    };
+    let wanted = format!(
+        "<backingStore type='file'><format type='qcow2'/><source file='/d/vda'/>{chain}</backingStore>"
+    );
+    let xml = rendered(chain);
+    assert!(xml.contains(&wanted), "{xml}");
+    assert_eq!(xml.matches("<backingStore").count(), 3);
+    // Nothing was stated: libvirt reads the overlay's header, which names the format.
+    assert!(!rendered("").contains("backingStore"));
 }

@@ -213,18 +213,12 @@ settings! {
         /// The largest image, as a file and as the disk that it describes.
         max_image_size: ByteSize = ByteSize::from_gib(64), Size { min: ByteSize::from_mib(1), max: ByteSize::from_gib(1 << 20) };
 
-        /// How long one run of qemu-img may take.
-        qemu_img_timeout: Duration = secs(30 * MINUTE), span(secs(1), secs(DAY));
-
         /// How much memory qemu-img may use.
         qemu_img_memory: ByteSize = ByteSize::from_gib(2), Size { min: ByteSize::from_mib(64), max: ByteSize::from_gib(1024) };
     }
 
     /// The gRPC API.
     api: ApiConfig {
-        /// The largest message that is accepted.
-        max_message: ByteSize = ByteSize::from_mib(4), Size { min: ByteSize::from_mib(1), max: ByteSize::from_mib(64) };
-
         /// Whether the API describes itself to tools (gRPC server reflection).
         reflection: bool = true, Flag;
     }

@@ -102,10 +102,8 @@ retry_interval = "1s"
 [storage]
 reserve = "0"
 max_image_size = "1TiB"
-qemu_img_timeout = "1h"
 qemu_img_memory = "512MiB"
 [api]
-max_message = "16MiB"
 reflection = false
 [events]
 keep = 5_000
@@ -135,7 +133,6 @@ fn every_setting_can_be_set() {
     assert_eq!(config.rescue.timeout, Some(Duration::from_secs(7200)));
     assert_eq!(config.shutdown.timeout, Duration::ZERO);
     assert_eq!(config.storage.reserve.bytes(), 0);
-    assert_eq!(config.api.max_message.as_len(), 16 << 20);
     assert!(!config.api.reflection);
     assert_eq!(config.events.keep, 5000);
     assert_eq!(config.log.format, LogFormat::Json);

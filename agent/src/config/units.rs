@@ -73,13 +73,6 @@ impl ByteSize {
     pub const fn bytes(self) -> u64 {
         self.0
     }
-
-    /// The size in bytes as a length in memory; saturates where memory is smaller than the number.
-    #[must_use]
-    pub fn as_len(self) -> usize {
-        usize::try_from(self.0).unwrap_or(usize::MAX)
-    }
-
     /// Reads `"256MiB"`, `"64GiB"`, `"0"`.
     ///
     /// # Errors

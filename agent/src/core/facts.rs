@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What a planner must know of the host, gathered by read-only probes before it plans.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
+use salvor_domain_templates::Domain;
 use uuid::Uuid;
 
 use super::{image::ImageRecord, layout::Layout, state::PowerState};
@@ -45,9 +46,49 @@ pub struct DomainFacts {
     pub managed_save: bool,
     /// The file with its UEFI variables is there.
     pub nvram_present: bool,
-    /// Virtual sizes of its disks in bytes, by target; only of those that could be told without
-    /// opening guest-written data as anything but what the definition says.
-    pub disk_sizes: BTreeMap<String, u64>,
+    /// What was attached to the running domain and not to its definition, in words; only for a rescue.
+    pub live_only: Vec<String>,
+    /// Virtual sizes of its disks in bytes, by target, or why they cannot be told. Nothing that a guest
+    /// wrote is opened as anything but what the definition says. Only for a rescue with overlays.
+    pub disk_sizes: BTreeMap<String, Result<u64, String>>,
+    /// Why the agent could not write to a disk, by target. Only for a rescue with overlays.
+    pub unwritable: BTreeMap<String, String>,
+}
+
+/// What runs in the live domain and is not in its persistent definition: disks by their targets, network
+/// interfaces by their MAC addresses. Sources are not compared: libvirt shows a running disk's whole
+/// chain, and the file that stands for a volume.
+#[must_use]
+pub fn live_only(persistent: &Domain, live: &Domain) -> Vec<String> {
+    let disks = live
+        .disks()
+        .iter()
+        .filter(|disk| persistent.disk(&disk.target).is_none())
+        .map(|disk| match disk.path() {
+            Some(path) => format!("disk {} ({path})", disk.target),
+            None => format!("disk {}", disk.target),
+        });
+    let known: BTreeSet<String> = persistent
+        .interfaces()
+        .into_iter()
+        .filter_map(|nic| Some(nic.mac?.to_ascii_lowercase()))
+        .collect();
+    let nics = live
+        .interfaces()
+        .into_iter()
+        .filter_map(|nic| nic.mac)
+        .filter(|mac| !known.contains(&mac.to_ascii_lowercase()))
+        .map(|mac| format!("network interface {mac}"));
+    disks.chain(nics).collect()
+}
+
+/// The room that committing an overlay may need.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CommitSpace {
+    /// Bytes that the overlay holds.
+    pub allocated: u64,
+    /// Bytes that are free on the filesystem of the disk under it.
+    pub free: u64,
 }
 
 /// An image and its file.
@@ -74,4 +115,6 @@ pub struct Facts {
     pub image: Option<ImageFacts>,
     /// The saved definition, while a rescue is in force.
     pub saved_xml: Option<String>,
+    /// For a commit of overlays onto files: the room for each, by the overlay's path.
+    pub commit_space: BTreeMap<String, CommitSpace>,
 }

@@ -126,6 +126,8 @@ pub enum Step {
         path: String,
         /// The disk under it.
         base: String,
+        /// Format of that: recorded, never probed.
+        base_format: String,
     },
     /// The persistent domain.
     DefineDomain {
@@ -146,6 +148,9 @@ pub enum Step {
     StartDomain {
         /// What the running domain carries in its metadata.
         mark: Mark,
+        /// The plan has changed the definition: memory that was saved before is not brought back.
+        #[serde(default)]
+        fresh: bool,
     },
     /// The guest agent sets a password.
     SetUserPassword {
@@ -219,7 +224,7 @@ impl Step {
                 )
             }
             Self::MarkCommitStarted => "note that the overlays are being committed".to_owned(),
-            Self::CommitOverlay { path, base } => format!("write the overlay {path} to {base}"),
+            Self::CommitOverlay { path, base, .. } => format!("write the overlay {path} to {base}"),
             Self::DefineDomain {
                 mark: Mark::Plan(_),
                 ..

@@ -56,6 +56,8 @@ named_states! {
         /// See [`Reason::explanation`].
         DomainInvalid = "DOMAIN_INVALID",
         /// See [`Reason::explanation`].
+        DomainChanged = "DOMAIN_CHANGED",
+        /// See [`Reason::explanation`].
         OverlayDecisionNeeded = "OVERLAY_DECISION_NEEDED",
         /// See [`Reason::explanation`].
         NoOverlays = "NO_OVERLAYS",
@@ -247,6 +249,11 @@ impl Reason {
                 409,
                 "libvirt or its QEMU does not take the domain that would be defined. The message is libvirt's.",
             ),
+            Self::DomainChanged => (
+                FailedPrecondition,
+                409,
+                "Somebody else changed the domain's definition, and the action would have lost that. Look at the domain, then ask again.",
+            ),
             Self::OverlayDecisionNeeded => (
                 InvalidArgument,
                 400,
@@ -405,6 +412,10 @@ named_states! {
         TimeoutNotApplied = "TIMEOUT_NOT_APPLIED",
         /// The disks of an adopted server stay where they are when it is deleted.
         DisksKept = "DISKS_KEPT",
+        /// The protection of disks does not cover everything that the rescue guest can write to.
+        NotProtected = "NOT_PROTECTED",
+        /// Repairs in overlays go with the server.
+        RepairsLost = "REPAIRS_LOST",
         /// A file or folder could not be removed and is left behind.
         LeftBehind = "LEFT_BEHIND",
     }
@@ -424,6 +435,12 @@ impl WarningName {
             }
             Self::DisksKept => {
                 "The disks of an adopted server stay where they are when it is deleted."
+            }
+            Self::NotProtected => {
+                "The protection of disks does not cover everything that the rescue guest can write to: host devices passed through, shared folders, and floppies beside overlays. The message names what stays writable."
+            }
+            Self::RepairsLost => {
+                "The server is deleted with overlays that were not committed, so what was repaired in them is lost. The message says which disk a commit that did not end may have left half written."
             }
             Self::LeftBehind => {
                 "A file or folder could not be removed and is left behind. The message says which."

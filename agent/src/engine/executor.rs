@@ -32,7 +32,7 @@ use crate::{
     cancel::Cancel,
     core::{
         operation::{OperationRecord, OperationState, StepState},
-        plan::{Plan, Step},
+        plan::{Phase, Plan, Step},
         reason::{Reason, Refusal, Warning, WarningName},
         record::Fault,
     },
@@ -81,9 +81,12 @@ pub(super) struct Execution {
 }
 
 impl Execution {
-    /// Carries the operation on until it has ended.
-    pub(super) async fn run(mut self) -> Result<(), Abandoned> {
+    /// Carries the operation on until it has ended. With `give_up`, without what panics there.
+    pub(super) async fn run(mut self, give_up: bool) -> Result<(), Abandoned> {
         self.publish();
+        if give_up {
+            self.give_up().await?;
+        }
         loop {
             match self.operation.state {
                 OperationState::Running => self.forward().await?,
@@ -93,6 +96,41 @@ impl Execution {
                     return Ok(());
                 }
             }
+        }
+    }
+
+    /// A defect of ours makes this panic again and again: the operation goes on as if the step that
+    /// is under way had failed.
+    async fn give_up(&mut self) -> Result<(), Abandoned> {
+        let error = StepError::new(
+            Reason::Internal,
+            "the agent panicked twice at this; its log has the details",
+        );
+        let under_way = self
+            .operation
+            .steps
+            .iter()
+            .rposition(|step| matches!(step.state, StepState::Running | StepState::Reverting));
+        match self.operation.state {
+            OperationState::Running => {
+                if let Some(index) = under_way {
+                    self.end_step(index, StepState::Failed, &error.message);
+                }
+                self.turn_back(error).await
+            }
+            OperationState::Reverting => {
+                let index = under_way.unwrap_or_default();
+                self.end_step(index, StepState::RevertFailed, &error.message);
+                let fault = self.fault(index, &error);
+                self.end_reverted(Some(fault)).await
+            }
+            OperationState::CleaningUp => {
+                if let Some(index) = under_way {
+                    self.leave_behind(index, &error);
+                }
+                Ok(())
+            }
+            OperationState::Done | OperationState::Failed | OperationState::Cancelled => Ok(()),
         }
     }
 
@@ -158,14 +196,7 @@ impl Execution {
             self.probe(Point::AfterStep(index))?;
             match outcome {
                 Ok(report) => self.step_done(index, report),
-                Err(error) => {
-                    // Not worth failing for: what is left behind is said, and swept at the next start.
-                    self.end_step(index, StepState::Failed, &error.message);
-                    self.operation.warnings.push(Warning {
-                        name: WarningName::LeftBehind,
-                        message: format!("could not {}: {error}", self.describe(index)),
-                    });
-                }
+                Err(error) => self.leave_behind(index, &error),
             }
         }
         self.probe(Point::BeforeFinish)?;
@@ -176,7 +207,25 @@ impl Execution {
         Ok(())
     }
 
+    /// Not worth failing for: what is left behind is said, and swept at the next start.
+    fn leave_behind(&mut self, index: usize, error: &StepError) {
+        self.end_step(index, StepState::Failed, &error.message);
+        self.operation.warnings.push(Warning {
+            name: WarningName::LeftBehind,
+            message: format!("could not {}: {error}", self.describe(index)),
+        });
+    }
+
     async fn backward(&mut self) -> Result<(), Abandoned> {
+        // A call that missed its deadline may still take effect: then it would undo what is taken
+        // back before. If it never comes back, taking back is all the same the best there is.
+        let settled = self.runner.settled(self.operation.server);
+        if tokio::time::timeout(REVERT_DEADLINE, settled)
+            .await
+            .is_err()
+        {
+            tracing::error!(operation = %self.operation.id, "a call that was given up on hangs; taking the operation back under it");
+        }
         let mut fault = None;
         for index in (0..self.plan.steps_before_commit()).rev() {
             if matches!(
@@ -196,6 +245,17 @@ impl Execution {
                 Ok(_) => self.end_step(index, StepState::Reverted, ""),
                 Err(error) => {
                     self.end_step(index, StepState::RevertFailed, &error.message);
+                    if self.touches_no_guest(index) {
+                        // Not worth the server's state: it is said, and swept at the next start.
+                        self.operation.warnings.push(Warning {
+                            name: WarningName::LeftBehind,
+                            message: format!(
+                                "could not take back \"{}\": {error}",
+                                self.describe(index)
+                            ),
+                        });
+                        continue;
+                    }
                     // What was done before must stay as it is: taking it back now would be done to a
                     // host that is not what that step expects.
                     fault = Some(self.fault(index, &error));
@@ -204,6 +264,11 @@ impl Execution {
             }
         }
         self.probe(Point::BeforeFinish)?;
+        self.end_reverted(fault).await
+    }
+
+    /// Ends an operation that was taken back, or with a fault could not be.
+    async fn end_reverted(&mut self, fault: Option<Fault>) -> Result<(), Abandoned> {
         let cancelled = self
             .operation
             .error
@@ -351,6 +416,14 @@ impl Execution {
             .steps
             .get(index)
             .map_or(StepState::Pending, |step| step.state)
+    }
+
+    /// Is what the step leaves behind a file or a note that no guest sees? A saved definition is more:
+    /// it is the way back of a rescue.
+    fn touches_no_guest(&self, index: usize) -> bool {
+        self.plan.steps.get(index).is_some_and(|planned| {
+            planned.phase == Phase::Prepare && !matches!(planned.step, Step::SaveDefinition { .. })
+        })
     }
 
     fn describe(&self, index: usize) -> String {

@@ -249,10 +249,13 @@ impl Engine {
         });
     }
 
-    /// Carries an operation on to its end. A journal that cannot be written (a full filesystem) is
-    /// tried again, from what it says: the server would be busy until a restart otherwise.
+    /// Carries an operation on to its end. After a journal that could not be written (a full
+    /// filesystem) and after a panic it is taken up again, from what the journal says: the server
+    /// would be busy until a restart otherwise. What panics a second time is given up.
     async fn carry_on(&self, mut operation: OperationRecord, plan: Arc<Plan>, handles: Handles) {
         let id = operation.id;
+        // In which states it has panicked, and whether the last one was there for the second time.
+        let (mut panicked_in, mut give_up) = (Vec::new(), false);
         loop {
             let execution = executor::Execution {
                 store: self.store.clone(),
@@ -263,7 +266,8 @@ impl Engine {
                 view: handles.view.clone(),
                 cancel: handles.cancel.clone(),
             };
-            match tokio::spawn(execution.run()).await {
+            let mut panicked = false;
+            match tokio::spawn(execution.run(give_up)).await {
                 Ok(Ok(())) => return,
                 Ok(Err(executor::Abandoned::Store(error))) => {
                     tracing::error!(operation = %id, error = &error as &dyn std::error::Error,
@@ -274,9 +278,11 @@ impl Engine {
                     tracing::error!(operation = %id, error = %abandoned, "operation left for recovery");
                     return;
                 }
-                Err(panicked) => {
-                    tracing::error!(operation = %id, error = %panicked, "operation left for recovery");
-                    return;
+                // The runtime ends, and the agent with it.
+                Err(error) if error.is_cancelled() => return,
+                Err(error) => {
+                    tracing::error!(operation = %id, %error, "carrying an operation on panicked; trying again");
+                    panicked = true;
                 }
             }
             operation = loop {
@@ -290,6 +296,10 @@ impl Engine {
                     }
                 }
             };
+            give_up = panicked && panicked_in.contains(&operation.state);
+            if panicked {
+                panicked_in.push(operation.state);
+            }
         }
     }
 }

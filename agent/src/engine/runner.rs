@@ -10,6 +10,7 @@ use crate::{
     },
 };
 use async_trait::async_trait;
+use uuid::Uuid;
 
 /// Why a step could not be applied or taken back.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -80,4 +81,7 @@ pub trait StepRunner: Send + Sync + 'static {
 
     /// Returns when the hypervisor can be asked.
     async fn ready(&self);
+
+    /// Returns when nothing that was given up on can change the server's domain any more.
+    async fn settled(&self, server: Uuid);
 }

@@ -23,8 +23,8 @@ use uuid::Uuid;
 
 use self::host::{Domain, HostState, Planned, element, identity, refused};
 use super::{
-    CryptHash, Definition, DomainStatus, HostFacts, Hypervisor, HypervisorError, HypervisorEvent,
-    HypervisorResult, LinkState, Nvram, PowerReading, StuckCall,
+    Boot, CryptHash, Definition, DomainStatus, HostFacts, Hypervisor, HypervisorError,
+    HypervisorEvent, HypervisorResult, LinkState, PowerReading, StuckCall,
 };
 use crate::core::state::PowerState;
 
@@ -36,6 +36,8 @@ struct Host {
     state: Mutex<HostState>,
     events: broadcast::Sender<HypervisorEvent>,
     link: watch::Sender<LinkState>,
+    /// Calls of this name do not come back.
+    hangs: watch::Sender<Option<&'static str>>,
 }
 
 /// What happens to a process.
@@ -104,6 +106,7 @@ impl FakeHypervisor {
                 state: Mutex::default(),
                 events: broadcast::Sender::new(EVENT_BUFFER),
                 link: watch::Sender::new(LinkState::Up),
+                hangs: watch::Sender::new(None),
             }),
             process: Arc::new(Process::new()),
         }
@@ -175,6 +178,11 @@ impl FakeHypervisor {
         lock(&self.host.state)
             .planned
             .push((call.to_owned(), planned));
+    }
+
+    /// Calls of this name hang, without effect, until it is said that none does.
+    pub fn hang(&self, call: Option<&'static str>) {
+        self.host.hangs.send_replace(call);
     }
 
     /// Every call of every process so far, as `name` or `name argument`.
@@ -266,9 +274,10 @@ impl FakeHypervisor {
     /// Gives the domain a managed save image; it is off then.
     pub fn managed_save(&self, id: Uuid) {
         let mut state = lock(&self.host.state);
+        let saved = state.domains.get(&id).and_then(|d| d.live.clone());
         self.end(&mut state, id, "saved");
         if let Some(domain) = state.domains.get_mut(&id) {
-            domain.managed_save = true;
+            domain.managed_save = saved;
         }
     }
 
@@ -295,7 +304,7 @@ impl FakeHypervisor {
                 live: Some(xml.to_owned()),
                 power: PowerState::Running,
                 reason: "booted",
-                managed_save: false,
+                managed_save: None,
             },
         );
         self.emit(HypervisorEvent::Domain {
@@ -372,6 +381,9 @@ impl FakeHypervisor {
         argument: &str,
         effect: impl FnOnce(&Self, &mut HostState) -> HypervisorResult<T> + Send,
     ) -> HypervisorResult<T> {
+        let mut hangs = self.host.hangs.subscribe();
+        // The sender lives in `self`, so the wait can only end with the value.
+        let _ = hangs.wait_for(|hangs| *hangs != Some(call)).await;
         let fate = self.fate();
         match fate {
             Fate::Before(Trouble::Death) => return self.die().await,
@@ -513,12 +525,8 @@ impl Hypervisor for FakeHypervisor {
         .await
     }
 
-    async fn undefine(&self, id: Uuid, nvram: Nvram) -> HypervisorResult<()> {
-        let argument = match nvram {
-            Nvram::Keep => format!("{id} keep"),
-            Nvram::Remove => format!("{id} remove"),
-        };
-        self.call("undefine", &argument, |fake, state| {
+    async fn undefine(&self, id: Uuid) -> HypervisorResult<()> {
+        self.call("undefine", &id.to_string(), |fake, state| {
             if state.undefine(id) {
                 fake.emit(HypervisorEvent::Domain {
                     id,
@@ -530,19 +538,23 @@ impl Hypervisor for FakeHypervisor {
         .await
     }
 
-    async fn start(&self, id: Uuid) -> HypervisorResult<()> {
+    async fn start(&self, id: Uuid, boot: Boot) -> HypervisorResult<()> {
         self.call("start", &id.to_string(), |fake, state| {
             let domain = state.known(id)?;
             if domain.live.is_some() {
                 return refused("start", "domain is already running");
             }
-            domain.live.clone_from(&domain.inactive);
             domain.power = PowerState::Running;
-            domain.reason = if std::mem::take(&mut domain.managed_save) {
-                "restored"
-            } else {
-                "booted"
-            };
+            match (domain.managed_save.take(), boot) {
+                (Some(saved), Boot::Resume) => {
+                    domain.live = Some(saved);
+                    domain.reason = "restored";
+                }
+                (Some(_), Boot::Fresh) | (None, _) => {
+                    domain.live.clone_from(&domain.inactive);
+                    domain.reason = "booted";
+                }
+            }
             fake.emit(HypervisorEvent::Domain {
                 id,
                 what: "started",

@@ -110,13 +110,13 @@ pub enum Definition {
     Inactive,
 }
 
-/// What becomes of a domain's NVRAM file when its definition is removed.
+/// What a start does with saved memory (a managed save image).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Nvram {
-    /// It stays.
-    Keep,
-    /// It goes.
-    Remove,
+pub enum Boot {
+    /// It is brought back, with the domain as it was when it was saved.
+    Resume,
+    /// It is dropped: what boots is the persistent definition, whatever was saved before.
+    Fresh,
 }
 
 /// The host as libvirt describes it.
@@ -187,6 +187,21 @@ pub struct StuckCall {
     pub age: Duration,
 }
 
+impl StuckCall {
+    /// Would it change a definition or a guest's power if it took effect now? Reads would not. A
+    /// request to a guest may hang for as long as its QEMU does, and the guest may ignore it anyway.
+    #[must_use]
+    pub fn changes_domain(&self) -> bool {
+        matches!(
+            self.call,
+            "virDomainDefineXML"
+                | "virDomainUndefineFlags"
+                | "virDomainCreate"
+                | "virDomainDestroy"
+        )
+    }
+}
+
 /// What the agent may ask of a hypervisor.
 #[async_trait]
 pub trait Hypervisor: Send + Sync + 'static {
@@ -219,11 +234,13 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// back whatever a schema says. A server may be down meanwhile.
     async fn define(&self, xml: &str) -> HypervisorResult<()>;
 
-    /// Removes the persistent definition, a managed save image included. No such domain is success.
-    async fn undefine(&self, id: Uuid, nvram: Nvram) -> HypervisorResult<()>;
+    /// Removes the persistent definition, with a managed save image and what libvirt notes of
+    /// snapshots and checkpoints, which would stand in the way. NVRAM and TPM state stay: the
+    /// definition may come back. No such domain is success.
+    async fn undefine(&self, id: Uuid) -> HypervisorResult<()>;
 
-    /// Starts the persistent definition.
-    async fn start(&self, id: Uuid) -> HypervisorResult<()>;
+    /// Starts the domain: with its saved memory, or with its persistent definition.
+    async fn start(&self, id: Uuid, boot: Boot) -> HypervisorResult<()>;
 
     /// Asks the guest to shut down (ACPI). Returns once asked, not once off.
     async fn shutdown(&self, id: Uuid) -> HypervisorResult<()>;

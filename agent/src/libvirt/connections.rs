@@ -48,7 +48,7 @@ pub(super) enum Class {
 
 impl Class {
     /// The name of its threads, for people who look at the process.
-    const fn name(self) -> &'static str {
+    pub(super) const fn name(self) -> &'static str {
         match self {
             Self::Read => "lv-read",
             Self::Mutate => "lv-change",
@@ -177,7 +177,7 @@ impl Connections {
     /// Opens a connection in each class before somebody waits for it.
     fn warm_up(&self) {
         for class in [Class::Read, Class::Mutate, Class::Emergency] {
-            let ticket = Ticket::new("virConnectOpen", None);
+            let ticket = Ticket::new("virConnectOpen", class.name(), None);
             self.submit(class, Job::new(&ticket, |_| ()));
         }
     }

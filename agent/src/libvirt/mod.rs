@@ -51,8 +51,8 @@ use self::threads::{Job, Ticket};
 use self::turns::Turns;
 use crate::core::state::PowerState;
 use crate::hypervisor::{
-    CryptHash, Definition, DomainStatus, HostFacts, Hypervisor, HypervisorError, HypervisorEvent,
-    HypervisorResult, LinkState, Nvram, PowerReading, StuckCall,
+    Boot, CryptHash, Definition, DomainStatus, HostFacts, Hypervisor, HypervisorError,
+    HypervisorEvent, HypervisorResult, LinkState, PowerReading, StuckCall,
 };
 
 /// How many events a receiver may be behind before it has to look at everything anew.
@@ -150,7 +150,8 @@ impl Libvirt {
         Ok(Self { shared, turns })
     }
 
-    /// Does `work` with a connection on one of the threads of the class.
+    /// Does `work` with a connection on one of the threads of the class. While an earlier call of the
+    /// class about the domain hangs, a further one would only take another thread and hang too.
     async fn call<T, F>(&self, class: Class, call: Call, work: F) -> HypervisorResult<T>
     where
         T: Send + 'static,
@@ -160,8 +161,17 @@ impl Libvirt {
             let reason = reason.clone();
             return Err(HypervisorError::LinkDown { reason });
         }
+        if let Some(stuck) = call
+            .domain
+            .and_then(|domain| self.shared.stuck.in_the_way(class.name(), domain))
+        {
+            return Err(HypervisorError::Deadline {
+                call: stuck.call,
+                after: stuck.age,
+            });
+        }
         let (answer, answered) = oneshot::channel();
-        let ticket = Ticket::new(call.name, call.domain);
+        let ticket = Ticket::new(call.name, class.name(), call.domain);
         let shared = Arc::clone(&self.shared);
         let job = Job::new(&ticket, move |connect| {
             // Nobody may wait for it any more.
@@ -331,24 +341,19 @@ fn run_event_loop() {
 }
 
 /// The flags of an undefine, best first: an older libvirt does not know the later ones, and without
-/// those for NVRAM it refuses rather than to choose for us.
-fn undefine_flags(nvram: Nvram) -> [sys::virDomainUndefineFlagsValues; 3] {
-    let saved = sys::VIR_DOMAIN_UNDEFINE_MANAGED_SAVE;
-    let (files, tpm) = match nvram {
-        Nvram::Keep => (
-            saved | sys::VIR_DOMAIN_UNDEFINE_KEEP_NVRAM,
-            sys::VIR_DOMAIN_UNDEFINE_KEEP_TPM,
-        ),
-        // For good, so what libvirt notes of snapshots and checkpoints must not stand in the way.
-        Nvram::Remove => (
-            saved
-                | sys::VIR_DOMAIN_UNDEFINE_NVRAM
-                | sys::VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
-                | sys::VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA,
-            sys::VIR_DOMAIN_UNDEFINE_TPM,
-        ),
-    };
-    [files | tpm, files, saved]
+/// that for NVRAM it refuses rather than to choose for us. What it notes of snapshots and checkpoints
+/// goes: it would refuse otherwise, and a server with a snapshot could not be deleted.
+const UNDEFINE_FLAGS: [sys::virDomainUndefineFlagsValues; 3] = {
+    let saved = sys::VIR_DOMAIN_UNDEFINE_MANAGED_SAVE | sys::VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA;
+    let files =
+        saved | sys::VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA | sys::VIR_DOMAIN_UNDEFINE_KEEP_NVRAM;
+    [files | sys::VIR_DOMAIN_UNDEFINE_KEEP_TPM, files, saved]
+};
+
+/// Which domain is defined by this? Nobody asks for one without a uuid, which would be a new one.
+fn uuid_of(xml: &str) -> Option<Uuid> {
+    let domain = salvor_domain_templates::Domain::parse(xml).ok()?;
+    Uuid::parse_str(&domain.uuid()?).ok()
 }
 
 #[async_trait]
@@ -434,8 +439,9 @@ impl Hypervisor for Libvirt {
     }
 
     async fn define(&self, xml: &str) -> HypervisorResult<()> {
+        let mut call = self.call_named("virDomainDefineXML");
+        call.domain = uuid_of(xml);
         let xml = xml.to_owned();
-        let call = self.call_named("virDomainDefineXML");
         self.call(Class::Mutate, call, move |connect| {
             connect.define_domain_xml(&xml)?;
             Ok(())
@@ -443,7 +449,7 @@ impl Hypervisor for Libvirt {
         .await
     }
 
-    async fn undefine(&self, id: Uuid, nvram: Nvram) -> HypervisorResult<()> {
+    async fn undefine(&self, id: Uuid) -> HypervisorResult<()> {
         let call = self.call_named("virDomainUndefineFlags").about(id);
         self.call(Class::Mutate, call, move |connect| {
             let Some(domain) = find(connect, id)? else {
@@ -453,7 +459,7 @@ impl Hypervisor for Libvirt {
                 return Ok(());
             }
             let mut answer = Ok(());
-            for flags in undefine_flags(nvram) {
+            for flags in UNDEFINE_FLAGS {
                 answer = domain.undefine_flags(flags);
                 match &answer {
                     Err(error) if is(error, ErrorNumber::InvalidArg) => {}
@@ -466,10 +472,18 @@ impl Hypervisor for Libvirt {
         .await
     }
 
-    async fn start(&self, id: Uuid) -> HypervisorResult<()> {
+    async fn start(&self, id: Uuid, boot: Boot) -> HypervisorResult<()> {
         let call = Call::new("virDomainCreate", self.shared.config.start_timeout).about(id);
         self.call(Class::Mutate, call, move |connect| {
-            Ok(connect.lookup_domain_by_uuid(id)?.create()?)
+            let domain = connect.lookup_domain_by_uuid(id)?;
+            match boot {
+                Boot::Resume => Ok(domain.create()?),
+                Boot::Fresh => match domain.create_with_flags(sys::VIR_DOMAIN_START_FORCE_BOOT) {
+                    // A driver that knows no saved memory, such as the test driver.
+                    Err(error) if is(&error, ErrorNumber::InvalidArg) => Ok(domain.create()?),
+                    answer => Ok(answer?),
+                },
+            }
         })
         .await
     }

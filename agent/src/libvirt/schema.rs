@@ -53,6 +53,8 @@ pub fn check_schema(xml: &str) -> Result<(), SchemaError> {
 }
 
 fn check(xml: &str) -> Result<(), SchemaError> {
+    // What libvirt says is in the error; it would print it as well.
+    virt::error::clear_error_callback();
     let mut host = std::fs::File::from(
         memfd_create(c"salvor-schema-check", MFdFlags::MFD_CLOEXEC)
             .map_err(|errno| SchemaError::TestHost(errno.into()))?,

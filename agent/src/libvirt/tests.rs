@@ -64,22 +64,25 @@ async fn a_domain_goes_through_its_life_and_events_tell_of_it() {
     let off = libvirt.shutdown(id).await;
     assert!(is_refused(&off, "running"), "{off:?}");
 
-    libvirt.start(id).await.unwrap();
+    libvirt.start(id, Boot::Resume).await.unwrap();
     assert_eq!(power(&libvirt, id).await.0, PowerState::Running);
-    assert!(is_refused(&libvirt.start(id).await, "already running"));
+    assert!(is_refused(
+        &libvirt.start(id, Boot::Resume).await,
+        "already running"
+    ));
     libvirt.domain_xml(id, Definition::Live).await.unwrap();
 
     libvirt.shutdown(id).await.unwrap();
     assert_eq!(power(&libvirt, id).await.0, PowerState::Shutdown);
-    libvirt.start(id).await.unwrap();
+    libvirt.start(id, Boot::Resume).await.unwrap();
     libvirt.destroy(id).await.unwrap();
     let off = (PowerState::Shutdown, "destroyed".to_owned());
     assert_eq!(power(&libvirt, id).await, off);
     libvirt.destroy(id).await.unwrap();
 
-    libvirt.undefine(id, Nvram::Remove).await.unwrap();
+    libvirt.undefine(id).await.unwrap();
     assert_eq!(libvirt.domain(id).await, Ok(None));
-    libvirt.undefine(id, Nvram::Keep).await.unwrap();
+    libvirt.undefine(id).await.unwrap();
     libvirt.destroy(id).await.unwrap();
 
     let mut seen = Vec::new();
@@ -116,7 +119,7 @@ async fn the_listing_of_all_says_the_same_as_asking_for_each() {
     assert_eq!(own.power, PowerState::Running);
     assert!(all.contains(&own));
     assert_eq!(libvirt.domain_by_name("nobody").await, Ok(None));
-    libvirt.undefine(id, Nvram::Remove).await.unwrap();
+    libvirt.undefine(id).await.unwrap();
 }
 
 #[tokio::test]
@@ -136,7 +139,7 @@ async fn a_missing_domain_is_named() {
     let id = Uuid::new_v4();
     let domain = id.to_string();
     let missing = HypervisorError::NoDomain { domain };
-    assert_eq!(libvirt.start(id).await, Err(missing.clone()));
+    assert_eq!(libvirt.start(id, Boot::Resume).await, Err(missing.clone()));
     assert_eq!(libvirt.shutdown(id).await, Err(missing.clone()));
     let xml = libvirt.domain_xml(id, Definition::Inactive).await;
     assert_eq!(xml, Err(missing));
@@ -211,7 +214,7 @@ async fn calls_that_hang_hold_up_their_own_domain_only_and_are_listed_until_they
     let (sick, well) = (Uuid::new_v4(), Uuid::new_v4());
     for id in [sick, well] {
         libvirt.define(&xml(id)).await.unwrap();
-        libvirt.start(id).await.unwrap();
+        libvirt.start(id, Boot::Resume).await.unwrap();
     }
     for class in [Class::Mutate, Class::Read, Class::Emergency] {
         let count = class.limit() - 1;
@@ -222,7 +225,17 @@ async fn calls_that_hang_hold_up_their_own_domain_only_and_are_listed_until_they
         libvirt.define(&xml(well)).await.unwrap();
         libvirt.domain(well).await.unwrap();
         libvirt.destroy(well).await.unwrap();
-        libvirt.start(well).await.unwrap();
+        libvirt.start(well, Boot::Resume).await.unwrap();
+        // What would hang as well takes no thread more.
+        let again = match class {
+            Class::Mutate => libvirt.start(sick, Boot::Fresh).await,
+            Class::Read => libvirt.power(sick).await.map(drop),
+            Class::Emergency => libvirt.destroy(sick).await,
+        };
+        assert!(
+            matches!(again, Err(HypervisorError::Deadline { call: "hangs", .. })),
+            "{again:?}"
+        );
         let asked = libvirt.shutdown(sick).await;
         assert!(
             matches!(asked, Err(HypervisorError::Deadline { call: "hangs", .. })),
@@ -238,7 +251,7 @@ async fn calls_that_hang_hold_up_their_own_domain_only_and_are_listed_until_they
     }
     for id in [sick, well] {
         libvirt.destroy(id).await.unwrap();
-        libvirt.undefine(id, Nvram::Remove).await.unwrap();
+        libvirt.undefine(id).await.unwrap();
     }
 }
 
@@ -308,13 +321,45 @@ async fn asking_twenty_thousand_times_does_not_grow_the_process() {
 }
 
 #[test]
+fn a_define_is_about_the_domain_that_its_xml_names() {
+    let id = Uuid::new_v4();
+    assert_eq!(uuid_of(&xml(id)), Some(id));
+    assert_eq!(uuid_of("<domain><name>a</name></domain>"), None);
+}
+
+#[test]
 fn an_undefine_without_flags_for_nvram_is_the_last_resort() {
-    for nvram in [Nvram::Keep, Nvram::Remove] {
-        let [best, older, oldest] = undefine_flags(nvram);
-        assert_eq!(best & older, older);
-        assert_eq!(oldest, sys::VIR_DOMAIN_UNDEFINE_MANAGED_SAVE);
+    let [best, older, oldest] = UNDEFINE_FLAGS;
+    assert_eq!(best & older, older);
+    assert_eq!(older & oldest, oldest);
+    for kept in [
+        sys::VIR_DOMAIN_UNDEFINE_KEEP_NVRAM,
+        sys::VIR_DOMAIN_UNDEFINE_KEEP_TPM,
+    ] {
+        assert_eq!((best & kept, oldest & kept), (kept, 0));
     }
-    let [keep, ..] = undefine_flags(Nvram::Keep);
-    assert_eq!(keep & sys::VIR_DOMAIN_UNDEFINE_NVRAM, 0);
-    assert_eq!(keep & sys::VIR_DOMAIN_UNDEFINE_TPM, 0);
+    let noted = sys::VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA;
+    assert_eq!(older & noted, noted);
+    for removed in [sys::VIR_DOMAIN_UNDEFINE_NVRAM, sys::VIR_DOMAIN_UNDEFINE_TPM] {
+        assert_eq!(best & removed, 0);
+    }
+}
+
+#[tokio::test]
+async fn snapshots_are_not_in_the_way_of_an_undefine() {
+    let libvirt = test_host().await;
+    let id = Uuid::new_v4();
+    libvirt.define(&xml(id)).await.unwrap();
+    let call = libvirt.call_named("virDomainSnapshotCreateXML");
+    libvirt
+        .call(Class::Mutate, call, move |connect| {
+            let domain = connect.lookup_domain_by_uuid(id)?;
+            let xml = "<domainsnapshot><name>before</name></domainsnapshot>";
+            domain.create_snapshot_xml(xml, 0)?;
+            Ok(())
+        })
+        .await
+        .unwrap();
+    libvirt.undefine(id).await.unwrap();
+    assert_eq!(libvirt.domain(id).await, Ok(None));
 }

@@ -46,20 +46,30 @@ enum Phase {
 #[derive(Debug)]
 pub(super) struct Ticket {
     call: &'static str,
+    class: &'static str,
     domain: Option<Uuid>,
     made: Instant,
     phase: Mutex<Phase>,
 }
 
 impl Ticket {
-    /// A call of this libvirt function, not yet queued.
-    pub(super) fn new(call: &'static str, domain: Option<Uuid>) -> Arc<Self> {
+    /// A call of this libvirt function for the pool of this class, not yet queued.
+    pub(super) fn new(call: &'static str, class: &'static str, domain: Option<Uuid>) -> Arc<Self> {
         Arc::new(Self {
             call,
+            class,
             domain,
             made: Instant::now(),
             phase: Mutex::new(Phase::Queued),
         })
+    }
+
+    fn stuck(&self) -> StuckCall {
+        StuckCall {
+            call: self.call,
+            domain: self.domain,
+            age: self.made.elapsed(),
+        }
     }
 
     fn begin(&self) -> bool {
@@ -114,13 +124,19 @@ impl StuckCalls {
     pub(super) fn list(&self) -> Vec<StuckCall> {
         let mut list = lock(&self.0);
         list.retain(|ticket| *lock(&ticket.phase) == Phase::Stuck);
+        list.iter().map(|ticket| ticket.stuck()).collect()
+    }
+
+    /// The oldest one of this class about this domain: a further one would only hang too.
+    pub(super) fn in_the_way(&self, class: &str, domain: Uuid) -> Option<StuckCall> {
+        let list = lock(&self.0);
         list.iter()
-            .map(|ticket| StuckCall {
-                call: ticket.call,
-                domain: ticket.domain,
-                age: ticket.made.elapsed(),
+            .find(|ticket| {
+                ticket.class == class
+                    && ticket.domain == Some(domain)
+                    && *lock(&ticket.phase) == Phase::Stuck
             })
-            .collect()
+            .map(|ticket| ticket.stuck())
     }
 
     /// The oldest one about this domain.
@@ -338,14 +354,14 @@ mod tests {
     fn given(pool: &TestPool) -> Receiver<Result<u32, &'static str>> {
         let (given, is_given) = mpsc::channel();
         let work = move |item: Result<&u32, _>| given.send(item.copied()).unwrap();
-        pool.submit(Job::new(&Ticket::new("given", None), work));
+        pool.submit(Job::new(&Ticket::new("given", "t", None), work));
         is_given
     }
 
     /// Lets calls hang in the pool until the senders are dropped.
     fn hang(pool: &TestPool, count: usize) -> Vec<Sender<()>> {
         let hang = |_| {
-            let (job, begun, end) = blocker(&Ticket::new("busy", None));
+            let (job, begun, end) = blocker(&Ticket::new("busy", "t", None));
             pool.submit(job);
             begun.recv_timeout(PATIENCE).unwrap();
             end
@@ -358,7 +374,7 @@ mod tests {
         let pool = pool();
         let stuck = StuckCalls::default();
         let domain = Uuid::from_u128(3);
-        let ticket = Ticket::new("virDomainShutdownFlags", Some(domain));
+        let ticket = Ticket::new("virDomainShutdownFlags", "t", Some(domain));
         let (job, begun, end) = blocker(&ticket);
         pool.submit(job);
         begun.recv_timeout(PATIENCE).unwrap();
@@ -367,6 +383,9 @@ mod tests {
         stuck.give_up(&ticket);
         assert_eq!(stuck.of(domain).unwrap().call, "virDomainShutdownFlags");
         assert_eq!(stuck.of(Uuid::nil()), None);
+        assert!(stuck.in_the_way("t", domain).is_some());
+        assert_eq!(stuck.in_the_way("another", domain), None);
+        assert_eq!(stuck.in_the_way("t", Uuid::nil()), None);
 
         end.send(()).unwrap();
         let deadline = Instant::now() + PATIENCE;
@@ -383,7 +402,7 @@ mod tests {
         let pool = pool();
         let ends = hang(&pool, LIMIT);
         let stuck = StuckCalls::default();
-        let ticket = Ticket::new("late", None);
+        let ticket = Ticket::new("late", "t", None);
         let (job, begun, _end) = blocker(&ticket);
         pool.submit(job);
         stuck.give_up(&ticket);
@@ -431,7 +450,7 @@ mod tests {
     fn a_panic_ends_one_call_and_not_its_thread() {
         let pool = pool();
         for _ in 0..2 * LIMIT {
-            let ticket = Ticket::new("bad", None);
+            let ticket = Ticket::new("bad", "t", None);
             pool.submit(Job::new(&ticket, |_| panic!("on purpose")));
         }
         assert!(given(&pool).recv_timeout(PATIENCE).is_ok());

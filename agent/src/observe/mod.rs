@@ -13,6 +13,7 @@ use std::{
 
 use tokio::{
     sync::{broadcast::error::RecvError, watch},
+    task::JoinSet,
     time::{Instant, MissedTickBehavior},
 };
 use uuid::Uuid;
@@ -73,6 +74,23 @@ impl Tried {
     }
 }
 
+/// What a domain is asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Question {
+    Power,
+    GuestAgent,
+}
+
+/// Questions under way, each in a task of its own: a domain that is slow to answer holds up nobody.
+#[derive(Debug, Default)]
+struct Questions {
+    /// Each says whether a guest agent answered.
+    tasks: JoinSet<bool>,
+    under_way: HashMap<tokio::task::Id, (Uuid, Question)>,
+    /// To be asked once more: something happened after the question was put.
+    again: HashSet<(Uuid, Question)>,
+}
+
 /// The observer.
 pub struct Observer {
     store: Store,
@@ -100,7 +118,12 @@ impl Observer {
     }
 
     /// Observes until `stop` is true.
-    pub async fn run(self, mut stop: watch::Receiver<bool>) {
+    pub async fn run(self, stop: watch::Receiver<bool>) {
+        Arc::new(self).observe(stop).await;
+    }
+
+    async fn observe(self: Arc<Self>, mut stop: watch::Receiver<bool>) {
+        let mut questions = Questions::default();
         let mut events = self.hypervisor.events();
         let mut revision = self.store.revision();
         let mut tick = tokio::time::interval(self.resync_interval.max(Duration::from_secs(1)));
@@ -113,29 +136,44 @@ impl Observer {
             tokio::select! {
                 () = stopped(&mut stop) => return,
                 event = events.recv() => match event {
-                    Ok(HypervisorEvent::Domain { id, .. }) => self.look_at(id, ObservationSource::Event).await,
+                    Ok(HypervisorEvent::Domain { id, .. }) => self.ask(&mut questions, id, Question::Power),
                     Ok(HypervisorEvent::GuestAgent { id, connected: true }) => {
                         agents.insert(id);
                         if let Some(rescue) = self.store.server(id).and_then(|server| Some(server.rescue.as_ref()?.plan)) {
                             tried.forget(rescue, Verb::DeliverPassword);
                         }
-                        self.deliver_password(id, &mut tried).await;
+                        self.offer_password(&mut questions, id, &tried);
                     }
                     Ok(HypervisorEvent::GuestAgent { id, connected: false }) => {
                         agents.remove(&id);
                     }
                     Ok(HypervisorEvent::Link(LinkState::Down { reason })) => self.lost(&reason).await,
                     Ok(HypervisorEvent::Link(LinkState::Up) | HypervisorEvent::Resync) | Err(RecvError::Lagged(_)) => {
-                        self.resync(&mut tried).await;
+                        self.resync(&mut questions, &tried).await;
                     }
                     Err(RecvError::Closed) => return,
                 },
-                _ = tick.tick() => self.resync(&mut tried).await,
+                _ = tick.tick() => self.resync(&mut questions, &tried).await,
+                Some(ended) = questions.tasks.join_next_with_id() => {
+                    let (task, answered) = ended.unwrap_or_else(|error| (error.id(), false));
+                    let Some((id, question)) = questions.under_way.remove(&task) else {
+                        continue;
+                    };
+                    if answered {
+                        self.deliver_password(id, &mut tried).await;
+                    }
+                    if questions.again.remove(&(id, question)) {
+                        match question {
+                            Question::Power => self.ask(&mut questions, id, question),
+                            Question::GuestAgent => self.offer_password(&mut questions, id, &tried),
+                        }
+                    }
+                }
                 // A rescue may have begun or ended.
                 _ = revision.changed() => {
                     due = self.next_due(&tried);
                     for id in &agents {
-                        self.deliver_password(*id, &mut tried).await;
+                        self.offer_password(&mut questions, *id, &tried);
                     }
                 }
                 () = tokio::time::sleep_until(at), if due.is_some() => due = self.act_on_due(&mut tried).await,
@@ -144,7 +182,7 @@ impl Observer {
     }
 
     /// Looks at every domain. One that is missing has no state.
-    async fn resync(&self, tried: &mut Tried) {
+    async fn resync(self: &Arc<Self>, questions: &mut Questions, tried: &Tried) {
         let asked_at = now_ms();
         match self.hypervisor.domains().await {
             Ok(domains) => {
@@ -176,8 +214,32 @@ impl Observer {
             Err(error) => tracing::warn!(%error, "the domains cannot be listed"),
         }
         for (_, server) in self.store.servers_after(i64::MIN) {
-            self.deliver_password(server.id, tried).await;
+            self.offer_password(questions, server.id, tried);
         }
+    }
+
+    /// Asks a domain; what it was asked already is asked again after the answer, which may be older
+    /// than what is to be seen now.
+    fn ask(self: &Arc<Self>, questions: &mut Questions, id: Uuid, question: Question) {
+        if questions
+            .under_way
+            .values()
+            .any(|asked| *asked == (id, question))
+        {
+            questions.again.insert((id, question));
+            return;
+        }
+        let observer = Arc::clone(self);
+        let task = questions.tasks.spawn(async move {
+            match question {
+                Question::Power => {
+                    observer.look_at(id, ObservationSource::Event).await;
+                    false
+                }
+                Question::GuestAgent => observer.hypervisor.ping_guest_agent(id).await.is_ok(),
+            }
+        });
+        questions.under_way.insert(task.id(), (id, question));
     }
 
     async fn look_at(&self, id: Uuid, source: ObservationSource) {
@@ -257,7 +319,8 @@ impl Observer {
                 } else {
                     rescue.expiry_overlay
                 },
-                restore_power: false,
+                // Nobody asked for a start: what was off before the rescue stays off.
+                restore_power: true,
                 shutdown: self.dispatcher.settings().shutdown,
             });
             self.act(&server, action).await;
@@ -267,26 +330,27 @@ impl Observer {
             .map(|due| due.max(Instant::now() + Duration::from_millis(10)))
     }
 
-    /// Hands a rescue's password to its guest agent, if it waits for that and answers.
-    async fn deliver_password(&self, id: Uuid, tried: &mut Tried) {
-        let Some(server) = self.store.server(id) else {
-            return;
-        };
-        let Some(rescue) = server
-            .rescue
-            .as_ref()
-            .filter(|_| waits_for_agent(&server))
-            .map(|rescue| rescue.plan)
-        else {
-            return;
-        };
-        if tried
-            .not_before(rescue, Verb::DeliverPassword)
-            .is_some_and(|at| at > Instant::now())
+    /// A server whose rescue's password waits for the guest agent, with the rescue's plan.
+    fn waiting(&self, id: Uuid) -> Option<(Arc<ServerRecord>, Uuid)> {
+        let server = self.store.server(id)?;
+        let rescue = server.rescue.as_ref()?.plan;
+        waits_for_agent(&server).then_some((server, rescue))
+    }
+
+    /// Asks whether the guest agent answers, if a password waits for it.
+    fn offer_password(self: &Arc<Self>, questions: &mut Questions, id: Uuid, tried: &Tried) {
+        if let Some((_, rescue)) = self.waiting(id)
+            && tried
+                .not_before(rescue, Verb::DeliverPassword)
+                .is_none_or(|at| at <= Instant::now())
         {
-            return;
+            self.ask(questions, id, Question::GuestAgent);
         }
-        if self.hypervisor.ping_guest_agent(id).await.is_ok()
+    }
+
+    /// Hands a rescue's password to its guest agent, which has answered.
+    async fn deliver_password(&self, id: Uuid, tried: &mut Tried) {
+        if let Some((server, rescue)) = self.waiting(id)
             && tried.try_now(rescue, Verb::DeliverPassword)
         {
             self.act(&server, Action::DeliverPassword).await;

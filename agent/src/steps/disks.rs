@@ -14,6 +14,7 @@ use crate::{
     core::{errors::chain, reason::Reason},
     engine::{StepContext, StepError},
     storage::{
+        disk_size,
         inspect::Format,
         overlay,
         qemu_img::{Job, QemuImgError},
@@ -47,15 +48,25 @@ impl Steps {
         context: &StepContext<'_>,
         path: &str,
         base: &str,
+        base_format: &str,
     ) -> Applied {
+        let path = Path::new(path);
+        let base = Disk {
+            path: Path::new(base),
+            format: format(base_format)?,
+        };
+        let size = disk_size(path, Format::Qcow2.name())
+            .await
+            .map_err(|error| {
+                let message = format!("the overlay {} cannot be read: {error}", path.display());
+                StepError::new(Reason::StorageFailed, message)
+            })?;
         let job = Job {
             deadline: NO_SHORTER_DEADLINE,
             cancel: context.cancel.clone(),
             progress: Some(context.progress),
         };
-        self.qemu_img
-            .commit(&job, Path::new(path), Path::new(base))
-            .await?;
+        self.qemu_img.commit(&job, path, base, size).await?;
         Ok(None)
     }
 }
@@ -79,7 +90,7 @@ impl From<QemuImgError> for StepError {
             QemuImgError::Failed { stderr, .. } if stderr.contains("No space left") => {
                 Self::new(Reason::NoSpace, error.to_string())
             }
-            _ => Self::new(Reason::StorageFailed, chain(&error)),
+            _ => Self::new(super::files::storage_reason(&error), chain(&error)),
         }
     }
 }

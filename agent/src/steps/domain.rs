@@ -17,7 +17,7 @@ use crate::{
         state::PowerState,
     },
     engine::{StepContext, StepError, StepReport},
-    hypervisor::{Definition, HypervisorError, HypervisorEvent, Nvram, PowerReading},
+    hypervisor::{Boot, Definition, HypervisorError, HypervisorEvent, PowerReading},
 };
 
 /// Events say when a guest is off; this is how often it is looked at all the same.
@@ -26,6 +26,10 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// How long a guest may take to be off after it was ended: libvirt waits 15 s for QEMU to end by
 /// itself and as long again after it killed it.
 const DESTROY_LIMIT: Duration = Duration::from_secs(60);
+
+/// How long a guest that was asked to shut down, and then no longer should, is watched at most: most
+/// guests that obey at all are off by then, and whoever cancels waits for it.
+const OBEYS_LATE: Duration = Duration::from_secs(10);
 
 impl Steps {
     /// Asks the guest to shut down, again and again (a guest that is still booting loses the request),
@@ -130,20 +134,61 @@ impl Steps {
     }
 
     /// Takes a power-off back: the guest that ran runs again.
-    pub(super) async fn power_on_again(&self, id: Uuid, was_on: bool) -> Result<(), StepError> {
-        if !was_on {
-            return Ok(());
+    ///
+    /// A request to shut down cannot be taken back: a guest that is still on may be on its way down.
+    /// It is watched for as long as it was to be given, up to [`OBEYS_LATE`]. One that takes longer
+    /// goes off after the operation has ended, as if it had been told so from inside: the observer
+    /// sees that, and it stays off.
+    pub(super) async fn power_on_again(
+        &self,
+        id: Uuid,
+        shutdown: Shutdown,
+        boot: Boot,
+    ) -> Result<(), StepError> {
+        let mut events = self.hypervisor.events();
+        let watched = Duration::from_millis(shutdown.timeout_ms).min(OBEYS_LATE);
+        let deadline = Instant::now() + watched;
+        loop {
+            match self.on(id).await? {
+                None => break,
+                Some(status) if status.power == PowerState::Crashed => {
+                    self.end(id).await?;
+                    break;
+                }
+                // Only a guest that runs was asked, and only such a one can obey.
+                Some(status) if status.power != PowerState::Running => return Ok(()),
+                Some(_) if Instant::now() >= deadline => return Ok(()),
+                Some(_) => {
+                    let look_again = (Instant::now() + LOOK_AGAIN).min(deadline);
+                    // A time-out is the next look's turn.
+                    let _ = timeout_at(look_again, news_of(&mut events, id)).await;
+                }
+            }
         }
-        match self.on(id).await? {
-            None => {}
-            Some(status) if status.power == PowerState::Crashed => self.end(id).await?,
-            Some(_) => return Ok(()),
-        }
-        self.hypervisor.start(id).await?;
+        self.hypervisor.start(id, boot).await?;
         Ok(())
     }
 
-    pub(super) async fn define(&self, xml: &str) -> Applied {
+    /// Defines the domain, unless its definition is neither the one that the plan was made for nor
+    /// the one that it makes: the change would be lost, and the plan's own way back is not its.
+    pub(super) async fn define(
+        &self,
+        id: Uuid,
+        xml: &str,
+        mark: Mark,
+        before: Option<&str>,
+    ) -> Applied {
+        if let Some(current) = self.xml(id, Definition::Inactive).await?
+            && Some(current.as_str()) != before
+            && !is_of(&current, xml, mark)
+        {
+            return Err(StepError::new(
+                Reason::DomainChanged,
+                format!(
+                    "the definition of domain {id} was changed while the operation ran; ask again"
+                ),
+            ));
+        }
         self.hypervisor.define(xml).await?;
         Ok(None)
     }
@@ -157,30 +202,38 @@ impl Steps {
         let Some(current) = self.xml(id, Definition::Inactive).await? else {
             return Ok(false);
         };
-        Ok(match mark {
-            Mark::Plan(_) => carries(&current, mark),
-            // Our saved text is libvirt's own, so it prints the same again.
-            Mark::Own => current == xml,
-        })
+        Ok(is_of(&current, xml, mark))
     }
 
-    /// Takes a definition back: the one before, or none. One that was not changed is left alone.
+    /// Takes a definition back: the one before, or none. What is neither missing nor of this step
+    /// was not changed by it, and is left alone.
     pub(super) async fn define_again(
         &self,
         id: Uuid,
+        xml: &str,
+        mark: Mark,
         before: Option<&str>,
     ) -> Result<(), StepError> {
+        let current = self.xml(id, Definition::Inactive).await?;
         match before {
-            Some(xml) if self.xml(id, Definition::Inactive).await?.as_deref() == Some(xml) => {}
-            Some(xml) => self.hypervisor.define(xml).await?,
+            _ if current.is_some_and(|current| !is_of(&current, xml, mark)) => {}
+            Some(before) => self.hypervisor.define(before).await?,
             // The definition may be the server's own, coming back from a rescue: its NVRAM is too.
-            None => self.hypervisor.undefine(id, Nvram::Keep).await?,
+            None => self.hypervisor.undefine(id).await?,
+        }
+        Ok(())
+    }
+
+    /// Takes it back that the domain was undefined. A definition that is there now is somebody's.
+    pub(super) async fn define_removed(&self, id: Uuid, before: &str) -> Result<(), StepError> {
+        if self.xml(id, Definition::Inactive).await?.is_none() {
+            self.hypervisor.define(before).await?;
         }
         Ok(())
     }
 
     pub(super) async fn undefine(&self, id: Uuid) -> Applied {
-        self.hypervisor.undefine(id, Nvram::Keep).await?;
+        self.hypervisor.undefine(id).await?;
         Ok(None)
     }
 
@@ -192,7 +245,7 @@ impl Steps {
             .is_none_or(|status| !status.persistent))
     }
 
-    pub(super) async fn start(&self, id: Uuid, mark: Mark) -> Applied {
+    pub(super) async fn start(&self, id: Uuid, mark: Mark, boot: Boot) -> Applied {
         let report = |message: &str| {
             Ok(Some(StepReport {
                 message: message.to_owned(),
@@ -213,8 +266,20 @@ impl Steps {
                 ));
             }
         }
-        self.hypervisor.start(id).await?;
-        report("")
+        self.hypervisor.start(id, boot).await?;
+        // A guest may be off again already; but what runs has to be what was to be started.
+        match self.xml(id, Definition::Live).await? {
+            Some(xml) if !carries(&xml, mark) => {
+                self.end(id).await?;
+                Err(StepError::new(
+                    Reason::LibvirtRefused,
+                    format!(
+                        "what libvirt started as domain {id} was not what was to be started, but memory that had been saved of something else; it was ended, so ask again"
+                    ),
+                ))
+            }
+            _ => report(""),
+        }
     }
 
     pub(super) async fn is_started(&self, id: Uuid, mark: Mark) -> Result<bool, StepError> {
@@ -252,6 +317,15 @@ impl Steps {
             Err(HypervisorError::NoDomain { .. }) => Ok(None),
             Err(error) => Err(error.into()),
         }
+    }
+}
+
+/// Is this definition the one that a step made of `xml`?
+fn is_of(current: &str, xml: &str, mark: Mark) -> bool {
+    match mark {
+        Mark::Plan(_) => carries(current, mark),
+        // Our saved text is libvirt's own, so it prints the same again.
+        Mark::Own => current == xml,
     }
 }
 

@@ -10,23 +10,27 @@ mod files;
 mod records;
 mod sweep;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
+use uuid::Uuid;
 
 pub use sweep::sweep;
 
 use crate::{
     core::{
         layout::Layout,
-        plan::Step,
+        plan::{PlannedStep, Step},
         reason::{Reason, Refusal},
     },
     engine::{StepContext, StepError, StepReport, StepRunner},
-    hypervisor::{Hypervisor, HypervisorError, LinkState},
+    hypervisor::{Boot, Hypervisor, HypervisorError, LinkState},
     storage::qemu_img::QemuImg,
     store::{Store, StoreError},
 };
+
+/// How often it is looked whether a call that was given up on has come back.
+const STUCK_PAUSE: Duration = Duration::from_millis(100);
 
 /// The host that steps work on.
 pub struct Steps {
@@ -80,10 +84,16 @@ impl StepRunner for Steps {
             Step::SaveDefinition { xml } => self.save_definition(server, plan, xml).await,
             Step::PowerOff { shutdown, .. } => self.power_off(&context, *shutdown).await,
             Step::MarkCommitStarted => self.mark_commit_started(server).await,
-            Step::CommitOverlay { path, base } => self.commit_overlay(&context, path, base).await,
-            Step::DefineDomain { xml, .. } => self.define(xml).await,
+            Step::CommitOverlay {
+                path,
+                base,
+                base_format,
+            } => self.commit_overlay(&context, path, base, base_format).await,
+            Step::DefineDomain { xml, mark, before } => {
+                self.define(server, xml, *mark, before.as_deref()).await
+            }
             Step::UndefineDomain { .. } => self.undefine(server).await,
-            Step::StartDomain { mark } => self.start(server, *mark).await,
+            Step::StartDomain { mark, fresh } => self.start(server, *mark, boot(*fresh)).await,
             Step::SetUserPassword { user, hash } => {
                 self.set_user_password(server, user, hash).await
             }
@@ -105,12 +115,25 @@ impl StepRunner for Steps {
             | Step::CopyFile { to: path, .. }
             | Step::BuildConfigDrive { path, .. } => self.remove_file(path).await,
             Step::SaveDefinition { .. } => self.drop_definition_of(server, plan).await,
-            Step::PowerOff { was_on, .. } => self.power_on_again(server, *was_on).await,
+            Step::PowerOff { was_on: false, .. } => Ok(()),
+            Step::PowerOff {
+                was_on: true,
+                shutdown,
+            } => {
+                // A plan that defines may have left memory behind that was saved of the other
+                // definition; any other has no reason to lose what was saved.
+                let defines = |step: &PlannedStep| matches!(step.step, Step::DefineDomain { .. });
+                let boot = boot(context.plan.steps.iter().any(defines));
+                self.power_on_again(server, *shutdown, boot).await
+            }
             // The overlays show the same disk as before, however much of them was written.
             Step::MarkCommitStarted | Step::CommitOverlay { .. } => Ok(()),
-            Step::DefineDomain { before, .. } => self.define_again(server, before.as_deref()).await,
-            Step::UndefineDomain { before, .. } => self.define_again(server, Some(before)).await,
-            Step::StartDomain { mark } => self.stop_started(server, *mark).await,
+            Step::DefineDomain { xml, mark, before } => {
+                self.define_again(server, xml, *mark, before.as_deref())
+                    .await
+            }
+            Step::UndefineDomain { before } => self.define_removed(server, before).await,
+            Step::StartDomain { mark, .. } => self.stop_started(server, *mark).await,
             // The password before is not known, and a rescue guest that takes another one is no worse.
             Step::SetUserPassword { .. } => Ok(()),
             // Clean-up is never taken back.
@@ -126,7 +149,7 @@ impl StepRunner for Steps {
             Step::PowerOff { .. } => self.is_off(server).await,
             Step::DefineDomain { xml, mark, .. } => self.is_defined(server, xml, *mark).await,
             Step::UndefineDomain { .. } => self.is_undefined(server).await,
-            Step::StartDomain { mark } => self.is_started(server, *mark).await,
+            Step::StartDomain { mark, .. } => self.is_started(server, *mark).await,
             // Cheap to do again, and what is half there cannot be told from what is whole.
             Step::HoldImage { .. }
             | Step::MakeFolder { .. }
@@ -152,6 +175,17 @@ impl StepRunner for Steps {
         {
             // Nobody will ever say that it is back.
             std::future::pending::<()>().await;
+        }
+    }
+
+    async fn settled(&self, server: Uuid) {
+        let hangs = || {
+            let mut stuck = self.hypervisor.stuck_calls().into_iter();
+            stuck.any(|call| call.domain == Some(server) && call.changes_domain())
+        };
+        // Nobody tells when such a call comes back.
+        while hangs() {
+            tokio::time::sleep(STUCK_PAUSE).await;
         }
     }
 }
@@ -187,4 +221,8 @@ impl From<StoreError> for StepError {
             }
         }
     }
+}
+
+const fn boot(fresh: bool) -> Boot {
+    if fresh { Boot::Fresh } else { Boot::Resume }
 }

@@ -55,7 +55,7 @@ pub async fn sweep(store: &Store, layout: &Layout) -> StoreResult<Vec<String>> {
         };
         if store.worked_on(server, plan).await? {
             remove(path, layout.servers(), &mut removed).await;
-        } else {
+        } else if Path::new(&path).exists() {
             tracing::error!(
                 path,
                 "a folder that neither a server nor the journal knows is left alone"
@@ -114,14 +114,15 @@ async fn unknown_folders(
     let look = move || {
         let mut unknown = Vec::new();
         for server in uuids_in(Path::new(&layout.servers())) {
-            if !known.contains(&(server, None)) {
-                unknown.push((server, None));
-                continue;
-            }
+            // The folder of a server that was created goes with everything in it; in that of an
+            // adopted one only the rescues are the agent's, and the rest goes if nothing is left.
             for plan in uuids_in(Path::new(&layout.rescues(server))) {
                 if !known.contains(&(server, Some(plan))) {
                     unknown.push((server, Some(plan)));
                 }
+            }
+            if !known.contains(&(server, None)) {
+                unknown.push((server, None));
             }
         }
         unknown

@@ -12,6 +12,7 @@ use super::{
     events::{self, Change},
 };
 use crate::core::{
+    action::Verb,
     operation::{OperationRecord, OperationState},
     plan::{Outcome, Plan, RescueChange},
     reason::{Reason, Refusal},
@@ -421,15 +422,19 @@ impl Store {
         .await
     }
 
-    /// Does the journal have an operation on this server, and the one with this id, if one is named?
+    /// Does the journal have this operation on the server or, if none is named, its create?
     ///
     /// # Errors
     /// If the store fails.
     pub async fn worked_on(&self, server: Uuid, operation: Option<Uuid>) -> StoreResult<bool> {
         self.run(move |db| {
             Ok(db.connection.query_row(
-                "SELECT EXISTS (SELECT 1 FROM operations WHERE server = ?1 AND (?2 IS NULL OR id = ?2))",
-                params![server.to_string(), operation.map(|id| id.to_string())],
+                "SELECT EXISTS (SELECT 1 FROM operations WHERE server = ?1 AND (id = ?2 OR (?2 IS NULL AND doc ->> 'verb' = ?3)))",
+                params![
+                    server.to_string(),
+                    operation.map(|id| id.to_string()),
+                    Verb::Create.name()
+                ],
                 |row| row.get(0),
             )?)
         })

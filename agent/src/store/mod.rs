@@ -347,7 +347,8 @@ mod tests {
                 store
                     .run(move |_| {
                         began.send(()).unwrap();
-                        Ok(held.recv().unwrap())
+                        held.recv().unwrap();
+                        Ok(())
                     })
                     .await
             }

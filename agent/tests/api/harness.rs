@@ -8,7 +8,7 @@ use salvor_agent::{
     core::{action::Shutdown, layout::Layout, plan::Step},
     dispatch::{Dispatcher, Settings},
     engine::{Engine, NoProbe, StepContext, StepError, StepReport, StepRunner},
-    hypervisor::{Hypervisor as _, fake::FakeHypervisor},
+    hypervisor::{Boot, Hypervisor as _, fake::FakeHypervisor},
     storage::{images::ImageFiles, inspect::Limits},
     store::Store,
 };
@@ -49,6 +49,8 @@ impl StepRunner for Gate {
     }
 
     async fn ready(&self) {}
+
+    async fn settled(&self, _server: Uuid) {}
 }
 
 /// An agent and what a test can do to it.
@@ -232,7 +234,7 @@ impl Agent {
              <source file='/nowhere/{name}.qcow2'/><target dev='vda' bus='virtio'/></disk></devices></domain>"
         );
         self.hypervisor.define(&xml).await.unwrap();
-        self.hypervisor.start(id).await.unwrap();
+        self.hypervisor.start(id, Boot::Resume).await.unwrap();
         id
     }
 

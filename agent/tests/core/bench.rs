@@ -109,8 +109,10 @@ pub(crate) fn domain(xml: &str, power: PowerState) -> DomainFacts {
         disk_sizes: parsed
             .disks()
             .iter()
-            .map(|disk| (disk.target.clone(), 10 << 30))
+            .map(|disk| (disk.target.clone(), Ok(10 << 30)))
             .collect(),
+        live_only: Vec::new(),
+        unwritable: BTreeMap::new(),
     }
 }
 
@@ -129,6 +131,7 @@ pub(crate) fn facts(domain: Option<DomainFacts>, image: Option<ImageFacts>) -> F
         domain,
         image,
         saved_xml: None,
+        commit_space: BTreeMap::new(),
     }
 }
 

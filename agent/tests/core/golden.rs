@@ -97,7 +97,9 @@ fn listing(plan: &Plan) -> String {
                 ));
             }
             Step::UndefineDomain { before } => detail(format!("before: {}", short(before))),
-            Step::StartDomain { mark } => detail(format!("{mark:?}")),
+            Step::StartDomain { mark, fresh } => {
+                detail(format!("{mark:?}{}", if *fresh { ", fresh" } else { "" }))
+            }
             Step::SetUserPassword { hash, .. } => detail(format!("{hash:?}")),
             Step::ReleaseImage { holder, .. } => detail(format!("from {holder}")),
             Step::MakeFolder { .. }

@@ -71,7 +71,7 @@ impl Host {
             Step::CommitOverlay { path, .. } => assert!(self.files.contains(path), "{path}"),
             Step::DefineDomain { xml, .. } => self.defined = Some(xml.clone()),
             Step::UndefineDomain { .. } => self.defined = None,
-            Step::StartDomain { mark } => {
+            Step::StartDomain { mark, .. } => {
                 assert_eq!(self.running, None, "nothing runs that is in the way");
                 let xml = self.defined.clone().expect("there is something to start");
                 match mark {

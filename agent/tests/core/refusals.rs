@@ -3,17 +3,18 @@
 
 use salvor_agent::core::{
     action::{Action, AdoptArgs, UnrescueArgs},
-    facts::Facts,
+    facts::{CommitSpace, Facts, live_only},
     image::ImageFormat,
+    plan::Plan,
     planners::{choose_image, plan},
-    reason::{Reason, Refusal},
+    reason::{Reason, Refusal, WarningName},
     record::{Origin, OverlayDisposition, Protection, RescueBus, RescueDevice, ServerRecord},
     state::{PowerState, VmState},
 };
 
 use crate::bench::{
-    BASE, RESCUE, create_args, created_xml, domain, facts, fixture, image, record, rescue_args,
-    rescued, templates, unrescue_args,
+    BASE, RESCUE, create_args, created_xml, defined, domain, facts, fixture, image, record,
+    rescue_args, rescued, templates, unrescue_args,
 };
 
 fn refused(server: Option<&ServerRecord>, action: &Action, facts: &Facts) -> Refusal {
@@ -187,6 +188,20 @@ fn disks_that_cannot_have_an_overlay_are_named() {
         Reason::DomainUnsupported,
         &["disk vda", "neither a file nor a block device"],
     );
+    let lun = fixture("virt-manager")
+        .replace(
+            "<disk type='file' device='disk'>",
+            "<disk type='block' device='lun'>",
+        )
+        .replace(
+            "<source file='/var/lib/libvirt/images/fedora-workstation.qcow2'/>",
+            "<source dev='/dev/sdx'/>",
+        );
+    says(
+        &overlay(&lun, &|_| {}),
+        Reason::DomainUnsupported,
+        &["disk vda", "LUN passed through", "READ_ONLY"],
+    );
     let vmdk = fixture("virt-manager").replacen("type='qcow2'", "type='vmdk'", 1);
     says(
         &overlay(&vmdk, &|_| {}),
@@ -194,12 +209,26 @@ fn disks_that_cannot_have_an_overlay_are_named() {
         &["its format is vmdk"],
     );
     let refusal = overlay(fixture("virt-manager"), &|facts| {
-        facts.domain.as_mut().unwrap().disk_sizes.clear();
+        let sizes = &mut facts.domain.as_mut().unwrap().disk_sizes;
+        sizes.insert("vda".to_owned(), Err("no such file".to_owned()));
     });
     says(
         &refusal,
         Reason::DomainUnsupported,
-        &["size cannot be told"],
+        &["size cannot be told (no such file)"],
+    );
+    let refusal = overlay(fixture("virt-manager"), &|facts| {
+        let unwritable = &mut facts.domain.as_mut().unwrap().unwritable;
+        unwritable.insert("vda".to_owned(), "Read-only file system".to_owned());
+    });
+    says(
+        &refusal,
+        Reason::DomainUnsupported,
+        &[
+            "disk vda",
+            "/var/lib/libvirt/images/fedora-workstation.qcow2 cannot be written by the agent (Read-only file system)",
+            "ReadWritePaths",
+        ],
     );
 }
 
@@ -361,4 +390,193 @@ fn the_image_of_a_rescue_is_the_named_one_else_the_servers_else_the_hosts() {
     assert_eq!(choose_image(&adopted, None, Some(other)), Ok(other));
     let refusal = choose_image(&adopted, None, None).unwrap_err();
     says(&refusal, Reason::NoRescueImage, &["rescue.default_image"]);
+}
+
+/// A definition with things that no protection of disks covers.
+fn with_other_storage() -> String {
+    fixture("virt-manager").replacen(
+        "<devices>",
+        "<devices>\
+         <disk type='file' device='floppy'><source file='/f.img'/><target dev='fda' bus='fdc'/></disk>\
+         <hostdev mode='subsystem' type='usb'><source><vendor id='0x1234'/></source></hostdev>\
+         <filesystem type='mount'><source dir='/srv/share'/><target dir='share'/></filesystem>\
+         <filesystem type='mount'><source dir='/srv/ro'/><target dir='ro'/><readonly/></filesystem>",
+        1,
+    )
+}
+
+#[test]
+fn what_no_protection_of_disks_covers_is_named() {
+    let xml = with_other_storage();
+    let warned = |protection| {
+        let mut args = rescue_args();
+        args.protection = protection;
+        let planned = plan(
+            Some(&active()),
+            &Action::Rescue(Box::new(args)),
+            &rescue_facts(&xml),
+            templates(),
+        )
+        .unwrap();
+        let warning = planned
+            .warnings
+            .iter()
+            .find(|warning| warning.name == WarningName::NotProtected)
+            .map(|warning| warning.message.clone());
+        (warning, defined(&planned))
+    };
+    let (read_only, xml) = warned(Protection::ReadOnly);
+    let read_only = read_only.unwrap();
+    assert!(
+        read_only.contains("hostdev usb (id=0x1234); filesystem share (dir=/srv/share)"),
+        "{read_only}"
+    );
+    assert!(!read_only.contains("/srv/ro") && !read_only.contains("fda"));
+    let parsed = salvor_domain_templates::Domain::parse(&xml).unwrap();
+    assert!(parsed.disk("fda").unwrap().readonly);
+    assert!(
+        warned(Protection::Overlay)
+            .0
+            .unwrap()
+            .contains("floppy fda")
+    );
+    assert_eq!(warned(Protection::ReadWrite).0, None);
+}
+
+#[test]
+fn what_was_attached_to_the_running_domain_only_is_refused_by_name() {
+    let persistent = fixture("virt-manager");
+    let live = persistent.replacen(
+        "<devices>",
+        "<devices>\
+         <disk type='file' device='disk'><source file='/new.raw'/><target dev='vdx' bus='virtio'/></disk>\
+         <interface type='user'><mac address='52:54:00:AA:00:01'/></interface>",
+        1,
+    );
+    let parse = |xml: &str| salvor_domain_templates::Domain::parse(xml).unwrap();
+    // libvirt shows the same disk of a running domain with other words.
+    let same = persistent.replace("/var/lib/libvirt/images/", "/mnt/images/");
+    assert!(live_only(&parse(persistent), &parse(&same)).is_empty());
+    let only = live_only(&parse(persistent), &parse(&live));
+    assert_eq!(
+        only,
+        ["disk vdx (/new.raw)", "network interface 52:54:00:AA:00:01"]
+    );
+    let other_case = live.replace("52:54:00:AA", "52:54:00:aa");
+    assert!(live_only(&parse(&live), &parse(&other_case)).is_empty());
+    let refusal = rescue_refused(|facts, _| facts.domain.as_mut().unwrap().live_only = only);
+    says(
+        &refusal,
+        Reason::DomainUnsupported,
+        &[
+            "disk vdx (/new.raw)",
+            "52:54:00:AA:00:01",
+            "--config",
+            "detach",
+        ],
+    );
+}
+
+/// A server in a rescue with overlays, and its facts.
+fn with_overlays() -> (ServerRecord, Facts) {
+    let mut args = rescue_args();
+    args.protection = Protection::Overlay;
+    rescued(&active(), fixture("virt-manager"), args)
+}
+
+fn warning(plan: &Plan, name: WarningName) -> Option<&str> {
+    let mut warnings = plan.warnings.iter();
+    let found = warnings.find(|warning| warning.name == name);
+    found.map(|warning| warning.message.as_str())
+}
+
+#[test]
+fn a_commit_that_may_not_fit_is_warned_of() {
+    let (server, mut facts) = with_overlays();
+    let overlay = server.rescue.as_ref().unwrap().overlays[0].clone();
+    let commit = Action::Unrescue(UnrescueArgs {
+        overlay: Some(OverlayDisposition::Commit),
+        ..unrescue_args()
+    });
+    for (free, warned) in [(2, false), (1, true)] {
+        let space = CommitSpace { allocated: 2, free };
+        facts.commit_space.insert(overlay.path.clone(), space);
+        let plan = plan(Some(&server), &commit, &facts, templates()).unwrap();
+        let found = warning(&plan, WarningName::SpaceMayRunOut);
+        assert_eq!(
+            found.is_some_and(|text| text.contains(&overlay.base)),
+            warned
+        );
+    }
+}
+
+#[test]
+fn a_delete_says_which_repairs_are_lost() {
+    let (mut server, facts) = with_overlays();
+    let base = server.rescue.as_ref().unwrap().overlays[0].base.clone();
+    let deleted = |server: &ServerRecord| {
+        let plan = plan(Some(server), &Action::Delete, &facts, templates()).unwrap();
+        warning(&plan, WarningName::RepairsLost).map(str::to_owned)
+    };
+    let text = deleted(&server).unwrap();
+    assert!(
+        text.contains(&base) && text.contains("not committed"),
+        "{text}"
+    );
+    server.rescue.as_mut().unwrap().commit_started = true;
+    let text = deleted(&server).unwrap();
+    assert!(
+        text.contains(&base) && text.contains("half written"),
+        "{text}"
+    );
+    server.rescue.as_mut().unwrap().overlays.clear();
+    assert_eq!(deleted(&server), None);
+}
+
+#[test]
+fn overlays_are_committed_only_while_the_domain_is_their_rescue() {
+    let mut args = rescue_args();
+    args.protection = Protection::Overlay;
+    let own = fixture("virt-manager");
+    let (server, facts) = rescued(&active(), own, args);
+    let back = |overlay| {
+        Action::Unrescue(UnrescueArgs {
+            overlay: Some(overlay),
+            ..unrescue_args()
+        })
+    };
+    let (commit, discard) = (
+        back(OverlayDisposition::Commit),
+        back(OverlayDisposition::Discard),
+    );
+    plan(Some(&server), &commit, &facts, templates()).unwrap();
+    let rescue = facts.domain.as_ref().unwrap().xml.clone();
+    let id = server.rescue.as_ref().unwrap().plan.to_string();
+    let other = rescue.replace(&id, &uuid::Uuid::nil().to_string());
+    assert_ne!(other, rescue);
+    for xml in [own.to_owned(), other] {
+        let mut facts = facts.clone();
+        facts.domain.as_mut().unwrap().xml = xml;
+        says(
+            &refused(Some(&server), &commit, &facts),
+            Reason::DomainChanged,
+            &["overlay", "can be discarded"],
+        );
+        plan(Some(&server), &discard, &facts, templates()).unwrap();
+        // The commit itself may have put it there.
+        let mut server = server.clone();
+        server.rescue.as_mut().unwrap().commit_started = true;
+        plan(Some(&server), &commit, &facts, templates()).unwrap();
+    }
+}
+
+#[test]
+fn the_definition_of_a_rescue_is_no_way_back() {
+    let (_, left) = rescued(&active(), fixture("virt-manager"), rescue_args());
+    let refusal = rescue_refused(|facts, _| facts.domain = left.domain);
+    says(
+        &refusal,
+        Reason::DomainUnsupported,
+        &["that of a rescue", "restore that first"],
+    );
 }

@@ -19,7 +19,7 @@ use salvor_agent::{
     core::{
         action::Action,
         operation::{OperationRecord, OperationState},
-        plan::Plan,
+        plan::{Phase, Plan},
         reason::Reason,
         record::OverlayDisposition,
         state::VmState,
@@ -421,7 +421,15 @@ impl Trial {
             self.check(&Trouble::LosesLinkWithinCall(n + 1), Expected::Done);
         }
         for index in 0..first_clean_up {
-            self.check_fault(index);
+            let planned = &self.plan.steps[index];
+            if planned.phase == Phase::Prepare && planned.step.kind() != "SaveDefinition" {
+                // It fails, and something is left behind until the agent starts next.
+                let revert = (Point::BeforeRevert(index), FAIL);
+                let events = vec![(Point::BeforeCommit, FAIL), revert];
+                self.check(&Trouble::At(events), Expected::Before);
+            } else {
+                self.check_fault(index);
+            }
         }
     }
 }

@@ -8,19 +8,20 @@ use salvor_agent::{
     core::{
         action::{Action, Shutdown, Verb},
         operation::OperationState,
+        plan::{PlannedStep, Step},
         reason::Reason,
         state::{PowerState, TaskState, VmState},
     },
     engine::{NoProbe, Point, Probe},
-    hypervisor::{Hypervisor as _, HypervisorError},
+    hypervisor::{Boot, Hypervisor as _, HypervisorError, StuckCall},
     store::Request,
 };
 
 use crate::{
-    gate::{Gate, until},
+    gate::{Gate, stays, until},
     host::{
-        AT_ONCE, Agent, Host, NEW, ON, PATIENCE, SERVER, adopt, anonymous, create, rescue_action,
-        unrescue,
+        AT_ONCE, Agent, BASE, Host, NEW, ON, PATIENCE, SERVER, adopt, anonymous, create,
+        rescue_action, unrescue,
     },
 };
 
@@ -40,7 +41,7 @@ async fn agent(host: &Host, probe: Arc<dyn Probe>) -> Agent {
 async fn with_server(host: &Host, probe: Arc<dyn Probe>) -> Agent {
     let agent = agent(host, probe).await;
     host.fake.define(&host.foreign_domain(false)).await.unwrap();
-    host.fake.start(SERVER).await.unwrap();
+    host.fake.start(SERVER, Boot::Resume).await.unwrap();
     agent.succeed(NEW, adopt()).await;
     agent
 }
@@ -355,7 +356,8 @@ async fn a_journal_that_cannot_be_written_is_tried_again() {
 async fn a_leftover_of_a_rescue_that_is_over_is_swept_and_hinders_no_other() {
     let host = Host::new();
     let first = with_server(&host, Arc::new(NoProbe)).await;
-    let old = uuid::Uuid::new_v4();
+    let old = first.carry_out(ON, rescue_action()).await.id;
+    first.succeed(ON, Action::Unrescue(unrescue())).await;
     first
         .store
         .save_definition(SERVER, old, "<old/>".to_owned())
@@ -363,6 +365,9 @@ async fn a_leftover_of_a_rescue_that_is_over_is_swept_and_hinders_no_other() {
         .unwrap();
     let folder = host.layout().rescue(SERVER, old);
     std::fs::create_dir_all(&folder).unwrap();
+    // Of a rescue that a store put back from a backup would not know: not the agent's to remove.
+    let unknown = host.layout().rescue(SERVER, uuid::Uuid::new_v4());
+    std::fs::create_dir_all(&unknown).unwrap();
     let holder = format!("servers/{SERVER}/rescue/{old}");
     first
         .store
@@ -373,6 +378,7 @@ async fn a_leftover_of_a_rescue_that_is_over_is_swept_and_hinders_no_other() {
 
     let agent = host.agent(Arc::new(NoProbe)).await;
     assert_eq!(agent.swept, [folder]);
+    assert!(std::path::Path::new(&unknown).exists());
     assert!(agent.store.image_holders().await.unwrap().is_empty());
     agent.succeed(ON, rescue_action()).await;
 }
@@ -453,4 +459,65 @@ async fn a_definition_that_was_not_changed_is_not_written_again() {
         host.look(&agent).await.differences(&before),
         Vec::<String>::new()
     );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_disk_attached_to_the_running_guest_only_keeps_a_rescue_from_losing_it() {
+    let host = Host::new();
+    let agent = with_server(&host, Arc::new(NoProbe)).await;
+    let whole = host.foreign_domain(false);
+    let from = whole.find("<disk type='file' device='disk'><driver name='qemu' type='qcow2'/>");
+    let from = from.unwrap();
+    let to = from + whole[from..].find('\n').unwrap();
+    // The guest runs with vdb, the definition is without.
+    let without = format!("{}{}", &whole[..from], &whole[to..]);
+    host.fake.define(&without).await.unwrap();
+    let refusal = agent.submit(ON, rescue_action()).await.unwrap_err();
+    assert_eq!(refusal.reason, Reason::DomainUnsupported);
+    assert!(refusal.message.contains("disk vdb"), "{refusal}");
+    host.fake.define(&whole).await.unwrap();
+    agent.succeed(ON, rescue_action()).await;
+}
+
+#[tokio::test]
+async fn a_call_that_missed_its_deadline_does_not_take_effect_after_the_roll_back() {
+    let host = Host::new();
+    let agent = with_server(&host, Arc::new(NoProbe)).await;
+    let before = host.look(&agent).await;
+    let stuck = |domain| StuckCall {
+        call: "virDomainDefineXML",
+        domain: Some(domain),
+        age: Duration::from_secs(31),
+    };
+    let late = HypervisorError::Deadline {
+        call: "virDomainDefineXML",
+        after: Duration::from_secs(30),
+    };
+    host.fake.set_stuck_calls(vec![stuck(SERVER)]);
+    host.fake.fail_next("define", late);
+    let rescue = agent.submit(ON, rescue_action()).await.unwrap();
+    let id = rescue.operation.id;
+    let state = || {
+        let view = agent.engine.watch(id);
+        view.map(|view| view.borrow().operation.state)
+    };
+    until("the define is too late", || {
+        state() == Some(OperationState::Reverting)
+    })
+    .await;
+    stays("it waits", || state() == Some(OperationState::Reverting)).await;
+    // Now libvirt does what it was asked for, and the call is over.
+    let plan = rescue.plan.unwrap();
+    let define = |planned: &PlannedStep| match &planned.step {
+        Step::DefineDomain { xml, .. } => Some(xml.clone()),
+        _ => None,
+    };
+    let changed = plan.steps.iter().find_map(define).unwrap();
+    host.fake.define(&changed).await.unwrap();
+    // That of another server is of no concern.
+    host.fake.set_stuck_calls(vec![stuck(BASE)]);
+    let operation = agent.ended(id).await;
+    assert_eq!(operation.error.unwrap().reason, Reason::DeadlineExceeded);
+    let after = host.look(&agent).await;
+    assert_eq!(before.differences(&after), Vec::<String>::new());
 }

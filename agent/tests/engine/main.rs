@@ -13,6 +13,8 @@ mod dispatch;
 mod gate;
 mod host;
 mod observe;
+mod panics;
 mod power_off;
 mod store;
+mod switch;
 mod variants;

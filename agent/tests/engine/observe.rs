@@ -10,7 +10,7 @@ use salvor_agent::{
         state::{ObservationSource, PowerState, VmState},
     },
     engine::NoProbe,
-    hypervisor::{Hypervisor as _, HypervisorError, LinkState},
+    hypervisor::{Boot, Hypervisor as _, HypervisorError, LinkState},
     observe::Observer,
 };
 use tokio::{sync::watch, task::JoinHandle};
@@ -34,7 +34,7 @@ impl Watched {
         let agent = host.agent(Arc::new(NoProbe)).await;
         host.add_images(&agent.store).await;
         host.fake.define(&host.foreign_domain(false)).await.unwrap();
-        host.fake.start(SERVER).await.unwrap();
+        host.fake.start(SERVER, Boot::Resume).await.unwrap();
         agent.succeed(NEW, adopt()).await;
         // Events have to do: the interval is far longer than any test.
         let observer = Observer::new(
@@ -167,7 +167,7 @@ async fn a_guest_that_powers_off_is_stopped_and_one_that_somebody_starts_is_acti
         watched.agent.record().power.source,
         ObservationSource::Event
     );
-    watched.host.fake.start(SERVER).await.unwrap();
+    watched.host.fake.start(SERVER, Boot::Resume).await.unwrap();
     watched.becomes(VmState::Active).await;
     stays("it is left alone", || {
         watched.agent.record().vm_state == VmState::Active
@@ -200,12 +200,7 @@ async fn a_domain_that_somebody_removed_has_no_state_and_can_be_deleted() {
     let watched = Watched::new().await;
     watched.host.fake.destroy(SERVER).await.unwrap();
     watched.becomes(VmState::Stopped).await;
-    watched
-        .host
-        .fake
-        .undefine(SERVER, salvor_agent::hypervisor::Nvram::Keep)
-        .await
-        .unwrap();
+    watched.host.fake.undefine(SERVER).await.unwrap();
     watched.sees(PowerState::NoState).await;
     watched.agent.succeed(ON, Action::Delete).await;
     watched.end().await;
@@ -230,6 +225,29 @@ async fn a_rescue_whose_time_is_over_ends_by_itself() {
     let after = watched.host.look(&watched.agent).await;
     assert_eq!(after.inactive, before.inactive);
     assert_eq!(after.files, before.files);
+    assert_eq!(watched.operations(Verb::Unrescue).await, 1);
+    watched.end().await;
+}
+
+#[tokio::test]
+async fn a_rescue_that_ends_by_itself_leaves_off_what_was_off() {
+    let watched = Watched::new().await;
+    watched.host.fake.guest_powers_off(SERVER);
+    watched.becomes(VmState::Stopped).await;
+    watched
+        .rescue(|args| {
+            args.protection = Protection::Overlay;
+            args.timeout_ms = Some(50);
+            args.timeout_overlay = Some(OverlayDisposition::Discard);
+        })
+        .await;
+    watched.becomes(VmState::Stopped).await;
+    until("it has cleaned up", || {
+        watched.agent.record().operation.is_none()
+    })
+    .await;
+    let seen = watched.host.look(&watched.agent).await;
+    assert_eq!(seen.power, Some(PowerState::Shutdown));
     assert_eq!(watched.operations(Verb::Unrescue).await, 1);
     watched.end().await;
 }
@@ -323,5 +341,26 @@ async fn a_password_that_the_guest_agent_refuses_is_not_offered_again_at_once() 
     watched.host.fake.guest_agent(SERVER, true);
     until("it was offered again", || offers() == 2).await;
     assert_eq!(watched.agent.record().vm_state, VmState::Rescued);
+    watched.end().await;
+}
+
+#[tokio::test]
+async fn a_question_that_hangs_holds_up_nothing_else() {
+    let watched = Watched::new().await;
+    let fake = &watched.host.fake;
+    watched.rescue(|_| {}).await;
+    watched.sees(PowerState::Running).await;
+    fake.hang(Some("ping_guest_agent"));
+    fake.guest_agent(SERVER, true);
+    fake.set_power(SERVER, PowerState::Paused, "user");
+    watched.sees(PowerState::Paused).await;
+    fake.hang(Some("power"));
+    fake.set_power(SERVER, PowerState::Running, "unpaused");
+    fake.set_link(down());
+    watched.sees(PowerState::Unknown).await;
+    // What hung was asked before all that, and tells nothing new when it comes back.
+    fake.set_link(LinkState::Up);
+    fake.hang(None);
+    watched.sees(PowerState::Running).await;
     watched.end().await;
 }

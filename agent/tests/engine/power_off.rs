@@ -14,7 +14,7 @@ use salvor_agent::{
         state::PowerState,
     },
     engine::{StepContext, StepError, StepReport, StepRunner as _},
-    hypervisor::{Hypervisor as _, HypervisorError, fake::FakeHypervisor},
+    hypervisor::{Boot, Hypervisor as _, HypervisorError, fake::FakeHypervisor},
     steps::Steps,
     storage::qemu_img::QemuImg,
     store::Store,
@@ -45,7 +45,7 @@ impl Bench {
         let fake = FakeHypervisor::new();
         let xml = format!("<domain><name>a</name><uuid>{ID}</uuid></domain>");
         fake.define(&xml).await.unwrap();
-        fake.start(ID).await.unwrap();
+        fake.start(ID, Boot::Resume).await.unwrap();
         fake.clear_calls();
         let store = Store::open(&folder.path().join("db"), 10).unwrap();
         let layout = Layout::new(folder.path().to_str().unwrap());
@@ -88,6 +88,20 @@ impl Bench {
         let status = self.fake.domain(ID).await.unwrap().unwrap();
         assert_eq!(status.power, PowerState::Shutdown);
         (report.guest_stop.unwrap(), begun.elapsed())
+    }
+
+    /// Takes a power-off of a guest that was on back.
+    async fn take_back(&self, shutdown: Shutdown) {
+        let context = StepContext {
+            plan: &self.plan,
+            cancel: Cancel::never(),
+            progress: &|_| {},
+        };
+        let step = Step::PowerOff {
+            shutdown,
+            was_on: true,
+        };
+        self.steps.revert(context, &step).await.unwrap();
     }
 
     fn count(&self, name: &str) -> usize {
@@ -212,10 +226,52 @@ async fn a_cancel_ends_the_waiting_and_leaves_the_guest() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_guest_that_obeys_after_the_cancel_is_started_again() {
+    let bench = Bench::new().await;
+    bench.fake.guest_ignores_acpi(ID);
+    let fake = bench.fake.clone();
+    let guest = async {
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        fake.guest_powers_off(ID);
+    };
+    let ((), ()) = tokio::join!(bench.take_back(NOVA), guest);
+    let status = bench.fake.domain(ID).await.unwrap().unwrap();
+    assert_eq!(status.power, PowerState::Running);
+    assert_eq!((bench.count("start"), bench.count("destroy")), (1, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_does_not_obey_holds_up_the_cancel_for_ten_seconds_at_most() {
+    let bench = Bench::new().await;
+    bench.fake.guest_ignores_acpi(ID);
+    let soon = Shutdown {
+        timeout_ms: 200,
+        ..NOVA
+    };
+    let never = Shutdown {
+        timeout_ms: 0,
+        ..NOVA
+    };
+    for (shutdown, ms) in [(NOVA, 10_000), (soon, 200), (never, 0)] {
+        let begun = Instant::now();
+        bench.take_back(shutdown).await;
+        assert_eq!(begun.elapsed(), Duration::from_millis(ms));
+    }
+    let begun = Instant::now();
+    bench.fake.set_power(ID, PowerState::Paused, "user");
+    bench.take_back(NOVA).await;
+    assert_eq!(begun.elapsed(), Duration::ZERO, "it cannot obey");
+    assert_eq!(bench.count("start"), 0);
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_is_left_of_a_crashed_guest_is_not_in_the_way_of_a_start() {
     let bench = Bench::new().await;
     bench.fake.set_power(ID, PowerState::Crashed, "panicked");
-    let start = Step::StartDomain { mark: Mark::Own };
+    let start = Step::StartDomain {
+        mark: Mark::Own,
+        fresh: false,
+    };
     bench.apply(&start, Cancel::never()).await.unwrap();
     let status = bench.fake.domain(ID).await.unwrap().unwrap();
     assert_eq!(status.power, PowerState::Running);
@@ -227,6 +283,7 @@ async fn a_guest_that_somebody_else_started_is_neither_taken_for_ours_nor_ended(
     let bench = Bench::new().await;
     let start = Step::StartDomain {
         mark: Mark::Plan(bench.plan.id),
+        fresh: false,
     };
     let error = bench.apply(&start, Cancel::never()).await.unwrap_err();
     assert!(error.message.contains("somebody else"), "{error}");

@@ -389,7 +389,10 @@ async fn what_was_looked_at_since_a_step_is_not_overwritten_by_what_the_step_imp
     let mut start = Plan::clone(&plan(Verb::Start, A, becomes(VmState::Active)));
     start.steps.push(PlannedStep {
         phase: Phase::Switch,
-        step: Step::StartDomain { mark: Mark::Own },
+        step: Step::StartDomain {
+            mark: Mark::Own,
+            fresh: false,
+        },
     });
     let start = Arc::new(start);
     let mut operation = accept(&store, &start, request(None, "")).await.unwrap();

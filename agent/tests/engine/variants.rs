@@ -11,7 +11,7 @@ use salvor_agent::{
     },
     dispatch::Target,
     engine::{NoProbe, Point},
-    hypervisor::{Hypervisor as _, Nvram},
+    hypervisor::{Boot, Hypervisor as _},
 };
 
 use crate::{
@@ -231,7 +231,7 @@ pub(crate) async fn prepare(host: &Host, prior: &[Prior]) {
                 let xml = host.foreign_domain(*uefi);
                 host.fake.define(&xml).await.unwrap();
                 if *on {
-                    host.fake.start(SERVER).await.unwrap();
+                    host.fake.start(SERVER, Boot::Resume).await.unwrap();
                 }
             }
             Prior::Done(target, action) => agent.succeed(*target, action.clone()).await,
@@ -252,7 +252,7 @@ pub(crate) async fn prepare(host: &Host, prior: &[Prior]) {
             }
             Prior::Undefined => {
                 host.fake.destroy(SERVER).await.unwrap();
-                host.fake.undefine(SERVER, Nvram::Keep).await.unwrap();
+                host.fake.undefine(SERVER).await.unwrap();
             }
         }
     }

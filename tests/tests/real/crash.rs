@@ -3,11 +3,12 @@
 //! (by itself, with SIGKILL) before and after every step, every step fails, the way back is cut off as
 //! well, and taking back fails. However it was cut off, the operation ends in "done" or "as before".
 //!
+//! `SALVOR_CRASH_CASE=unrescue:after-step:1:kill` plays only the cases whose failpoints hold that text.
 //! The same over all verbs on a hypervisor in memory is in the agent's own tests.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::fmt::Write as _;
 use std::fs;
-use std::io::Write as _;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -27,7 +28,7 @@ use tonic::Status;
 use super::stage::{Actor, FIXER, Play, rescue_of, tiny, unrescue_of};
 
 /// So many cases run at once, each on a domain and with an agent of its own.
-const WORKERS: usize = 3;
+const WORKERS: usize = 4;
 
 /// What is cut off.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -522,10 +523,13 @@ fn report(played: &BTreeMap<(Script, &'static str), usize>, took: Duration) {
     let total: usize = played.values().sum();
     let line = format!("real crash cases: {total}");
     println!("{line} in {:.0} s", took.as_secs_f64());
-    let mut file = fs::File::options()
-        .create(true)
-        .append(true)
-        .open(target_folder().join("crash-cases.txt"))
-        .unwrap();
-    writeln!(file, "{line}").unwrap();
+    let mut text = String::new();
+    for ((script, state), count) in played {
+        let _ = writeln!(text, "{script:?} {state}: {count}");
+    }
+    fs::write(
+        target_folder().join("crash-cases-real.txt"),
+        text + &line + "\n",
+    )
+    .unwrap();
 }

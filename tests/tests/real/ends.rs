@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use salvor_proto::google::longrunning::{CancelOperationRequest, Operation};
 use salvor_proto::v1::{
-    DiskProtection, GuestStop, OperationState, StepState, StopServerRequest, VmState,
+    DiskProtection, GuestStop, OperationState, OverlayDisposition, StepState, StopServerRequest,
+    VmState,
 };
 use salvor_tests::agent::AgentSettings;
 use salvor_tests::client::{Client, assert_refused, reason};
@@ -19,8 +20,7 @@ use tonic::{Code, Status};
 use uuid::Uuid;
 
 use super::stage::{
-    Play, begin_rescue, begin_unrescue, files_below, rescue, rescue_of, set_up, tiny, unrescue,
-    wait_step,
+    Actor, Play, files_below, rescue, rescue_of, set_up, tiny, unrescue, unrescue_of, wait_step,
 };
 
 async fn begin_stop(play: &mut Play<'_>, server: Uuid, within: Duration) -> Operation {
@@ -31,6 +31,33 @@ async fn begin_stop(play: &mut Play<'_>, server: Uuid, within: Duration) -> Oper
     };
     let answer = play.client.servers.stop_server(request).await.unwrap();
     answer.into_inner().operation.unwrap()
+}
+
+/// Begins to rescue or to unrescue; the guest is given no time. One that was asked to shut down may do so
+/// after a cancel as well: the request cannot be taken back.
+async fn begin_at_once(play: &mut Play<'_>, actor: &Actor, rescue: bool) -> Operation {
+    let at_once = Some(prost_types::Duration::default());
+    let servers = &mut play.client.servers;
+    let operation = if rescue {
+        let mut request = rescue_of(actor, DiskProtection::ReadWrite);
+        request.shutdown_timeout = at_once;
+        servers
+            .rescue_server(request)
+            .await
+            .unwrap()
+            .into_inner()
+            .operation
+    } else {
+        let mut request = unrescue_of(actor, OverlayDisposition::Unspecified);
+        request.shutdown_timeout = at_once;
+        servers
+            .unrescue_server(request)
+            .await
+            .unwrap()
+            .into_inner()
+            .operation
+    };
+    operation.unwrap()
 }
 
 async fn cancel(play: &mut Play<'_>, operation: &Operation) -> Result<(), Status> {
@@ -89,7 +116,7 @@ async fn rescue_and_unrescue_can_be_cancelled_in_every_phase() {
         "StartDomain",
     ] {
         let (mark, number) = (actor.console().mark(), actor.number());
-        let operation = begin_rescue(&mut play, &actor).await;
+        let operation = begin_at_once(&mut play, &actor, true).await;
         wait_step(&mut play.client, &operation, kind).await;
         let asked = cancel(&mut play, &operation).await;
         let state = play.client.wait(&operation).await.metadata.state();
@@ -111,7 +138,7 @@ async fn rescue_and_unrescue_can_be_cancelled_in_every_phase() {
     for kind in ["PowerOff", "DefineDomain", "StartDomain", "RemoveFolder"] {
         let rescued = rescue(&mut play, &actor).await;
         let (mark, number) = (actor.console().mark(), actor.number());
-        let operation = begin_unrescue(&mut play, &actor).await;
+        let operation = begin_at_once(&mut play, &actor, false).await;
         wait_step(&mut play.client, &operation, kind).await;
         let asked = cancel(&mut play, &operation).await;
         let state = play.client.wait(&operation).await.metadata.state();

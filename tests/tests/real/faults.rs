@@ -4,6 +4,7 @@
 
 use std::time::{Duration, Instant};
 
+use salvor_proto::google::longrunning::CancelOperationRequest;
 use salvor_proto::v1::{
     DiskProtection, GetHostRequest, OperationState, PowerState, StopServerRequest, VmState,
 };
@@ -35,7 +36,10 @@ async fn rescue_and_unrescue_survive_the_death_of_libvirtd_in_every_phase() {
         let (mark, number) = (actor.console().mark(), actor.number());
         let operation = begin_rescue(&mut play, &actor).await;
         wait_step(&mut play.client, &operation, kind).await;
-        host.restart_libvirtd();
+        host.kill_libvirtd();
+        let dark = play.wait_power(actor.id, PowerState::Unknown).await;
+        assert!(dark.fault.is_none(), "{dark:#?}");
+        host.start_libvirtd();
         let ended = play.client.wait(&operation).await;
         ends.push((kind, ended.metadata.state()));
         if ended.metadata.state() == OperationState::Done {
@@ -51,7 +55,10 @@ async fn rescue_and_unrescue_survive_the_death_of_libvirtd_in_every_phase() {
         let (mark, number) = (actor.console().mark(), actor.number());
         let operation = begin_unrescue(&mut play, &actor).await;
         wait_step(&mut play.client, &operation, kind).await;
-        host.restart_libvirtd();
+        host.kill_libvirtd();
+        let dark = play.wait_power(actor.id, PowerState::Unknown).await;
+        assert!(dark.fault.is_none(), "{dark:#?}");
+        host.start_libvirtd();
         let ended = play.client.wait(&operation).await;
         ends.push((kind, ended.metadata.state()));
         if ended.metadata.state() == OperationState::Done {
@@ -166,6 +173,93 @@ async fn a_call_while_libvirtd_is_away_is_refused_and_works_when_it_is_back() {
     );
     play.assert_rescued(&actor, &answer.operation.unwrap(), mark, number)
         .await;
+    unrescue(&mut play, &actor).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_libvirtd_that_hangs_holds_up_what_needs_it_and_nothing_else() {
+    let folder = RunFolder::for_this_test();
+    let host = TestHost::start(folder.path());
+    let guest = tiny("hang");
+    let (actor, mut play) = set_up(&host, &folder, &guest, AgentSettings::default()).await;
+    let (mark, number) = (actor.console().mark(), actor.number());
+    host.freeze_libvirtd();
+    let mut servers = play.client.servers.clone();
+    let request = rescue_of(&actor, DiskProtection::ReadWrite);
+    let rescuing = tokio::spawn(async move { servers.rescue_server(request).await });
+    let mut reads = Vec::new();
+    for _ in 0..50 {
+        let begun = Instant::now();
+        play.client.get(actor.id).await;
+        assert_eq!(play.client.list().await.len(), 1);
+        reads.push(begun.elapsed());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    reads.sort();
+    println!(
+        "get and list while libvirtd hangs: {:?} (median)",
+        reads[reads.len() / 2]
+    );
+    assert!(reads[reads.len() / 2] < Duration::from_millis(50));
+    let begun = Instant::now();
+    play.client.hosts.get_host(GetHostRequest {}).await.unwrap();
+    println!("GetHost while libvirtd hangs: {:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(5));
+    assert!(!rescuing.is_finished(), "libvirtd was not asked at all");
+    host.thaw_libvirtd();
+    let operation = rescuing
+        .await
+        .unwrap()
+        .unwrap()
+        .into_inner()
+        .operation
+        .unwrap();
+    play.client.wait(&operation).await.done();
+    play.assert_rescued(&actor, &operation, mark, number).await;
+    unrescue(&mut play, &actor).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_action_that_waits_for_libvirtd_can_be_cancelled_and_survives_the_agent() {
+    let folder = RunFolder::for_this_test();
+    let host = TestHost::start(folder.path());
+    let guest = tiny("waits").deaf();
+    let (actor, mut play) = set_up(&host, &folder, &guest, AgentSettings::default()).await;
+    let (mark, number) = (actor.console().mark(), actor.number());
+    let operation = begin_rescue(&mut play, &actor).await;
+    actor.console().wait_line(mark, "TINY-POWERBUTTON", SOON);
+    host.kill_libvirtd();
+    play.wait_power(actor.id, PowerState::Unknown).await;
+    let name = operation.name.clone();
+    let request = CancelOperationRequest { name };
+    play.client
+        .operations
+        .cancel_operation(request)
+        .await
+        .unwrap();
+    host.start_libvirtd();
+    let ended = play.client.wait(&operation).await;
+    assert_eq!(
+        ended.metadata.state(),
+        OperationState::Cancelled,
+        "{ended:#?}"
+    );
+    play.assert_original(&actor, mark, number).await;
+
+    // Both die, and the agent is back first.
+    let operation = begin_rescue(&mut play, &actor).await;
+    wait_step(&mut play.client, &operation, "PowerOff").await;
+    host.kill_libvirtd();
+    play.agent.kill_9();
+    play.agent.spawn();
+    play.agent.wait_serving().await;
+    play.client = Client::new(play.agent.channel());
+    let (_, metadata) = play.client.operation(&operation.name).await;
+    assert_eq!(metadata.state(), OperationState::Running, "{metadata:#?}");
+    host.start_libvirtd();
+    let ended = play.client.wait(&operation).await;
+    ended.done();
+    play.assert_rescued(&actor, &operation, mark, number).await;
     unrescue(&mut play, &actor).await;
 }
 

@@ -5,7 +5,7 @@ use std::fs;
 
 use salvor_proto::v1::{
     DiskProtection, ImageFormat, OverlayDisposition, PlanActionRequest, PowerState, RescueBus,
-    RescueDevice, RescueMode, RescueServerRequest, UnrescueServerRequest, VmState,
+    RescueDevice, RescueMode, RescueServerRequest, VmState,
     plan_action_request::Action as PlannedAction,
 };
 use salvor_tests::agent::AgentSettings;
@@ -527,54 +527,6 @@ async fn an_operators_template_adds_a_device_to_rescues_and_to_nothing_else() {
     );
     scene.unrescue(unrescue_of(id)).await;
     assert_eq!(scene.libvirt.inactive_xml(id).unwrap(), definition);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn overlays_are_never_committed_or_discarded_without_being_asked() {
-    let mut scene = Scene::new().await;
-    let id = scene.tiny(&TinyGuest::new("orig")).await;
-    let image = scene.tiny_image("resc").await;
-    let unrescue = |overlay: OverlayDisposition| UnrescueServerRequest {
-        overlay: overlay.into(),
-        ..unrescue_of(id)
-    };
-    for (protection, undecided, reason) in [
-        (
-            DiskProtection::Overlay,
-            OverlayDisposition::Unspecified,
-            "OVERLAY_DECISION_NEEDED",
-        ),
-        (
-            DiskProtection::ReadWrite,
-            OverlayDisposition::Commit,
-            "NO_OVERLAYS",
-        ),
-        (
-            DiskProtection::ReadOnly,
-            OverlayDisposition::Discard,
-            "NO_OVERLAYS",
-        ),
-    ] {
-        let request = RescueServerRequest {
-            disk_protection: protection.into(),
-            ..rescue_with(id, &image)
-        };
-        let rescued = scene.rescue(request).await;
-        let run = scene.run_number(id);
-        let answer = scene.client.servers.unrescue_server(unrescue(undecided));
-        assert_refused(answer.await, Code::InvalidArgument, reason);
-        assert_eq!(scene.run_number(id), run);
-        let server = scene.client.get(id).await;
-        Client::assert_settled(&server, VmState::Rescued);
-        assert_eq!(server.rescue, rescued.rescue);
-        let decided = match protection {
-            DiskProtection::Overlay => OverlayDisposition::Discard,
-            _ => OverlayDisposition::Unspecified,
-        };
-        scene.unrescue(unrescue(decided)).await;
-    }
-    let answer = scene.client.servers.unrescue_server(unrescue_of(id)).await;
-    assert_refused(answer, Code::FailedPrecondition, "NOT_RESCUED");
 }
 
 #[tokio::test(flavor = "multi_thread")]

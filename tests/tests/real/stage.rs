@@ -46,6 +46,7 @@ pub(super) struct Actor {
     original: Vec<u8>,
     /// The definition as libvirt prints it.
     pub(super) definition: String,
+    console: Console,
 }
 
 impl Actor {
@@ -65,6 +66,7 @@ impl Actor {
             name: guest.name.clone(),
             original: fs::read(&disk).unwrap(),
             definition: libvirt.inactive_xml(id).unwrap(),
+            console: Console::of(&libvirt, id),
             libvirt,
             disk,
         }
@@ -80,8 +82,9 @@ impl Actor {
         actor
     }
 
-    pub(super) fn console(&self) -> Console {
-        Console::of(&self.libvirt, self.id)
+    /// What the guest says. The rescue guest says it in the same place.
+    pub(super) fn console(&self) -> &Console {
+        &self.console
     }
 
     /// libvirt's number of the running domain: another one after every start.

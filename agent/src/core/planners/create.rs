@@ -38,6 +38,60 @@ pub(super) fn plan(
         ));
     }
     let image = image(facts)?;
+    let size = disk_size(args, image)?;
+    check_space(facts, FILES_NEED)?;
+    let xml = render_server(templates, &spec(args, facts)).map_err(|error| {
+        Refusal::new(
+            Reason::DomainInvalid,
+            format!("the domain cannot be rendered: {error}"),
+        )
+    })?;
+    let rendered = Domain::parse(&xml).map_err(|error| {
+        Refusal::new(
+            Reason::DomainInvalid,
+            format!("the rendered domain cannot be read: {error}"),
+        )
+    })?;
+
+    let mut builder = Builder::new(Verb::Create, args.id, facts);
+    builder.plan.initial = Some(Box::new(record(args, facts, &rendered)));
+    builder
+        .plan
+        .password_delivery
+        .push(PasswordDelivery::ConfigDrive);
+    if facts.host.free_bytes < size {
+        builder.plan.warnings.push(Warning {
+            name: WarningName::SpaceMayRunOut,
+            message: format!(
+                "the disk may grow to {size} bytes, and {} are free",
+                facts.host.free_bytes
+            ),
+        });
+    }
+    prepare(&mut builder, args, facts, image, size);
+    builder.step(
+        Phase::Switch,
+        Step::DefineDomain {
+            xml,
+            mark: Mark::Plan(facts.plan),
+            before: None,
+        },
+    );
+    if args.powered_off {
+        return Ok(builder.becomes(VmState::Stopped, RescueChange::Keep));
+    }
+    builder.step(
+        Phase::Switch,
+        Step::StartDomain {
+            mark: Mark::Plan(facts.plan),
+            fresh: true,
+        },
+    );
+    Ok(builder.becomes(VmState::Active, RescueChange::Keep))
+}
+
+/// The size of the server's disk in bytes.
+fn disk_size(args: &CreateArgs, image: &ImageFacts) -> Result<u64, Refusal> {
     if image.record.format == ImageFormat::Iso {
         return Err(Refusal::field(
             "image",
@@ -63,11 +117,14 @@ pub(super) fn plan(
             ),
         ));
     }
+    Ok(size)
+}
+
+/// What is asked of the template.
+fn spec(args: &CreateArgs, facts: &Facts) -> ServerSpec {
     let host = &facts.host;
-    check_space(facts, FILES_NEED)?;
     let layout = &host.layout;
-    let (disk, config_drive) = (layout.disk(args.id), layout.config_drive(args.id));
-    let spec = ServerSpec {
+    ServerSpec {
         uuid: args.id,
         name: domain_name(args.id),
         title: args.name.clone(),
@@ -82,12 +139,12 @@ pub(super) fn plan(
         memory_mib: args.flavor.memory_mib,
         vcpus: args.flavor.vcpus,
         disks: vec![ServerDisk {
-            path: disk.clone(),
+            path: layout.disk(args.id),
             format: DiskFormat::Qcow2,
             bus: Bus::Virtio,
             serial: Some("salvor-root".to_owned()),
         }],
-        config_drive: Some(config_drive.clone()),
+        config_drive: Some(layout.config_drive(args.id)),
         interfaces: interfaces(args),
         console_log: layout.console_log(args.id),
         firmware: if args.uefi {
@@ -98,35 +155,12 @@ pub(super) fn plan(
             ServerFirmware::Bios
         },
         emulator: None,
-    };
-    let xml = render_server(templates, &spec).map_err(|error| {
-        Refusal::new(
-            Reason::DomainInvalid,
-            format!("the domain cannot be rendered: {error}"),
-        )
-    })?;
-    let rendered = Domain::parse(&xml).map_err(|error| {
-        Refusal::new(
-            Reason::DomainInvalid,
-            format!("the rendered domain cannot be read: {error}"),
-        )
-    })?;
-
-    let mut builder = Builder::new(Verb::Create, args.id, facts);
-    builder.plan.initial = Some(Box::new(record(args, facts, &rendered)));
-    builder
-        .plan
-        .password_delivery
-        .push(PasswordDelivery::ConfigDrive);
-    if host.free_bytes < size {
-        builder.plan.warnings.push(Warning {
-            name: WarningName::SpaceMayRunOut,
-            message: format!(
-                "the disk may grow to {size} bytes, and {} are free",
-                host.free_bytes
-            ),
-        });
     }
+}
+
+/// The files of the server.
+fn prepare(builder: &mut Builder, args: &CreateArgs, facts: &Facts, image: &ImageFacts, size: u64) {
+    let layout = &facts.host.layout;
     builder.step(
         Phase::Prepare,
         Step::HoldImage {
@@ -145,7 +179,7 @@ pub(super) fn plan(
     builder.step(
         Phase::Prepare,
         Step::CreateOverlay {
-            path: disk,
+            path: layout.disk(args.id),
             backing: image.path.clone(),
             backing_format: image.record.format.driver().to_owned(),
             size,
@@ -154,7 +188,7 @@ pub(super) fn plan(
     builder.step(
         Phase::Prepare,
         Step::BuildConfigDrive {
-            path: config_drive,
+            path: layout.config_drive(args.id),
             drive: Box::new(ConfigDriveSpec {
                 instance_id: args.id,
                 hostname: args.hostname.clone(),
@@ -168,24 +202,6 @@ pub(super) fn plan(
             }),
         },
     );
-    builder.step(
-        Phase::Switch,
-        Step::DefineDomain {
-            xml,
-            mark: Mark::Plan(facts.plan),
-            before: None,
-        },
-    );
-    if args.powered_off {
-        return Ok(builder.becomes(VmState::Stopped, RescueChange::Keep));
-    }
-    builder.step(
-        Phase::Switch,
-        Step::StartDomain {
-            mark: Mark::Plan(facts.plan),
-        },
-    );
-    Ok(builder.becomes(VmState::Active, RescueChange::Keep))
 }
 
 /// The image, which must be there with its file.

@@ -51,12 +51,14 @@ pub(super) fn plan(server: &ServerRecord, facts: &Facts) -> Plan {
             });
         }
     }
-    builder.step(
-        Phase::CleanUp,
-        Step::RemoveFolder {
-            path: facts.host.layout.server(server.id),
-        },
-    );
+    builder.plan.warnings.extend(repairs_lost(server, facts));
+    // Of an adopted server only the rescues are the agent's, wherever its disks may lie.
+    let layout = &facts.host.layout;
+    let path = match server.origin {
+        Origin::Created => layout.server(server.id),
+        Origin::Adopted => layout.rescues(server.id),
+    };
+    builder.step(Phase::CleanUp, Step::RemoveFolder { path });
     if let Some(rescue) = &server.rescue {
         let holder = rescue_holder(server.id, rescue.plan);
         builder.step(
@@ -78,4 +80,32 @@ pub(super) fn plan(server: &ServerRecord, facts: &Facts) -> Plan {
     }
     builder.step(Phase::CleanUp, Step::DropSavedDefinition);
     builder.ends(Outcome::Remove)
+}
+
+/// Overlays go with the server; disks that stay are without what was repaired in them.
+fn repairs_lost(server: &ServerRecord, facts: &Facts) -> Option<Warning> {
+    let rescue = server.rescue.as_ref()?;
+    let own = format!("{}/", facts.host.layout.server(server.id));
+    let stay: Vec<&str> = rescue
+        .overlays
+        .iter()
+        .map(|overlay| overlay.base.as_str())
+        .filter(|base| !base.starts_with(&own))
+        .collect();
+    if stay.is_empty() {
+        return None;
+    }
+    let stay = stay.join(", ");
+    Some(Warning {
+        name: WarningName::RepairsLost,
+        message: if rescue.commit_started {
+            format!(
+                "a commit of the overlays has begun and did not end, so these disks may be half written: {stay}; to make them whole, unrescue with --overlay commit before deleting"
+            )
+        } else {
+            format!(
+                "the overlays were not committed, so what was repaired in them is lost; these disks stay as they were before the rescue: {stay}"
+            )
+        },
+    })
 }

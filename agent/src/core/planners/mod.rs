@@ -8,6 +8,7 @@ mod adopt;
 mod create;
 mod delete;
 mod power;
+mod protect;
 mod rescue;
 mod unrescue;
 

@@ -15,7 +15,13 @@ use crate::core::{
 pub(super) fn start(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refusal> {
     need_domain(server, facts)?;
     let mut builder = Builder::new(Verb::Start, server.id, facts);
-    builder.step(Phase::Switch, Step::StartDomain { mark: Mark::Own });
+    builder.step(
+        Phase::Switch,
+        Step::StartDomain {
+            mark: Mark::Own,
+            fresh: false,
+        },
+    );
     Ok(builder.becomes(VmState::Active, RescueChange::Keep))
 }
 

@@ -4,15 +4,17 @@
 use std::collections::BTreeMap;
 
 use salvor_domain_templates::{
-    Bus, Device, DiskChange, DiskDevice, DiskFormat, DiskRole, DiskSource, Domain, Firmware, Mode,
-    RescueDisk as DiskSpec, RescueRendering, RescueSpec, TemplateError, Templates, render_rescue,
+    Bus, Device, DiskFormat, DiskRole, Domain, Firmware, Mode, RescueDisk as DiskSpec,
+    RescueRendering, RescueSpec, Role, TemplateError, Templates, render_rescue,
 };
 use uuid::Uuid;
 
 use super::{
     Builder,
     create::{admin_user, check_space, image},
-    need_domain, read_domain, rescue_holder,
+    need_domain,
+    protect::{Overlays, changes, overlays, unprotected},
+    read_domain, rescue_holder,
 };
 use crate::core::{
     action::{RescueArgs, Verb},
@@ -22,7 +24,7 @@ use crate::core::{
     plan::{ConfigDriveSpec, Mark, Phase, Plan, RescueChange, Step},
     reason::{Reason, Refusal, Warning, WarningName},
     record::{
-        Overlay, PasswordDelivery, Protection, RescueBus, RescueDevice, RescueDisk, RescueMode,
+        PasswordDelivery, Protection, RescueBus, RescueDevice, RescueDisk, RescueMode,
         RescueRecord, ServerRecord,
     },
     state::VmState,
@@ -58,193 +60,244 @@ struct Choice {
     device: RescueDevice,
 }
 
+/// What a rescue is made of: what was asked, what is there, and what was decided from both.
+struct Rescue<'a> {
+    server: &'a ServerRecord,
+    args: &'a RescueArgs,
+    facts: &'a Facts,
+    domain: &'a DomainFacts,
+    image: &'a ImageFacts,
+    parsed: Domain,
+    choice: Choice,
+    overlays: Overlays,
+    nvram: Option<Nvram>,
+    folder: String,
+    rescue_disk: String,
+    config_drive: String,
+    password_user: String,
+}
+
 pub(super) fn plan(
     server: &ServerRecord,
     args: &RescueArgs,
     facts: &Facts,
     templates: &Templates,
 ) -> Result<Plan, Refusal> {
-    let domain = need_domain(server, facts)?;
-    let image = image(facts)?;
-    check_domain(server, domain)?;
-    check_space(facts, FILES_NEED)?;
-    let parsed = read_domain(&domain.xml)?;
-    let choice = choose(server, args, image)?;
+    let rescue = Rescue::new(server, args, facts)?;
     let mut builder = Builder::new(Verb::Rescue, server.id, facts);
     let warnings = &mut builder.plan.warnings;
-    warn(server, image, facts, choice.mode, warnings);
+    rescue.warn(warnings);
     let expiry = expiry(args, facts, warnings)?;
-
-    let layout = &facts.host.layout;
-    let folder = layout.rescue(server.id, facts.plan);
-    let overlays = overlays(&parsed, args.protection, domain, &folder)?;
-    let nvram = private_nvram(&parsed, &folder);
-    let config_drive = format!("{folder}/disk.config");
-    let rescue_disk = match choice.device {
-        // A CD cannot be written, so the image itself is the medium.
-        RescueDevice::Cdrom => image.path.clone(),
-        RescueDevice::Disk => format!("{folder}/disk"),
-    };
-    let spec = RescueSpec {
-        plan: facts.plan.to_string(),
-        mode: match choice.mode {
-            RescueMode::Classic => Mode::Classic,
-            RescueMode::Stable => Mode::Stable,
-        },
-        rescue_disk: DiskSpec {
-            path: rescue_disk.clone(),
-            format: match (choice.device, image.record.format) {
-                (RescueDevice::Disk, _) | (RescueDevice::Cdrom, ImageFormat::Qcow2) => {
-                    DiskFormat::Qcow2
-                }
-                (RescueDevice::Cdrom, ImageFormat::Raw | ImageFormat::Iso) => DiskFormat::Raw,
-            },
-            bus: choice.bus.map(template_bus),
-            device: match choice.device {
-                RescueDevice::Disk => Device::Disk,
-                RescueDevice::Cdrom => Device::Cdrom,
-            },
-        },
-        protection: protection(&parsed, args.protection, &overlays),
-        nvram: nvram.as_ref().map(|nvram| nvram.copy.clone()),
-        config_drive: Some(config_drive.clone()),
-    };
-    let rendering =
-        render_rescue(templates, &domain.xml, &spec).map_err(|error| unrenderable(&error))?;
+    let rendering = render_rescue(templates, &rescue.domain.xml, &rescue.spec())
+        .map_err(|error| unrenderable(&error))?;
     let bus = placed_bus(&rendering)?;
 
-    let holder = rescue_holder(server.id, facts.plan);
-    builder.step(
-        Phase::Prepare,
-        Step::HoldImage {
-            image: image.record.id,
-            path: image.path.clone(),
-            size: image.record.size,
-            holder,
-        },
-    );
-    builder.step(
-        Phase::Prepare,
-        Step::MakeFolder {
-            path: folder.clone(),
-        },
-    );
-    if choice.device == RescueDevice::Disk {
-        builder.step(
-            Phase::Prepare,
-            Step::CreateOverlay {
-                path: rescue_disk,
-                backing: image.path.clone(),
-                backing_format: image.record.format.driver().to_owned(),
-                size: image.record.virtual_size,
-            },
-        );
-    }
-    for (overlay, size) in &overlays {
-        builder.step(
-            Phase::Prepare,
-            Step::CreateOverlay {
-                path: overlay.1.path.clone(),
-                backing: overlay.1.base.clone(),
-                backing_format: overlay.1.base_format.clone(),
-                size: *size,
-            },
-        );
-    }
-    if let Some(Nvram {
-        original: Some(from),
-        copy,
-    }) = nvram
-        && domain.nvram_present
-    {
-        builder.step(Phase::Prepare, Step::CopyFile { from, to: copy });
-    }
-    let password_user = admin_user(image);
-    builder.step(
-        Phase::Prepare,
-        Step::BuildConfigDrive {
-            path: config_drive,
-            drive: Box::new(ConfigDriveSpec {
-                // A new id for each rescue: cloud-init configures a disk anew only for a new instance.
-                instance_id: facts.plan,
-                hostname: if server.hostname.is_empty() {
-                    "rescue".to_owned()
-                } else {
-                    server.hostname.clone()
-                },
-                name: server.name.clone(),
-                public_keys: BTreeMap::new(),
-                password: Some(args.password.clone()),
-                password_user: password_user.clone(),
-                user_data: None,
-                metadata: server.metadata.clone(),
-                plan: facts.plan,
-            }),
-        },
-    );
-    builder.step(
-        Phase::Prepare,
-        Step::SaveDefinition {
-            xml: domain.xml.clone(),
-        },
-    );
-    builder.step(
-        Phase::Switch,
-        Step::PowerOff {
-            shutdown: args.shutdown,
-            was_on: domain.power.is_on(),
-        },
-    );
-    builder.step(
-        Phase::Switch,
-        Step::DefineDomain {
-            xml: rendering.xml,
-            mark: Mark::Plan(facts.plan),
-            before: Some(domain.xml.clone()),
-        },
-    );
-    builder.step(
-        Phase::Switch,
-        Step::StartDomain {
-            mark: Mark::Plan(facts.plan),
-        },
-    );
-
-    builder
-        .plan
-        .password_delivery
-        .push(PasswordDelivery::ConfigDrive);
-    let has_agent_channel = parsed.has_guest_agent_channel();
+    rescue.prepare(&mut builder);
+    rescue.switch(&mut builder, rendering.xml);
+    let delivery = &mut builder.plan.password_delivery;
+    delivery.push(PasswordDelivery::ConfigDrive);
+    let has_agent_channel = rescue.parsed.has_guest_agent_channel();
     if has_agent_channel {
-        builder
-            .plan
-            .password_delivery
-            .push(PasswordDelivery::GuestAgent);
+        delivery.push(PasswordDelivery::GuestAgent);
     }
     let record = RescueRecord {
         plan: facts.plan,
-        image_id: image.record.id,
-        mode: choice.mode,
+        image_id: rescue.image.record.id,
+        mode: rescue.choice.mode,
         bus,
-        device: choice.device,
+        device: rescue.choice.device,
         protection: args.protection,
-        power_before: domain.power,
+        power_before: rescue.domain.power,
         vm_state_before: server.vm_state,
         started_at_ms: facts.host.now_ms,
         expires_at_ms: expiry,
         expiry_overlay: args.timeout_overlay,
-        folder,
+        folder: rescue.folder,
         disks: rendering.disks.into_iter().map(placed_disk).collect(),
-        overlays: overlays
+        overlays: rescue
+            .overlays
             .into_iter()
             .map(|((_, overlay), _)| overlay)
             .collect(),
         commit_started: false,
         password_delivered: vec![PasswordDelivery::ConfigDrive],
         password_for_agent: has_agent_channel.then(|| args.password.clone()),
-        password_user,
+        password_user: rescue.password_user,
     };
     Ok(builder.becomes(VmState::Rescued, RescueChange::Begin(Box::new(record))))
+}
+
+impl<'a> Rescue<'a> {
+    /// Decides, or refuses what the facts show to be impossible.
+    fn new(
+        server: &'a ServerRecord,
+        args: &'a RescueArgs,
+        facts: &'a Facts,
+    ) -> Result<Self, Refusal> {
+        let domain = need_domain(server, facts)?;
+        let image = image(facts)?;
+        check_domain(server, domain)?;
+        check_space(facts, FILES_NEED)?;
+        let parsed = read_domain(&domain.xml)?;
+        let choice = choose(server, args, image)?;
+        let folder = facts.host.layout.rescue(server.id, facts.plan);
+        Ok(Self {
+            server,
+            args,
+            facts,
+            domain,
+            image,
+            overlays: overlays(&parsed, args.protection, domain, &folder)?,
+            nvram: private_nvram(&parsed, &folder),
+            rescue_disk: match choice.device {
+                // A CD cannot be written, so the image itself is the medium.
+                RescueDevice::Cdrom => image.path.clone(),
+                RescueDevice::Disk => format!("{folder}/disk"),
+            },
+            config_drive: format!("{folder}/disk.config"),
+            password_user: admin_user(image),
+            parsed,
+            choice,
+            folder,
+        })
+    }
+
+    /// What is asked of the templates.
+    fn spec(&self) -> RescueSpec {
+        let choice = &self.choice;
+        RescueSpec {
+            plan: self.facts.plan.to_string(),
+            mode: match choice.mode {
+                RescueMode::Classic => Mode::Classic,
+                RescueMode::Stable => Mode::Stable,
+            },
+            rescue_disk: DiskSpec {
+                path: self.rescue_disk.clone(),
+                format: match (choice.device, self.image.record.format) {
+                    (RescueDevice::Disk, _) | (RescueDevice::Cdrom, ImageFormat::Qcow2) => {
+                        DiskFormat::Qcow2
+                    }
+                    (RescueDevice::Cdrom, ImageFormat::Raw | ImageFormat::Iso) => DiskFormat::Raw,
+                },
+                bus: choice.bus.map(template_bus),
+                device: match choice.device {
+                    RescueDevice::Disk => Device::Disk,
+                    RescueDevice::Cdrom => Device::Cdrom,
+                },
+            },
+            protection: changes(&self.parsed, self.args.protection, &self.overlays),
+            nvram: self.nvram.as_ref().map(|nvram| nvram.copy.clone()),
+            config_drive: Some(self.config_drive.clone()),
+        }
+    }
+
+    /// Everything that can fail while the server still runs.
+    fn prepare(&self, builder: &mut Builder) {
+        let image = &self.image.record;
+        let mut prepare = |step| builder.step(Phase::Prepare, step);
+        prepare(Step::HoldImage {
+            image: image.id,
+            path: self.image.path.clone(),
+            size: image.size,
+            holder: rescue_holder(self.server.id, self.facts.plan),
+        });
+        prepare(Step::MakeFolder {
+            path: self.folder.clone(),
+        });
+        if self.choice.device == RescueDevice::Disk {
+            prepare(Step::CreateOverlay {
+                path: self.rescue_disk.clone(),
+                backing: self.image.path.clone(),
+                backing_format: image.format.driver().to_owned(),
+                size: image.virtual_size,
+            });
+        }
+        for ((_, overlay), size) in &self.overlays {
+            prepare(Step::CreateOverlay {
+                path: overlay.path.clone(),
+                backing: overlay.base.clone(),
+                backing_format: overlay.base_format.clone(),
+                size: *size,
+            });
+        }
+        if let Some(Nvram {
+            original: Some(from),
+            copy,
+        }) = &self.nvram
+            && self.domain.nvram_present
+        {
+            prepare(Step::CopyFile {
+                from: from.clone(),
+                to: copy.clone(),
+            });
+        }
+        prepare(Step::BuildConfigDrive {
+            path: self.config_drive.clone(),
+            drive: Box::new(self.drive()),
+        });
+        prepare(Step::SaveDefinition {
+            xml: self.domain.xml.clone(),
+        });
+    }
+
+    /// What the config drive tells the rescue guest.
+    fn drive(&self) -> ConfigDriveSpec {
+        let server = self.server;
+        ConfigDriveSpec {
+            // A new id for each rescue: cloud-init configures a disk anew only for a new instance.
+            instance_id: self.facts.plan,
+            hostname: if server.hostname.is_empty() {
+                "rescue".to_owned()
+            } else {
+                server.hostname.clone()
+            },
+            name: server.name.clone(),
+            public_keys: BTreeMap::new(),
+            password: Some(self.args.password.clone()),
+            password_user: self.password_user.clone(),
+            user_data: None,
+            metadata: server.metadata.clone(),
+            plan: self.facts.plan,
+        }
+    }
+
+    /// From the server to its rescue.
+    fn switch(&self, builder: &mut Builder, xml: String) {
+        let mark = Mark::Plan(self.facts.plan);
+        let mut switch = |step| builder.step(Phase::Switch, step);
+        switch(Step::PowerOff {
+            shutdown: self.args.shutdown,
+            was_on: self.domain.power.is_on(),
+        });
+        switch(Step::DefineDomain {
+            xml,
+            mark,
+            before: Some(self.domain.xml.clone()),
+        });
+        switch(Step::StartDomain { mark, fresh: true });
+    }
+
+    fn warn(&self, warnings: &mut Vec<Warning>) {
+        let (image, mode) = (&self.image.record, self.choice.mode);
+        if self.server.image_id == Some(image.id) {
+            warnings.push(Warning {
+                name: WarningName::RescueImageIsServerImage,
+                message: format!(
+                    "the rescue image is the one the server was made from, so both have filesystems with the same ids; the rescue disk boots first ({mode} mode), but mount the original by device name"
+                ),
+            });
+        }
+        let (may_need, free) = (image.virtual_size, self.facts.host.free_bytes);
+        if free < may_need {
+            warnings.push(Warning {
+                name: WarningName::SpaceMayRunOut,
+                message: format!(
+                    "the rescue disk may grow to {may_need} bytes, and {free} are free"
+                ),
+            });
+        }
+        warnings.extend(unprotected(&self.parsed, self.args.protection));
+    }
 }
 
 /// Hands the rescue's password to the guest agent.
@@ -293,6 +346,28 @@ fn check_domain(server: &ServerRecord, domain: &DomainFacts) -> Result<(), Refus
             format!(
                 "domain {} has saved memory, which the next start would bring back instead of the rescue; start server {} first, or remove it with `virsh managedsave-remove {}`",
                 domain.name, server.id, domain.name
+            ),
+        ));
+    }
+    if !domain.live_only.is_empty() {
+        return Err(Refusal::new(
+            Reason::DomainUnsupported,
+            format!(
+                "domain {} runs with what its definition does not have, so the rescue and the server after it would be without: {}; keep it (attach it with `virsh attach-device {} FILE --config`) or detach it first",
+                domain.name,
+                domain.live_only.join(", "),
+                domain.name
+            ),
+        ));
+    }
+    if let Some(mark) = read_domain(&domain.xml)?.salvor_mark()
+        && mark.role == Role::Rescue
+    {
+        return Err(Refusal::new(
+            Reason::DomainUnsupported,
+            format!(
+                "the definition of domain {} is that of a rescue (plan {}), not the server's own, which would be no way back; restore that first",
+                domain.name, mark.plan
             ),
         ));
     }
@@ -347,33 +422,6 @@ fn choose(server: &ServerRecord, args: &RescueArgs, image: &ImageFacts) -> Resul
     Ok(Choice { mode, bus, device })
 }
 
-fn warn(
-    server: &ServerRecord,
-    image: &ImageFacts,
-    facts: &Facts,
-    mode: RescueMode,
-    warnings: &mut Vec<Warning>,
-) {
-    if server.image_id == Some(image.record.id) {
-        warnings.push(Warning {
-            name: WarningName::RescueImageIsServerImage,
-            message: format!(
-                "the rescue image is the one the server was made from, so both have filesystems with the same ids; the rescue disk boots first ({mode} mode), but mount the original by device name"
-            ),
-        });
-    }
-    let may_need = image.record.virtual_size;
-    if facts.host.free_bytes < may_need {
-        warnings.push(Warning {
-            name: WarningName::SpaceMayRunOut,
-            message: format!(
-                "the rescue disk may grow to {may_need} bytes, and {} are free",
-                facts.host.free_bytes
-            ),
-        });
-    }
-}
-
 /// When the rescue ends by itself.
 fn expiry(
     args: &RescueArgs,
@@ -405,98 +453,6 @@ fn expiry(
     Ok(Some(facts.host.now_ms.saturating_add(
         i64::try_from(timeout_ms).unwrap_or(i64::MAX),
     )))
-}
-
-/// Overlays to be made: each with its disk's target, and the virtual size in bytes.
-type Overlays = Vec<((String, Overlay), u64)>;
-
-fn overlays(
-    parsed: &Domain,
-    wanted: Protection,
-    domain: &DomainFacts,
-    folder: &str,
-) -> Result<Overlays, Refusal> {
-    if wanted != Protection::Overlay {
-        return Ok(Vec::new());
-    }
-    let mut overlays = Vec::new();
-    for disk in parsed.disks() {
-        if disk.device != DiskDevice::Disk || disk.readonly || disk.source == DiskSource::None {
-            continue;
-        }
-        let refuse = |why: &str| {
-            Refusal::new(
-                Reason::DomainUnsupported,
-                format!(
-                    "disk {} cannot have an overlay: {why}; use READ_WRITE or READ_ONLY",
-                    disk.target
-                ),
-            )
-        };
-        let base = match &disk.source {
-            DiskSource::File(path) | DiskSource::Block(path) => path.clone(),
-            DiskSource::Network { .. }
-            | DiskSource::Volume { .. }
-            | DiskSource::Other(_)
-            | DiskSource::None => {
-                return Err(refuse(
-                    "it is neither a file nor a block device of this host",
-                ));
-            }
-        };
-        if disk.shareable {
-            return Err(refuse("it is shared with other domains"));
-        }
-        let base_format = disk.format.clone().unwrap_or_else(|| "raw".to_owned());
-        if base_format != "raw" && base_format != "qcow2" {
-            return Err(refuse(&format!("its format is {base_format}")));
-        }
-        let Some(size) = domain.disk_sizes.get(&disk.target) else {
-            return Err(refuse("its size cannot be told"));
-        };
-        let path = format!("{folder}/{}.overlay", disk.target);
-        overlays.push((
-            (
-                disk.target.clone(),
-                Overlay {
-                    path,
-                    base,
-                    base_format,
-                },
-            ),
-            *size,
-        ));
-    }
-    Ok(overlays)
-}
-
-fn protection(
-    parsed: &Domain,
-    wanted: Protection,
-    overlays: &Overlays,
-) -> BTreeMap<String, DiskChange> {
-    match wanted {
-        Protection::ReadWrite => BTreeMap::new(),
-        Protection::Overlay => overlays
-            .iter()
-            .map(|((target, overlay), _)| {
-                (
-                    target.clone(),
-                    DiskChange::Overlay {
-                        path: overlay.path.clone(),
-                    },
-                )
-            })
-            .collect(),
-        Protection::ReadOnly => parsed
-            .disks()
-            .iter()
-            .filter(|disk| {
-                matches!(disk.device, DiskDevice::Disk | DiskDevice::Lun) && !disk.readonly
-            })
-            .map(|disk| (disk.target.clone(), DiskChange::ReadOnly))
-            .collect(),
-    }
 }
 
 /// UEFI variables: the rescue boots with a copy, so that it cannot change the server's.

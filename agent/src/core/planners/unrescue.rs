@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Unrescue: the server's own definition comes back, byte for byte.
 
-use super::{Builder, rescue_holder};
+use salvor_domain_templates::Role;
+
+use super::{Builder, read_domain, rescue_holder};
 use crate::core::{
     action::{UnrescueArgs, Verb},
     facts::Facts,
     plan::{Mark, Phase, Plan, RescueChange, Step},
-    reason::{Reason, Refusal},
-    record::{OverlayDisposition, ServerRecord},
+    reason::{Reason, Refusal, Warning, WarningName},
+    record::{OverlayDisposition, RescueRecord, ServerRecord},
     state::VmState,
 };
 
@@ -26,6 +28,9 @@ pub(super) fn plan(
         ));
     };
     let commit = overlay_decision(server, args.overlay)?;
+    if commit {
+        check_commit(server, rescue, facts)?;
+    }
     let mut builder = Builder::new(Verb::Unrescue, server.id, facts);
     if let Some(domain) = &facts.domain {
         builder.step(
@@ -39,11 +44,23 @@ pub(super) fn plan(
     if commit {
         builder.step(Phase::Switch, Step::MarkCommitStarted);
         for overlay in &rescue.overlays {
+            if let Some(space) = facts.commit_space.get(&overlay.path)
+                && space.free < space.allocated
+            {
+                builder.plan.warnings.push(Warning {
+                    name: WarningName::SpaceMayRunOut,
+                    message: format!(
+                        "committing may write {} bytes to {}, and {} are free there; if it does not end, make room and unrescue with commit again",
+                        space.allocated, overlay.base, space.free
+                    ),
+                });
+            }
             builder.step(
                 Phase::Switch,
                 Step::CommitOverlay {
                     path: overlay.path.clone(),
                     base: overlay.base.clone(),
+                    base_format: overlay.base_format.clone(),
                 },
             );
         }
@@ -58,7 +75,13 @@ pub(super) fn plan(
     );
     let start = !args.restore_power || rescue.power_before.is_on();
     if start {
-        builder.step(Phase::Switch, Step::StartDomain { mark: Mark::Own });
+        builder.step(
+            Phase::Switch,
+            Step::StartDomain {
+                mark: Mark::Own,
+                fresh: true,
+            },
+        );
     }
     builder.step(
         Phase::CleanUp,
@@ -81,6 +104,30 @@ pub(super) fn plan(
             VmState::Stopped
         },
         RescueChange::End,
+    ))
+}
+
+/// Are the overlays still those of the domain that is there? A disk that something else wrote to
+/// under them would be half the one and half the other. A commit that has begun goes on all the same:
+/// the plan that began it may have given the domain its own definition back already.
+fn check_commit(
+    server: &ServerRecord,
+    rescue: &RescueRecord,
+    facts: &Facts,
+) -> Result<(), Refusal> {
+    let Some(domain) = facts.domain.as_ref().filter(|_| !rescue.commit_started) else {
+        return Ok(());
+    };
+    let mark = read_domain(&domain.xml)?.salvor_mark();
+    if mark.is_some_and(|mark| mark.role == Role::Rescue && mark.plan == rescue.plan.to_string()) {
+        return Ok(());
+    }
+    Err(Refusal::new(
+        Reason::DomainChanged,
+        format!(
+            "overlay: the definition of domain {} is not that of the rescue any more, so its disks may have changed under the overlays of server {}; they can be discarded",
+            domain.name, server.id
+        ),
     ))
 }
 

@@ -16,7 +16,8 @@ pub(super) struct Domain {
     pub(super) live: Option<String>,
     pub(super) power: PowerState,
     pub(super) reason: &'static str,
-    pub(super) managed_save: bool,
+    /// What ran when its memory was saved.
+    pub(super) managed_save: Option<String>,
 }
 
 impl Domain {
@@ -27,7 +28,7 @@ impl Domain {
             power: self.power,
             reason: self.reason.to_owned(),
             persistent: self.inactive.is_some(),
-            managed_save: self.managed_save,
+            managed_save: self.managed_save.is_some(),
         }
     }
 }
@@ -126,7 +127,7 @@ impl HostState {
             live: None,
             power: PowerState::Shutdown,
             reason: "unknown",
-            managed_save: false,
+            managed_save: None,
         });
         if domain.name != name {
             let old = &domain.name;
@@ -143,7 +144,7 @@ impl HostState {
         let Some(domain) = self.domains.get_mut(&id) else {
             return false;
         };
-        domain.managed_save = false;
+        domain.managed_save = None;
         let was = domain.inactive.take().is_some();
         if domain.live.is_none() {
             self.domains.remove(&id);

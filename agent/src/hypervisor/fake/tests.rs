@@ -13,7 +13,7 @@ fn xml(id: Uuid, name: &str) -> String {
 async fn running() -> FakeHypervisor {
     let fake = FakeHypervisor::new();
     fake.define(&xml(ID, "a")).await.unwrap();
-    fake.start(ID).await.unwrap();
+    fake.start(ID, Boot::Resume).await.unwrap();
     fake
 }
 
@@ -44,7 +44,7 @@ async fn a_name_belongs_to_one_uuid() {
 #[tokio::test]
 async fn an_undefined_running_domain_is_transient_and_vanishes_when_it_ends() {
     let fake = running().await;
-    fake.undefine(ID, Nvram::Keep).await.unwrap();
+    fake.undefine(ID).await.unwrap();
     assert!(!fake.domain(ID).await.unwrap().unwrap().persistent);
     fake.destroy(ID).await.unwrap();
     assert_eq!(fake.domain(ID).await.unwrap(), None);
@@ -54,13 +54,31 @@ async fn an_undefined_running_domain_is_transient_and_vanishes_when_it_ends() {
 #[tokio::test]
 async fn starting_twice_is_refused_and_a_managed_save_image_is_used_up() {
     let fake = running().await;
-    assert!(fake.start(ID).await.is_err());
+    assert!(fake.start(ID, Boot::Resume).await.is_err());
     fake.managed_save(ID);
     assert!(fake.domain(ID).await.unwrap().unwrap().managed_save);
-    fake.start(ID).await.unwrap();
+    fake.start(ID, Boot::Resume).await.unwrap();
     let status = fake.domain(ID).await.unwrap().unwrap();
     assert!(!status.managed_save);
     assert_eq!(status.reason, "restored");
+}
+
+#[tokio::test]
+async fn what_was_saved_comes_back_unless_the_boot_is_to_be_fresh() {
+    let fake = running().await;
+    let saved = fake.domain_xml(ID, Definition::Live).await.unwrap();
+    let other = saved.replace("</uuid>", "</uuid><title>other</title>");
+    for (boot, expected) in [(Boot::Resume, &saved), (Boot::Fresh, &other)] {
+        fake.destroy(ID).await.unwrap();
+        fake.define(&saved).await.unwrap();
+        fake.start(ID, Boot::Resume).await.unwrap();
+        fake.managed_save(ID);
+        fake.define(&other).await.unwrap();
+        fake.start(ID, boot).await.unwrap();
+        let live = fake.domain_xml(ID, Definition::Live).await.unwrap();
+        assert_eq!(live, *expected);
+        assert!(!fake.domain(ID).await.unwrap().unwrap().managed_save);
+    }
 }
 
 #[tokio::test]
@@ -90,7 +108,7 @@ async fn a_process_that_died_stays_dead_and_the_next_one_sees_the_host() {
     dying.abort();
 
     next.stop_after(1);
-    next.start(ID).await.unwrap();
+    next.start(ID, Boot::Resume).await.unwrap();
     let dying = tokio::spawn({
         let next = next.clone();
         async move { next.destroy(ID).await }

@@ -35,7 +35,7 @@ use process::{Kind, failed};
 #[derive(Debug, thiserror::Error)]
 pub enum QemuImgError {
     /// It could not be started or waited for.
-    #[error("{} cannot be run under prlimit: are qemu-utils and util-linux installed?", program.display())]
+    #[error("{} cannot be run under setpriv and prlimit: are qemu-utils and util-linux installed?", program.display())]
     Spawn {
         /// The program.
         program: PathBuf,
@@ -95,7 +95,7 @@ pub enum QemuImgError {
     File {
         /// The file.
         path: PathBuf,
-        /// What should have been done: "made", "removed", "synced".
+        /// What should have been done: "made", "removed", "renamed", "synced".
         action: &'static str,
         /// Why.
         #[source]
@@ -124,7 +124,8 @@ impl Default for Limits {
         Self {
             address_space: 2 << 30,
             cpu_seconds_reading: 30,
-            cpu_seconds_writing: 4 * 3600,
+            // As long as a step that writes a disk may take.
+            cpu_seconds_writing: 6 * 3600,
             // The largest disk that is taken, and as much again in metadata as any layout needs.
             file_size: (2 << 40) + (64 << 30),
             open_files: 256,
@@ -285,9 +286,10 @@ impl QemuImg {
         written(to.path, made).await
     }
 
-    /// Writes what an overlay changed into its base, which must be a file of its backing chain. The
-    /// overlay stays as it is (`-d`), so that doing it again, after a crash in the middle, ends in
-    /// the same base.
+    /// Writes what an overlay of `size` bytes changed into its base. Until the base is synced the
+    /// overlay stays as it is (`-d`), so that doing it again, after a crash in the middle, ends in the
+    /// same base. Then an empty overlay takes its place: whatever runs on the base from now on, a
+    /// commit that is repeated later cannot write old blocks over newer ones.
     ///
     /// # Errors
     /// [`QemuImgError`]; the base may then hold part of the changes.
@@ -295,13 +297,36 @@ impl QemuImg {
         &self,
         job: &Job<'_>,
         overlay: &Path,
-        base: &Path,
+        base: Disk<'_>,
+        size: u64,
     ) -> Result<(), QemuImgError> {
         let mut arguments = words(&["-p", "-t", "writeback", "-d", "-f", "qcow2", "-b"]);
-        arguments.push(name(base)?);
+        arguments.push(name(base.path)?);
         arguments.push(name(overlay)?);
-        self.run_ok(job, Kind::Writes, "commit", arguments).await?;
-        sync(base).await
+        let roomy = Self {
+            program: self.program.clone(),
+            limits: Limits {
+                // A disk of somebody else's may be larger than those that are made here, and stopping
+                // half-way is worse than writing all of it. qcow2 adds less than a 64th for its tables.
+                file_size: self.limits.file_size.max(size.saturating_add(size / 64)),
+                ..self.limits
+            },
+        };
+        roomy.run_ok(job, Kind::Writes, "commit", arguments).await?;
+        sync(base.path).await?;
+        let mut empty = overlay.as_os_str().to_owned();
+        empty.push(".empty");
+        let empty = PathBuf::from(empty);
+        self.create_overlay(job, &empty, base, Some(size), IfExists::Replace)
+            .await?;
+        tokio::fs::rename(&empty, overlay)
+            .await
+            .map_err(|source| QemuImgError::File {
+                path: empty.clone(),
+                action: "renamed",
+                source,
+            })?;
+        sync(overlay).await
     }
 
     /// Checks a qcow2 file's metadata. Repairs nothing. The disk must not be in use.

@@ -43,8 +43,13 @@ impl QemuImg {
         if job.cancel.is_cancelled() {
             return Err(QemuImgError::Cancelled { command });
         }
-        let mut process = Command::new("prlimit");
+        // An agent that is killed takes its qemu-img along: an orphan would go on to write, and its
+        // lock on the image would make the next agent's attempt fail. The kernel sends the signal when
+        // the thread that forked ends; the runtime's workers end only with the runtime, as long as
+        // nobody blocks in place.
+        let mut process = Command::new("setpriv");
         process
+            .args(["--pdeathsig", "KILL", "--", "prlimit"])
             .args(limits(&self.limits, kind))
             .arg("--")
             .arg(&self.program)

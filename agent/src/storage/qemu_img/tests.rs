@@ -89,7 +89,7 @@ async fn an_existing_file_is_kept_unless_it_is_to_be_replaced() {
 }
 
 #[tokio::test]
-async fn commit_can_be_repeated_and_leaves_the_overlay() {
+async fn a_commit_can_be_repeated_and_never_writes_old_blocks_over_newer_ones() {
     let dir = tempfile::tempdir().unwrap();
     let (base, overlay) = (dir.path().join("base"), dir.path().join("overlay"));
     let tool = QemuImg::default();
@@ -104,14 +104,17 @@ async fn commit_can_be_repeated_and_leaves_the_overlay() {
         guest(base, "write -P 1 0 4M");
         overlay::create(&overlay, base.path, format, 4 * MIB).unwrap();
         guest(qcow2(&overlay), "write -P 2 1M 1M");
-        let before = std::fs::metadata(&overlay).unwrap().len();
         for _ in 0..2 {
-            tool.commit(&job(), &overlay, base.path).await.unwrap();
+            tool.commit(&job(), &overlay, base, 4 * MIB).await.unwrap();
             guest(base, "read -P 2 1M 1M");
             guest(base, "read -P 1 2M 2M");
             guest(qcow2(&overlay), "read -P 2 1M 1M");
-            assert_eq!(std::fs::metadata(&overlay).unwrap().len(), before);
         }
+        // The server runs on its disk again and writes; then the commit is repeated once more.
+        guest(base, "write -P 3 1M 1M");
+        tool.commit(&job(), &overlay, base, 4 * MIB).await.unwrap();
+        guest(base, "read -P 3 1M 1M");
+        guest(qcow2(&overlay), "read -P 3 1M 1M");
     }
 }
 
@@ -222,7 +225,7 @@ async fn no_file_name_is_read_as_anything_but_a_file_name() {
         tool.convert(&job(), qcow2(&disk), raw(&flat), IfExists::Replace)
             .await
             .unwrap_or_else(|error| panic!("{name:?}: {error}"));
-        tool.commit(&job(), &disk, &base)
+        tool.commit(&job(), &disk, raw(&base), MIB)
             .await
             .unwrap_or_else(|error| panic!("{name:?}: {error}"));
         assert_eq!(std::fs::metadata(&base).unwrap().len(), MIB);
@@ -339,6 +342,55 @@ async fn a_cancelled_qemu_img_is_killed_at_once() {
     assert!(!pid.exists());
 }
 
+/// The agent of the next test, when the test runs itself as another process.
+const AGENT: &str = "SALVOR_TEST_QEMU_IMG_OF";
+
+#[tokio::test]
+async fn a_killed_agent_takes_its_qemu_img_along() {
+    if let Some(dir) = std::env::var_os(AGENT) {
+        let tool = script(
+            Path::new(&dir),
+            "echo $$ > $0.new; mv $0.new $0.pid; exec sleep 300",
+        );
+        let (overlay, base) = (Path::new(&dir).join("a"), Path::new(&dir).join("b"));
+        let ended = tool.commit(&job(), &overlay, raw(&base), MIB).await;
+        panic!("it was to be killed: {ended:?}");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let name = "storage::qemu_img::tests::a_killed_agent_takes_its_qemu_img_along";
+    let mut agent = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", name])
+        .env(AGENT, dir.path())
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
+    let wait = async |what: &str, is_so: &dyn Fn() -> bool| {
+        while !is_so() && tokio::time::Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        (!is_so()).then(|| what.to_owned())
+    };
+    let pid_file = dir.path().join("qemu-img.pid");
+    let begun = wait("qemu-img begins", &|| pid_file.exists()).await;
+    agent.kill().unwrap();
+    agent.wait().unwrap();
+    assert_eq!(begun, None);
+    // Whoever collects orphans here may take its time: a zombie is gone as well.
+    let pid = std::fs::read_to_string(&pid_file)
+        .unwrap()
+        .trim()
+        .to_owned();
+    let stat = format!("/proc/{pid}/stat");
+    let gone = || std::fs::read_to_string(&stat).map_or(true, |stat| stat.contains(") Z "));
+    let stays = wait("qemu-img ends", &gone).await;
+    if stays.is_some() {
+        let pid = nix::unistd::Pid::from_raw(pid.parse().unwrap());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+    }
+    assert_eq!(stays, None);
+}
+
 #[tokio::test]
 async fn qemu_img_runs_under_its_limits_and_in_its_own_group() {
     let dir = tempfile::tempdir().unwrap();
@@ -354,7 +406,7 @@ async fn qemu_img_runs_under_its_limits_and_in_its_own_group() {
     let text = std::fs::read_to_string(&out).unwrap();
     for line in [
         "AS 2147483648 2147483648",
-        "CPU 14400 14400",
+        "CPU 21600 21600",
         "FSIZE 1073741824 1073741824",
         "NOFILE 256 256",
         "CORE 0 0",

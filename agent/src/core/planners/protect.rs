@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What the rescue guest may do to the original disks.
+
+use std::collections::BTreeMap;
+
+use salvor_domain_templates::{DiskChange, DiskDevice, DiskSource, Domain};
+
+use crate::core::{
+    facts::DomainFacts,
+    reason::{Reason, Refusal, Warning, WarningName},
+    record::{Overlay, Protection},
+};
+
+/// Overlays to be made: each with its disk's target, and the virtual size in bytes.
+pub(super) type Overlays = Vec<((String, Overlay), u64)>;
+
+/// The overlays that the protection asks for.
+///
+/// # Errors
+/// A [`Refusal`] that names the disk which can have none.
+pub(super) fn overlays(
+    parsed: &Domain,
+    wanted: Protection,
+    domain: &DomainFacts,
+    folder: &str,
+) -> Result<Overlays, Refusal> {
+    if wanted != Protection::Overlay {
+        return Ok(Vec::new());
+    }
+    let mut overlays = Vec::new();
+    for disk in parsed.disks() {
+        if !matches!(disk.device, DiskDevice::Disk | DiskDevice::Lun)
+            || disk.readonly
+            || disk.source == DiskSource::None
+        {
+            continue;
+        }
+        let refuse = |why: &str| {
+            Refusal::new(
+                Reason::DomainUnsupported,
+                format!(
+                    "disk {} cannot have an overlay: {why}; use READ_WRITE or READ_ONLY",
+                    disk.target
+                ),
+            )
+        };
+        if disk.device == DiskDevice::Lun {
+            return Err(refuse("it is a LUN passed through"));
+        }
+        let base = match &disk.source {
+            DiskSource::File(path) | DiskSource::Block(path) => path.clone(),
+            DiskSource::Network { .. }
+            | DiskSource::Volume { .. }
+            | DiskSource::Other(_)
+            | DiskSource::None => {
+                return Err(refuse(
+                    "it is neither a file nor a block device of this host",
+                ));
+            }
+        };
+        if disk.shareable {
+            return Err(refuse("it is shared with other domains"));
+        }
+        let base_format = disk.format.clone().unwrap_or_else(|| "raw".to_owned());
+        if base_format != "raw" && base_format != "qcow2" {
+            return Err(refuse(&format!("its format is {base_format}")));
+        }
+        let size = match domain.disk_sizes.get(&disk.target) {
+            Some(Ok(size)) => *size,
+            Some(Err(why)) => return Err(refuse(&format!("its size cannot be told ({why})"))),
+            None => return Err(refuse("its size cannot be told")),
+        };
+        if let Some(why) = domain.unwritable.get(&disk.target) {
+            return Err(refuse(&format!(
+                "{base} cannot be written by the agent ({why}), so repairs could not be committed to it; if salvord.service is in the way, add its folder to ReadWritePaths (a device to DeviceAllow) of the unit"
+            )));
+        }
+        let path = format!("{folder}/{}.overlay", disk.target);
+        overlays.push((
+            (
+                disk.target.clone(),
+                Overlay {
+                    path,
+                    base,
+                    base_format,
+                },
+            ),
+            size,
+        ));
+    }
+    Ok(overlays)
+}
+
+/// What becomes of each original disk.
+pub(super) fn changes(
+    parsed: &Domain,
+    wanted: Protection,
+    overlays: &Overlays,
+) -> BTreeMap<String, DiskChange> {
+    match wanted {
+        Protection::ReadWrite => BTreeMap::new(),
+        Protection::Overlay => overlays
+            .iter()
+            .map(|((target, overlay), _)| {
+                (
+                    target.clone(),
+                    DiskChange::Overlay {
+                        path: overlay.path.clone(),
+                    },
+                )
+            })
+            .collect(),
+        Protection::ReadOnly => parsed
+            .disks()
+            .iter()
+            .filter(|disk| {
+                matches!(
+                    disk.device,
+                    DiskDevice::Disk | DiskDevice::Lun | DiskDevice::Floppy
+                ) && !disk.readonly
+            })
+            .map(|disk| (disk.target.clone(), DiskChange::ReadOnly))
+            .collect(),
+    }
+}
+
+/// What the guest can write to although its disks are protected.
+pub(super) fn unprotected(parsed: &Domain, wanted: Protection) -> Option<Warning> {
+    if wanted == Protection::ReadWrite {
+        return None;
+    }
+    let floppies = parsed.disks().iter().filter(|disk| {
+        wanted == Protection::Overlay
+            && disk.device == DiskDevice::Floppy
+            && !disk.readonly
+            && disk.source != DiskSource::None
+    });
+    let open: Vec<String> = floppies
+        .map(|disk| format!("floppy {}", disk.target))
+        .chain(parsed.other_storage())
+        .collect();
+    (!open.is_empty()).then(|| Warning {
+        name: WarningName::NotProtected,
+        message: format!(
+            "the protection of disks ({wanted}) does not cover these, which the rescue guest can write to: {}",
+            open.join("; ")
+        ),
+    })
+}

@@ -1,0 +1,185 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What somebody else does to a domain while it is rescued, or while it is being switched.
+
+use std::sync::Arc;
+
+use salvor_agent::{
+    core::{
+        action::{Action, Verb},
+        operation::OperationState,
+        reason::{Reason, WarningName},
+        state::{PowerState, VmState},
+    },
+    engine::{NoProbe, Point, Probe},
+    hypervisor::{Boot, Definition, Hypervisor as _},
+};
+
+use crate::{
+    crash::{FAIL, Plot},
+    gate::Gate,
+    host::{AT_ONCE, Agent, Host, NEW, ON, SERVER, adopt, rescue_action, unrescue},
+};
+
+/// An agent with an adopted server that runs.
+async fn with_server(host: &Host, probe: Arc<dyn Probe>) -> Agent {
+    let agent = host.agent(probe).await;
+    host.add_images(&agent.store).await;
+    host.fake.define(&host.foreign_domain(false)).await.unwrap();
+    host.fake.start(SERVER, Boot::Resume).await.unwrap();
+    agent.succeed(NEW, adopt()).await;
+    agent
+}
+
+#[tokio::test]
+async fn memory_saved_of_a_rescue_does_not_come_back_as_the_server() {
+    let host = Host::new();
+    let agent = with_server(&host, Arc::new(NoProbe)).await;
+    let original = host.look(&agent).await;
+    agent.succeed(ON, rescue_action()).await;
+    host.fake.managed_save(SERVER);
+    agent.succeed(ON, Action::Unrescue(unrescue())).await;
+    let seen = host.look(&agent).await;
+    assert_eq!(seen.live, original.live);
+    assert_eq!(seen.inactive, original.inactive);
+}
+
+#[tokio::test]
+async fn memory_saved_of_a_server_comes_back_when_it_is_started() {
+    let host = Host::new();
+    let agent = with_server(&host, Arc::new(NoProbe)).await;
+    host.fake.managed_save(SERVER);
+    agent.succeed(ON, Action::Stop(AT_ONCE)).await;
+    agent.succeed(ON, Action::Start).await;
+    let status = host.fake.domain(SERVER).await.unwrap().unwrap();
+    assert_eq!(status.reason, "restored");
+}
+
+#[tokio::test]
+async fn a_start_that_brings_back_a_rescue_is_not_taken_for_the_server() {
+    let host = Host::new();
+    let agent = with_server(&host, Arc::new(NoProbe)).await;
+    agent.succeed(ON, Action::Stop(AT_ONCE)).await;
+    agent.succeed(ON, rescue_action()).await;
+    host.fake.managed_save(SERVER);
+    let mut back = unrescue();
+    back.restore_power = true;
+    agent.succeed(ON, Action::Unrescue(back)).await;
+    let operation = agent.carry_out(ON, Action::Start).await;
+    assert_eq!(operation.state, OperationState::Failed);
+    assert_eq!(operation.error.unwrap().reason, Reason::LibvirtRefused);
+    let seen = host.look(&agent).await;
+    assert_eq!(seen.power, Some(PowerState::Shutdown));
+    assert_eq!(seen.record.unwrap().vm_state, VmState::Stopped);
+    agent.succeed(ON, Action::Start).await;
+    assert_eq!(host.look(&agent).await.live, seen.inactive);
+}
+
+/// Changes the domain's definition as an administrator would, and says what it is then.
+async fn edit(host: &Host) -> String {
+    let xml = host.fake.domain_xml(SERVER, Definition::Inactive).await;
+    let changed = xml
+        .unwrap()
+        .replace("</uuid>", "</uuid><title>changed</title>");
+    host.fake.define(&changed).await.unwrap();
+    changed
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_definition_that_was_changed_meanwhile_is_not_overwritten() {
+    for (verb, rescued) in [(Verb::Rescue, false), (Verb::Unrescue, true)] {
+        let host = Host::new();
+        // The guest is off, the definition is not yet looked at.
+        let power_off = if rescued { 0 } else { 5 };
+        let gate = Gate::new(verb, Point::AfterStep(power_off));
+        let agent = with_server(&host, Arc::clone(&gate) as _).await;
+        let action = if rescued {
+            agent.succeed(ON, rescue_action()).await;
+            Action::Unrescue(unrescue())
+        } else {
+            rescue_action()
+        };
+        let plan = agent.plan(ON, &action).await;
+        let power_off = plan
+            .steps
+            .iter()
+            .position(|planned| planned.step.kind() == "PowerOff");
+        let before = host.look(&agent).await;
+        let submitted = agent.submit(ON, action).await.unwrap();
+        gate.reached().await;
+        let changed = edit(&host).await;
+        gate.open();
+        let operation = agent.ended(submitted.operation.id).await;
+        assert_eq!(power_off, Some(if rescued { 0 } else { 5 }));
+        assert_eq!(operation.state, OperationState::Failed, "{operation:#?}");
+        assert_eq!(operation.error.unwrap().reason, Reason::DomainChanged);
+        let seen = host.look(&agent).await;
+        assert_eq!(seen.inactive.as_ref(), Some(&changed));
+        // The guest that was on is on again, with the definition that there is now.
+        assert_eq!(seen.live.as_ref(), Some(&changed));
+        assert_eq!((seen.saved, seen.files), (before.saved, before.files));
+        let record = agent.record();
+        assert_eq!(record.vm_state, before.record.unwrap().vm_state);
+        assert_eq!(record.fault, None);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn taking_back_leaves_a_definition_alone_that_somebody_else_made() {
+    let host = Host::new();
+    let gate = Gate::new(Verb::Delete, Point::AfterStep(1));
+    let agent = with_server(&host, Arc::clone(&gate) as _).await;
+    let delete = agent.submit(ON, Action::Delete).await.unwrap().operation.id;
+    gate.reached().await;
+    let mine = host
+        .foreign_domain(false)
+        .replace("</uuid>", "</uuid><title>mine</title>");
+    host.fake.define(&mine).await.unwrap();
+    agent.engine.cancel(delete).await.unwrap();
+    gate.open();
+    let operation = agent.ended(delete).await;
+    assert_eq!(operation.state, OperationState::Cancelled);
+    assert_eq!(host.look(&agent).await.inactive, Some(mine));
+}
+
+#[tokio::test]
+async fn a_delete_keeps_what_is_not_of_the_agent_in_the_folder_of_an_adopted_server() {
+    let host = Host::new();
+    let agent = with_server(&host, Arc::new(NoProbe)).await;
+    agent.succeed(ON, rescue_action()).await;
+    // The agent made the disk in an earlier life, of which its store knows nothing.
+    let disk = host.layout().disk(SERVER);
+    std::fs::write(&disk, "precious").unwrap();
+    agent.succeed(ON, Action::Delete).await;
+    assert!(std::fs::exists(&disk).unwrap());
+    assert!(!std::fs::exists(host.layout().rescues(SERVER)).unwrap());
+    drop(agent);
+    let agent = host.agent(Arc::new(NoProbe)).await;
+    assert_eq!(agent.swept, Vec::<String>::new());
+    assert!(std::fs::exists(&disk).unwrap());
+}
+
+#[tokio::test]
+async fn a_preparation_that_cannot_be_removed_is_left_behind_and_the_server_is_as_before() {
+    let host = Host::new();
+    // The folder of the rescue; nothing was switched yet.
+    let plot = Plot::new(&[(Point::BeforeStep(4), FAIL), (Point::BeforeRevert(1), FAIL)]);
+    let agent = with_server(&host, plot).await;
+    let before = host.look(&agent).await;
+    let operation = agent.carry_out(ON, rescue_action()).await;
+    assert_eq!(operation.state, OperationState::Failed);
+    assert_eq!(operation.error.unwrap().reason, Reason::StorageFailed);
+    let warnings: Vec<_> = operation.warnings.iter().map(|w| w.name).collect();
+    assert_eq!(
+        warnings,
+        [WarningName::LeftBehind],
+        "{:?}",
+        operation.warnings
+    );
+    let seen = host.look(&agent).await;
+    assert_eq!(seen.record, before.record);
+    assert_eq!(seen.holders, before.holders);
+    drop(agent);
+    let agent = host.agent(Arc::new(NoProbe)).await;
+    assert_eq!(agent.swept.len(), 1);
+    assert_eq!(host.look(&agent).await.files, before.files);
+}
