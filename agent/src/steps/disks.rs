@@ -17,7 +17,7 @@ use crate::{
         disk_size,
         inspect::Format,
         overlay,
-        qemu_img::{Job, QemuImgError},
+        qemu_img::{Disk, Job, QemuImgError},
     },
 };
 

@@ -28,6 +28,7 @@ use serde::Deserialize;
 
 use super::files::DISK_MODE;
 use super::inspect::Format;
+use super::overlay;
 use crate::cancel::Cancel;
 use process::{Kind, failed};
 
@@ -314,19 +315,20 @@ impl QemuImg {
         };
         roomy.run_ok(job, Kind::Writes, "commit", arguments).await?;
         sync(base.path).await?;
-        let mut empty = overlay.as_os_str().to_owned();
-        empty.push(".empty");
-        let empty = PathBuf::from(empty);
-        self.create_overlay(job, &empty, base, Some(size), IfExists::Replace)
-            .await?;
-        tokio::fs::rename(&empty, overlay)
-            .await
-            .map_err(|source| QemuImgError::File {
-                path: empty.clone(),
-                action: "renamed",
-                source,
-            })?;
-        sync(overlay).await
+        let (path, backing) = (overlay.to_owned(), base.path.to_owned());
+        let format = base.format;
+        let emptied =
+            tokio::task::spawn_blocking(move || overlay::create(&path, &backing, format, size));
+        let failed = match emptied.await {
+            Ok(Ok(())) => return Ok(()),
+            Ok(Err(error)) => std::io::Error::other(error),
+            Err(panicked) => panicked.into(),
+        };
+        Err(QemuImgError::File {
+            path: overlay.to_owned(),
+            action: "emptied",
+            source: failed,
+        })
     }
 
     /// Checks a qcow2 file's metadata. Repairs nothing. The disk must not be in use.
