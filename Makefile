@@ -38,7 +38,7 @@ fmt: ## formats the Rust code and the protocol buffers
 
 bench: ## measures the agent against raw libvirt calls
 	tools/setup
-	$(CARGO) build --locked --release -p salvor-agent --bins
+	$(CARGO) build --locked --release -p salvor-agent -p salvor-tests --bins
 	$(CARGO) run --locked --release -p salvor-tests --bin salvor-bench
 
 proto-baseline: ## makes the API as it is now what later changes must be compatible with (at a release)

@@ -245,8 +245,8 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// Asks the guest to shut down (ACPI). Returns once asked, not once off.
     async fn shutdown(&self, id: Uuid) -> HypervisorResult<()>;
 
-    /// Ends the guest at once. A domain that is off is success. Goes over a connection of its own,
-    /// so that it works while other calls hang.
+    /// Ends the guest at once; it is off when this returns. A domain that is off already is success.
+    /// Goes over a connection of its own, so that it works while other calls hang.
     async fn destroy(&self, id: Uuid) -> HypervisorResult<()>;
 
     /// Sets a user's password in the guest through the guest agent.

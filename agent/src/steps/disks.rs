@@ -1,16 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Steps on disks: overlays made and written back.
 
-use std::{path::Path, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
-use super::{Applied, Steps};
+use super::{
+    Applied, Steps,
+    files::{blocking, storage_reason},
+};
 use crate::{
     core::{errors::chain, reason::Reason},
     engine::{StepContext, StepError},
     storage::{
         disk_size,
         inspect::Format,
-        qemu_img::{Disk, IfExists, Job, QemuImgError},
+        overlay,
+        qemu_img::{Disk, Job, QemuImgError},
     },
 };
 
@@ -20,32 +27,19 @@ const NO_SHORTER_DEADLINE: Duration = Duration::from_secs(6 * 3600);
 impl Steps {
     pub(super) async fn create_overlay(
         &self,
-        context: &StepContext<'_>,
         path: &str,
         backing: &str,
         backing_format: &str,
         size: u64,
     ) -> Applied {
         let format = format(backing_format)?;
-        let job = Job {
-            deadline: NO_SHORTER_DEADLINE,
-            cancel: context.cancel.clone(),
-            progress: None,
-        };
-        let backing = Disk {
-            path: Path::new(backing),
-            format,
-        };
-        // What is there already was left half made by this very plan: nothing has used it yet.
-        self.qemu_img
-            .create_overlay(
-                &job,
-                Path::new(path),
-                backing,
-                Some(size),
-                IfExists::Replace,
-            )
-            .await?;
+        let (path, backing) = (self.own(path)?, PathBuf::from(backing));
+        // What is there already was made by this very plan: nothing has used it yet.
+        blocking(move || {
+            overlay::create(&path, &backing, format, size)
+                .map_err(|error| StepError::new(storage_reason(&error), chain(&error)))
+        })
+        .await?;
         Ok(None)
     }
 

@@ -23,10 +23,6 @@ use crate::{
 /// Events say when a guest is off; this is how often it is looked at all the same.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
-/// How long a guest may take to be off after it was ended: libvirt waits 15 s for QEMU to end by
-/// itself and as long again after it killed it.
-const DESTROY_LIMIT: Duration = Duration::from_secs(60);
-
 /// How long a guest that was asked to shut down, and then no longer should, is watched at most: most
 /// guests that obey at all are off by then, and whoever cancels waits for it.
 const OBEYS_LATE: Duration = Duration::from_secs(10);
@@ -96,28 +92,9 @@ impl Steps {
         }
     }
 
-    /// Ends the guest and makes sure that it is off.
+    /// Ends the guest. It is off then.
     async fn end(&self, id: Uuid) -> Result<(), StepError> {
-        let mut events = self.hypervisor.events();
-        self.hypervisor.destroy(id).await?;
-        let deadline = Instant::now() + DESTROY_LIMIT;
-        while self.on(id).await?.is_some() {
-            if Instant::now() >= deadline {
-                return Err(StepError::new(
-                    Reason::DeadlineExceeded,
-                    format!(
-                        "domain {id} is still on {} s after it was ended",
-                        DESTROY_LIMIT.as_secs()
-                    ),
-                ));
-            }
-            let _ = timeout_at(
-                deadline.min(Instant::now() + LOOK_AGAIN),
-                news_of(&mut events, id),
-            )
-            .await;
-        }
-        Ok(())
+        Ok(self.hypervisor.destroy(id).await?)
     }
 
     /// The domain's power while it has a QEMU. A crashed one that is kept (`on_crash` preserve) has.

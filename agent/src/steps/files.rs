@@ -66,7 +66,7 @@ impl Steps {
     }
 
     /// A path that is the agent's to make and to remove.
-    fn own(&self, path: &str) -> Result<PathBuf, StepError> {
+    pub(super) fn own(&self, path: &str) -> Result<PathBuf, StepError> {
         let servers = PathBuf::from(self.layout.servers());
         let path = PathBuf::from(path);
         let plain = path
@@ -115,7 +115,7 @@ pub(super) fn remove_tree(path: &Path, top: &Path) -> Result<(), StepError> {
     Ok(())
 }
 
-async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, StepError> + Send + 'static,
 ) -> Result<T, StepError> {
     tokio::task::spawn_blocking(work).await.map_err(|error| {

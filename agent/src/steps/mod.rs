@@ -76,7 +76,7 @@ impl StepRunner for Steps {
                 backing_format,
                 size,
             } => {
-                self.create_overlay(&context, path, backing, backing_format, *size)
+                self.create_overlay(path, backing, backing_format, *size)
                     .await
             }
             Step::CopyFile { from, to } => self.copy_file(&context, from, to).await,

@@ -4,7 +4,8 @@
 //! ```text
 //!   inspect         may these foreign bytes be shown to QEMU's tools?
 //!   images          imported images: written once, hashed, inspected, then only read
-//!   qemu_img        disks: overlays, conversions, commits, under limits
+//!   overlay         empty qcow2 overlays
+//!   qemu_img        disks: conversions, commits, under limits
 //!   config_drive    the small disk that tells cloud-init who it is
 //!   files           durable writing, copying, names that stay in their folder
 //! ```
@@ -16,6 +17,7 @@ pub mod config_drive;
 pub mod files;
 pub mod images;
 pub mod inspect;
+pub mod overlay;
 pub mod qemu_img;
 mod sizes;
 

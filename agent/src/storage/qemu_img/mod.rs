@@ -28,11 +28,9 @@ use serde::Deserialize;
 
 use super::files::DISK_MODE;
 use super::inspect::Format;
+use super::overlay;
 use crate::cancel::Cancel;
 use process::{Kind, failed};
-
-/// QEMU keeps the name of a backing file in at most this many bytes.
-const LONGEST_BACKING_NAME: usize = 1023;
 
 /// What went wrong with qemu-img.
 #[derive(Debug, thiserror::Error)]
@@ -237,33 +235,6 @@ impl Default for QemuImg {
 }
 
 impl QemuImg {
-    /// Creates an empty qcow2 overlay on a backing file, as large as that or as `size` says.
-    ///
-    /// # Errors
-    /// [`QemuImgError`]; nothing is left behind then.
-    pub async fn create_overlay(
-        &self,
-        job: &Job<'_>,
-        path: &Path,
-        backing: Disk<'_>,
-        size: Option<u64>,
-        if_exists: IfExists,
-    ) -> Result<(), QemuImgError> {
-        if backing.path.as_os_str().len() > LONGEST_BACKING_NAME {
-            return Err(QemuImgError::Path {
-                path: backing.path.to_owned(),
-                rule: "a backing file's name has at most 1023 bytes",
-            });
-        }
-        let mut arguments = words(&["-q", "-f", "qcow2", "-F", backing.format.driver(), "-b"]);
-        arguments.push(name(backing.path)?);
-        if size.is_some() {
-            // Nothing need be read of the backing file then, which a running guest may have locked.
-            arguments.push("-u".into());
-        }
-        self.create(job, arguments, path, size, if_exists).await
-    }
-
     /// Creates an empty disk of `size` bytes; a raw one is sparse.
     ///
     /// # Errors
@@ -344,19 +315,20 @@ impl QemuImg {
         };
         roomy.run_ok(job, Kind::Writes, "commit", arguments).await?;
         sync(base.path).await?;
-        let mut empty = overlay.as_os_str().to_owned();
-        empty.push(".empty");
-        let empty = PathBuf::from(empty);
-        self.create_overlay(job, &empty, base, Some(size), IfExists::Replace)
-            .await?;
-        tokio::fs::rename(&empty, overlay)
-            .await
-            .map_err(|source| QemuImgError::File {
-                path: empty.clone(),
-                action: "renamed",
-                source,
-            })?;
-        sync(overlay).await
+        let (path, backing) = (overlay.to_owned(), base.path.to_owned());
+        let format = base.format;
+        let emptied =
+            tokio::task::spawn_blocking(move || overlay::create(&path, &backing, format, size));
+        let failed = match emptied.await {
+            Ok(Ok(())) => return Ok(()),
+            Ok(Err(error)) => std::io::Error::other(error),
+            Err(panicked) => panicked.into(),
+        };
+        Err(QemuImgError::File {
+            path: overlay.to_owned(),
+            action: "emptied",
+            source: failed,
+        })
     }
 
     /// Checks a qcow2 file's metadata. Repairs nothing. The disk must not be in use.
