@@ -206,8 +206,11 @@ pub struct Fault {
     pub reason: Reason,
     /// What happened, for people.
     pub message: String,
-    /// The step that failed.
+    /// The step that failed, or the last that had begun when the operation was cancelled.
     pub step: String,
+    /// The step that could not be taken back.
+    #[serde(default)]
+    pub revert_step: String,
     /// What is left on the host.
     pub left_behind: Vec<String>,
     /// When, in milliseconds since the Unix epoch.
@@ -259,6 +262,9 @@ pub struct ServerRecord {
     pub metadata: BTreeMap<String, String>,
     /// Host name.
     pub hostname: String,
+    /// SSH public keys by name, for its rescues as well.
+    #[serde(default)]
+    pub public_keys: BTreeMap<String, String>,
 }
 
 impl ServerRecord {

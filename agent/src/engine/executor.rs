@@ -31,7 +31,7 @@ use super::{
 use crate::{
     cancel::Cancel,
     core::{
-        operation::{OperationRecord, OperationState, StepState},
+        operation::{OperationRecord, OperationState, StepRecord, StepState},
         plan::{Phase, Plan, Step},
         reason::{Reason, Refusal, Warning, WarningName},
         record::Fault,
@@ -485,18 +485,23 @@ impl Execution {
             .as_ref()
             .map_or("", |error| error.message.as_str());
         let what = self.describe(index);
+        let kind =
+            |step: Option<&StepRecord>| step.map(|step| step.kind.clone()).unwrap_or_default();
         Fault {
             reason: Reason::RollbackFailed,
             message: format!(
                 "{} failed ({first}), and taking back \"{what}\" failed as well: {error}",
                 self.plan.verb
             ),
-            step: self
-                .operation
-                .steps
-                .get(index)
-                .map(|step| step.kind.clone())
-                .unwrap_or_default(),
+            // Steps run in order, so none after the one that failed had begun.
+            step: kind(
+                self.operation
+                    .steps
+                    .iter()
+                    .rev()
+                    .find(|step| step.state != StepState::Pending),
+            ),
+            revert_step: kind(self.operation.steps.get(index)),
             left_behind,
             at_ms: now_ms(),
         }

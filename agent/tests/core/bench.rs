@@ -75,6 +75,7 @@ pub(crate) fn record(origin: Origin, vm_state: VmState) -> ServerRecord {
         settled_at_ms: 1_000,
         metadata: BTreeMap::new(),
         hostname: String::new(),
+        public_keys: BTreeMap::new(),
     }
 }
 

@@ -424,7 +424,8 @@ impl World {
         record.fault = Some(Fault {
             reason: Reason::RollbackFailed,
             message: String::new(),
-            step: step.kind().to_owned(),
+            step: String::new(),
+            revert_step: step.kind().to_owned(),
             left_behind: Vec::new(),
             at_ms: self.clock,
         });

@@ -5,7 +5,7 @@ use salvor_agent::core::{
     action::{Action, AdoptArgs, UnrescueArgs},
     facts::{CommitSpace, Facts, live_only},
     image::ImageFormat,
-    plan::Plan,
+    plan::{Plan, Step},
     planners::{choose_image, plan},
     reason::{Reason, Refusal, WarningName},
     record::{Origin, OverlayDisposition, Protection, RescueBus, RescueDevice, ServerRecord},
@@ -502,6 +502,9 @@ fn a_commit_that_may_not_fit_is_warned_of() {
         let space = CommitSpace { allocated: 2, free };
         facts.commit_space.insert(overlay.path.clone(), space);
         let plan = plan(Some(&server), &commit, &facts, templates()).unwrap();
+        assert!(plan.steps.iter().any(|planned| {
+            matches!(planned.step, Step::CommitOverlay { size, .. } if size == 10 << 30)
+        }));
         let found = warning(&plan, WarningName::SpaceMayRunOut);
         assert_eq!(
             found.is_some_and(|text| text.contains(&overlay.base)),
@@ -579,4 +582,35 @@ fn the_definition_of_a_rescue_is_no_way_back() {
         Reason::DomainUnsupported,
         &["that of a rescue", "restore that first"],
     );
+}
+
+#[test]
+fn a_rescue_takes_the_keys_that_the_server_was_made_with() {
+    let keys = std::collections::BTreeMap::from([("me".to_owned(), "ssh-ed25519 AAAA".to_owned())]);
+    let mut args = create_args();
+    args.public_keys.clone_from(&keys);
+    let base = facts(None, Some(image(BASE, "base", ImageFormat::Qcow2)));
+    let create = plan(None, &Action::Create(Box::new(args)), &base, templates()).unwrap();
+    let mut server = *create.initial.unwrap();
+    server.vm_state = VmState::Active;
+    let rescue = Action::Rescue(Box::new(rescue_args()));
+    let facts = rescue_facts(&created_xml(false));
+    let rescue = plan(Some(&server), &rescue, &facts, templates()).unwrap();
+    let drive = rescue.steps.iter().find_map(|planned| match &planned.step {
+        Step::BuildConfigDrive { drive, .. } => Some(drive),
+        _ => None,
+    });
+    assert_eq!(drive.unwrap().public_keys, keys);
+}
+
+#[test]
+fn the_machine_of_a_server_suits_the_architecture() {
+    let mut base = facts(None, Some(image(BASE, "base", ImageFormat::Qcow2)));
+    for (arch, machine) in [("x86_64", "q35"), ("aarch64", "virt")] {
+        base.host.arch = arch.to_owned();
+        let create = Action::Create(Box::new(create_args()));
+        let xml = defined(&plan(None, &create, &base, templates()).unwrap());
+        let parsed = salvor_domain_templates::Domain::parse(&xml).unwrap();
+        assert_eq!(parsed.machine(), Some(machine));
+    }
 }

@@ -338,7 +338,7 @@ impl Trial {
                     record.task_state.is_none() && record.operation.is_none(),
                 );
                 let fault = record.fault.clone().unwrap();
-                expect("the fault names the step", fault.step == kind);
+                expect("the fault names the step", fault.revert_step == kind);
                 expect(
                     "the fault names what is left",
                     !fault.left_behind.is_empty(),

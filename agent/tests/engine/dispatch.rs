@@ -401,7 +401,10 @@ async fn a_rescue_that_cannot_be_taken_back_says_what_is_left_and_unrescue_gets_
     let record = agent.record();
     assert_eq!((record.vm_state, record.task_state), (VmState::Error, None));
     let fault = record.fault.clone().unwrap();
-    assert_eq!(fault.step, "DefineDomain");
+    assert_eq!(
+        (fault.step.as_str(), fault.revert_step.as_str()),
+        ("DefineDomain", "DefineDomain")
+    );
     assert!(
         fault.message.contains("out of memory") && fault.message.contains("still out of memory")
     );
@@ -520,4 +523,23 @@ async fn a_call_that_missed_its_deadline_does_not_take_effect_after_the_roll_bac
     assert_eq!(operation.error.unwrap().reason, Reason::DeadlineExceeded);
     let after = host.look(&agent).await;
     assert_eq!(before.differences(&after), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn a_fault_names_the_step_that_failed_and_the_one_that_could_not_be_taken_back() {
+    let host = Host::new();
+    let agent = with_server(&host, Arc::new(NoProbe)).await;
+    let no = |call: &'static str| HypervisorError::Refused {
+        call,
+        message: "no".to_owned(),
+    };
+    host.fake.fail_next("define", no("virDomainDefineXML"));
+    host.fake.fail_next("start", no("virDomainCreate"));
+    let operation = agent.carry_out(ON, rescue_action()).await;
+    assert_eq!(operation.state, OperationState::Failed);
+    let fault = agent.record().fault.clone().unwrap();
+    assert_eq!(
+        (fault.step.as_str(), fault.revert_step.as_str()),
+        ("DefineDomain", "PowerOff")
+    );
 }

@@ -56,6 +56,7 @@ fn server(id: Uuid) -> ServerRecord {
         settled_at_ms: 1,
         metadata: BTreeMap::new(),
         hostname: String::new(),
+        public_keys: BTreeMap::new(),
     }
 }
 

@@ -25,7 +25,7 @@ macro_rules! values {
 values! {
     /// `--mode`.
     ModeArg => RescueMode {
-        /// Stable if the image asks for it or is an ISO, else classic.
+        /// Stable if the image asks for it, is a CD-ROM or is the server's own, else classic.
         Auto => Unspecified,
         /// The rescue disk is the first disk, the original root the second.
         Classic => Classic,

@@ -221,7 +221,8 @@ pub(crate) fn server(server: &v1::Server) -> String {
         fields
             .add("fault", format!("{}: {}", fault.reason, fault.message))
             .add("fault at", show_time(fault.create_time.as_ref()))
-            .add("fault in step", &fault.step);
+            .add("fault in step", &fault.step)
+            .add("not taken back", &fault.revert_step);
         for left in &fault.left_behind {
             fields.add("left behind", left);
         }
@@ -489,6 +490,7 @@ pub(crate) fn operation(operation: &Operation) -> String {
         .add("server", &metadata.server_id)
         .add("state", operation_word(metadata.state))
         .add("request id", &metadata.request_id)
+        .add("asked by", &metadata.caller)
         .add("began", show_time(metadata.create_time.as_ref()));
     if metadata.end_time.is_some() {
         fields.add("ended", show_time(metadata.end_time.as_ref()));

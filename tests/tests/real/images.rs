@@ -86,12 +86,12 @@ async fn unsafe_and_misdeclared_images_are_refused_with_a_reason_and_leave_nothi
     fs::write(&empty, "").unwrap();
     let huge = folder.join("huge");
     fs::File::create(&huge).unwrap().set_len(8 << 40).unwrap();
-    let with_luks = ["-f", "qcow2", "--object", "secret,id=k,data=x"];
-    let luks = [
-        "-o",
-        "encrypt.format=luks,encrypt.key-secret=k,encrypt.iter-time=10",
-        "1M",
-    ];
+    let locked = folder.join("locked");
+    let mut header = fs::read(&good).unwrap();
+    // Offset 32: how it is encrypted, 2 being LUKS. qemu-img would time the key's derivation first, which
+    // it cannot on every machine.
+    header[32..36].copy_from_slice(&2u32.to_be_bytes());
+    fs::write(&locked, header).unwrap();
 
     let qcow2 = ImageFormat::Qcow2;
     let told = ImageFormat::Unspecified;
@@ -110,11 +110,7 @@ async fn unsafe_and_misdeclared_images_are_refused_with_a_reason_and_leave_nothi
             qcow2,
             "IMAGE_UNSAFE",
         ),
-        (
-            created(folder, "locked", &[&with_luks[..], &luks[..]].concat()),
-            qcow2,
-            "IMAGE_UNSAFE",
-        ),
+        (locked, qcow2, "IMAGE_UNSAFE"),
         (
             created(folder, "vmdk", &["-f", "vmdk", "1M"]),
             told,

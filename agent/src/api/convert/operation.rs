@@ -68,6 +68,7 @@ pub(in crate::api) fn operation(
         cancel_requested: record.cancel_requested,
         warnings: warnings(&record.warnings),
         recoveries: record.recoveries,
+        caller: record.caller.clone(),
     };
     longrunning::Operation {
         name: operation_name(record.id),
@@ -216,5 +217,6 @@ mod tests {
             .map(|step| step.progress_percent)
             .collect();
         assert_eq!(progress, [None, Some(42)]);
+        assert_eq!(metadata.caller, "uid:0");
     }
 }

@@ -120,6 +120,7 @@ fn fault(fault: &Fault) -> v1::Fault {
         reason: fault.reason.name().to_owned(),
         message: fault.message.clone(),
         step: fault.step.clone(),
+        revert_step: fault.revert_step.clone(),
         left_behind: fault.left_behind.clone(),
         create_time: Some(timestamp(fault.at_ms)),
     }
@@ -204,6 +205,7 @@ pub(in crate::api) mod tests {
             updated_at_ms: 2,
             metadata: BTreeMap::from([("k".to_owned(), "v".to_owned())]),
             hostname: "web".to_owned(),
+            public_keys: BTreeMap::new(),
         }
     }
 

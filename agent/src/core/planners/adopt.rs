@@ -79,6 +79,7 @@ pub(super) fn plan(args: &AdoptArgs, facts: &Facts) -> Result<Plan, Refusal> {
         settled_at_ms: now,
         metadata: BTreeMap::new(),
         hostname: String::new(),
+        public_keys: BTreeMap::new(),
     };
     Ok(Builder::new(Verb::Adopt, domain.id, facts).ends(Outcome::Insert(Box::new(record))))
 }

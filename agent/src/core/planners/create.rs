@@ -135,7 +135,10 @@ fn spec(args: &CreateArgs, facts: &Facts) -> ServerSpec {
             DomainKind::Qemu
         },
         arch: host.arch.clone(),
-        machine: args.machine.clone().unwrap_or_else(|| "q35".to_owned()),
+        machine: args.machine.clone().unwrap_or_else(|| {
+            let default = if host.arch == "x86_64" { "q35" } else { "virt" };
+            default.to_owned()
+        }),
         memory_mib: args.flavor.memory_mib,
         vcpus: args.flavor.vcpus,
         disks: vec![ServerDisk {
@@ -312,5 +315,6 @@ fn record(args: &CreateArgs, facts: &Facts, rendered: &Domain) -> ServerRecord {
         settled_at_ms: now,
         metadata: args.metadata.clone(),
         hostname: args.hostname.clone(),
+        public_keys: args.public_keys.clone(),
     }
 }

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Rescue: everything is prepared while the server runs, then the domain is switched.
 
-use std::collections::BTreeMap;
-
 use salvor_domain_templates::{
     Bus, Device, DiskFormat, DiskRole, Domain, Firmware, Mode, RescueDisk as DiskSpec,
     RescueRendering, RescueSpec, Role, TemplateError, Templates, render_rescue,
@@ -252,7 +250,7 @@ impl<'a> Rescue<'a> {
                 server.hostname.clone()
             },
             name: server.name.clone(),
-            public_keys: BTreeMap::new(),
+            public_keys: server.public_keys.clone(),
             password: Some(self.args.password.clone()),
             password_user: self.password_user.clone(),
             user_data: None,

@@ -458,3 +458,14 @@ async fn errors_carry_the_exit_code_and_the_last_lines() {
     let error = absent.info(&job(), raw(Path::new("/x"))).await.unwrap_err();
     assert!(error.to_string().contains("absent"), "{error}");
 }
+
+#[test]
+fn the_limit_of_a_commit_is_not_met_before_its_deadline() {
+    let commit = crate::core::plan::Step::CommitOverlay {
+        path: String::new(),
+        base: String::new(),
+        base_format: String::new(),
+    };
+    let limit = Limits::default().cpu_seconds_writing * 1000;
+    assert_eq!(limit, commit.deadline_ms());
+}
