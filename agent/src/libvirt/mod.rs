@@ -42,6 +42,7 @@ use virt::domain::Domain;
 use virt::error::ErrorNumber;
 use virt::sys;
 
+use self::schema::SchemaChecks;
 pub use self::schema::{SchemaError, check_schema};
 
 use self::connections::{Class, Connections, Notice, Supervisor, is_alive};
@@ -122,6 +123,7 @@ pub enum OpenError {
 pub struct Libvirt {
     shared: Arc<Connections>,
     turns: Turns,
+    schema: Arc<SchemaChecks>,
 }
 
 impl Libvirt {
@@ -147,7 +149,11 @@ impl Libvirt {
             .spawn(move || supervisor.run())
             .map_err(OpenError::Thread)?;
         let turns = Turns::default();
-        Ok(Self { shared, turns })
+        Ok(Self {
+            shared,
+            turns,
+            schema: Arc::default(),
+        })
     }
 
     /// Does `work` with a connection on one of the threads of the class. While an earlier call of the
@@ -420,9 +426,11 @@ impl Hypervisor for Libvirt {
 
     async fn validate(&self, xml: &str) -> HypervisorResult<()> {
         let name = "virConnectDomainXMLToNative";
-        let checked = xml.to_owned();
+        let (checks, checked) = (Arc::clone(&self.schema), xml.to_owned());
         let schema = self.call(Class::Mutate, self.call_named(name), move |_| {
-            check_schema(&checked).map_err(|error| schema_failure(name, &error))
+            checks
+                .check(&checked)
+                .map_err(|error| schema_failure(name, &error))
         });
         let asked = xml.to_owned();
         let native = self.call(Class::Mutate, self.call_named(name), move |connect| {
