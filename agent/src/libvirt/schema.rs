@@ -244,9 +244,10 @@ mod tests {
         let disk = |bus: &str, file: &str, more: &str| {
             format!(
                 "<domain><name>{file}</name><metadata><a>{file}</a></metadata><disk>\
-                 <target bus='{bus}'/><source file='/{file}'/><mac a='52:54:00:00:00:0{file}'/>\
+                 <target bus='{bus}'/><source file='/{file}'/><mac a='52:54:00:00:00:{}'/>\
                  <uuid>deb9ba4c-4eae-4a65-a2bd-{file}{file}</uuid><address slot='0x{file}'/>{more}\
                  </disk></domain>",
+                &file[4..]
             )
         };
         let first = shape(&disk("virtio", "000001", ""));
