@@ -236,6 +236,7 @@ fn about(step: &Step) -> &'static str {
         Step::PowerOff { .. } => "has the guest shut down, and ends it when its time is over",
         Step::MarkCommitStarted => "notes that overlays are being committed",
         Step::CommitOverlay { .. } => "writes an overlay to the disk under it",
+        Step::EmptyOverlay { .. } => "empties an overlay whose disk is about to change under it",
         Step::DefineDomain { .. } => "defines the domain",
         Step::UndefineDomain { .. } => "removes the domain's definition",
         Step::StartDomain { .. } => "starts the guest",
@@ -288,6 +289,11 @@ fn steps() -> Vec<Step> {
         },
         Step::MarkCommitStarted,
         Step::CommitOverlay {
+            path: text(),
+            base: text(),
+            base_format: String::new(),
+        },
+        Step::EmptyOverlay {
             path: text(),
             base: text(),
             base_format: String::new(),

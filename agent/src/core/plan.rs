@@ -129,6 +129,16 @@ pub enum Step {
         /// Format of that: recorded, never probed.
         base_format: String,
     },
+    /// What a discarded overlay holds is gone: the disk under it is about to change, and must not be
+    /// mixed with it if the plan is taken back after that.
+    EmptyOverlay {
+        /// The overlay.
+        path: String,
+        /// The disk under it.
+        base: String,
+        /// Format of that: recorded, never probed.
+        base_format: String,
+    },
     /// The persistent domain.
     DefineDomain {
         /// The XML.
@@ -189,6 +199,7 @@ impl Step {
             Self::PowerOff { .. } => "PowerOff",
             Self::MarkCommitStarted => "MarkCommitStarted",
             Self::CommitOverlay { .. } => "CommitOverlay",
+            Self::EmptyOverlay { .. } => "EmptyOverlay",
             Self::DefineDomain { .. } => "DefineDomain",
             Self::UndefineDomain { .. } => "UndefineDomain",
             Self::StartDomain { .. } => "StartDomain",
@@ -225,6 +236,7 @@ impl Step {
             }
             Self::MarkCommitStarted => "note that the overlays are being committed".to_owned(),
             Self::CommitOverlay { path, base, .. } => format!("write the overlay {path} to {base}"),
+            Self::EmptyOverlay { path, .. } => format!("discard what the overlay {path} holds"),
             Self::DefineDomain {
                 mark: Mark::Plan(_),
                 ..
@@ -257,6 +269,7 @@ impl Step {
             | Self::ReleaseImage { .. }
             | Self::DropSavedDefinition => 30_000,
             Self::CreateOverlay { .. }
+            | Self::EmptyOverlay { .. }
             | Self::BuildConfigDrive { .. }
             | Self::RemoveFolder { .. } => 60_000,
             Self::CopyFile { .. } => 600_000,
@@ -284,6 +297,7 @@ impl Step {
             | Self::SaveDefinition { .. }
             | Self::MarkCommitStarted
             | Self::CommitOverlay { .. }
+            | Self::EmptyOverlay { .. }
             | Self::DefineDomain { .. }
             | Self::UndefineDomain { .. }
             | Self::SetUserPassword { .. }
@@ -304,6 +318,7 @@ impl Step {
             }
             Self::CopyFile { to, .. } => vec![(to.clone(), "create")],
             Self::CommitOverlay { base, .. } => vec![(base.clone(), "write")],
+            Self::EmptyOverlay { path, .. } => vec![(path.clone(), "write")],
             Self::RemoveFolder { path } => vec![(path.clone(), "remove")],
             Self::HoldImage { .. }
             | Self::SaveDefinition { .. }

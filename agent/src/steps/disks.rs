@@ -34,13 +34,18 @@ impl Steps {
     ) -> Applied {
         let format = format(backing_format)?;
         let (path, backing) = (self.own(path)?, PathBuf::from(backing));
-        // What is there already was made by this very plan: nothing has used it yet.
+        // What is there already was made by this very plan, and nothing has used it yet, or is to go.
         blocking(move || {
             overlay::create(&path, &backing, format, size)
                 .map_err(|error| StepError::new(storage_reason(&error), chain(&error)))
         })
         .await?;
         Ok(None)
+    }
+
+    pub(super) async fn empty_overlay(&self, path: &str, base: &str, base_format: &str) -> Applied {
+        let size = overlay_size(Path::new(path)).await?;
+        self.create_overlay(path, base, base_format, size).await
     }
 
     pub(super) async fn commit_overlay(
@@ -55,12 +60,7 @@ impl Steps {
             path: Path::new(base),
             format: format(base_format)?,
         };
-        let size = disk_size(path, Format::Qcow2.name())
-            .await
-            .map_err(|error| {
-                let message = format!("the overlay {} cannot be read: {error}", path.display());
-                StepError::new(Reason::StorageFailed, message)
-            })?;
+        let size = overlay_size(path).await?;
         let job = Job {
             deadline: NO_SHORTER_DEADLINE,
             cancel: context.cancel.clone(),
@@ -69,6 +69,16 @@ impl Steps {
         self.qemu_img.commit(&job, path, base, size).await?;
         Ok(None)
     }
+}
+
+/// The size of the disk that an overlay shows, in bytes.
+async fn overlay_size(path: &Path) -> Result<u64, StepError> {
+    disk_size(path, Format::Qcow2.name())
+        .await
+        .map_err(|error| {
+            let message = format!("the overlay {} cannot be read: {error}", path.display());
+            StepError::new(Reason::StorageFailed, message)
+        })
 }
 
 fn format(name: &str) -> Result<Format, StepError> {

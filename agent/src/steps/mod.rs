@@ -89,6 +89,11 @@ impl StepRunner for Steps {
                 base,
                 base_format,
             } => self.commit_overlay(&context, path, base, base_format).await,
+            Step::EmptyOverlay {
+                path,
+                base,
+                base_format,
+            } => self.empty_overlay(path, base, base_format).await,
             Step::DefineDomain { xml, mark, before } => {
                 self.define(server, xml, *mark, before.as_deref()).await
             }
@@ -128,6 +133,8 @@ impl StepRunner for Steps {
             }
             // The overlays show the same disk as before, however much of them was written.
             Step::MarkCommitStarted | Step::CommitOverlay { .. } => Ok(()),
+            // It was to be discarded, and what it stands on may have changed since.
+            Step::EmptyOverlay { .. } => Ok(()),
             Step::DefineDomain { xml, mark, before } => {
                 self.define_again(server, xml, *mark, before.as_deref())
                     .await
@@ -159,6 +166,7 @@ impl StepRunner for Steps {
             | Step::SaveDefinition { .. }
             | Step::MarkCommitStarted
             | Step::CommitOverlay { .. }
+            | Step::EmptyOverlay { .. }
             | Step::SetUserPassword { .. }
             | Step::RemoveFolder { .. }
             | Step::ReleaseImage { .. }

@@ -106,6 +106,7 @@ fn listing(plan: &Plan) -> String {
             | Step::CopyFile { .. }
             | Step::MarkCommitStarted
             | Step::CommitOverlay { .. }
+            | Step::EmptyOverlay { .. }
             | Step::RemoveFolder { .. }
             | Step::DropSavedDefinition => {}
         }

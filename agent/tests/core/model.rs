@@ -68,7 +68,9 @@ impl Host {
                 let rescue = record.as_mut().and_then(|record| record.rescue.as_mut());
                 rescue.unwrap().commit_started = true;
             }
-            Step::CommitOverlay { path, .. } => assert!(self.files.contains(path), "{path}"),
+            Step::CommitOverlay { path, .. } | Step::EmptyOverlay { path, .. } => {
+                assert!(self.files.contains(path), "{path}");
+            }
             Step::DefineDomain { xml, .. } => self.defined = Some(xml.clone()),
             Step::UndefineDomain { .. } => self.defined = None,
             Step::StartDomain { mark, .. } => {
@@ -123,6 +125,7 @@ impl Host {
             Step::StartDomain { .. } => self.running = None,
             Step::MarkCommitStarted
             | Step::CommitOverlay { .. }
+            | Step::EmptyOverlay { .. }
             | Step::SetUserPassword { .. }
             | Step::RemoveFolder { .. }
             | Step::ReleaseImage { .. }
@@ -314,6 +317,7 @@ impl World {
                     | Step::UndefineDomain { .. }
                     | Step::StartDomain { .. }
                     | Step::CommitOverlay { .. }
+                    | Step::EmptyOverlay { .. }
             )
         };
         for planned in &plan.steps {

@@ -18,7 +18,7 @@ use std::{
 use salvor_agent::{
     core::{
         action::Action,
-        operation::{OperationRecord, OperationState},
+        operation::{OperationRecord, OperationState, StepState},
         plan::{Phase, Plan},
         reason::Reason,
         record::OverlayDisposition,
@@ -237,7 +237,7 @@ impl Trial {
         let mut wrong = if done {
             seen.differences(&self.done)
         } else {
-            seen.differences(&self.as_before(&seen))
+            seen.differences(&self.as_before(&seen, &operation))
         };
         if self.variant.commits {
             let shown = self.shown_by_disks();
@@ -255,8 +255,29 @@ impl Trial {
     }
 
     /// How the host has to look if the plan was taken back.
-    fn as_before(&self, seen: &Seen) -> Seen {
+    fn as_before(&self, seen: &Seen, operation: &OperationRecord) -> Seen {
         let mut before = self.before.clone();
+        // What a discarded overlay held is gone for good before the server can change its disk.
+        let begun = |kind: &str, about: &str| {
+            operation.steps.iter().any(|step| {
+                step.kind == kind
+                    && step.state != StepState::Pending
+                    && step.description.contains(about)
+            })
+        };
+        let rescue = self.before.record.as_ref().and_then(|r| r.rescue.as_ref());
+        for overlay in rescue.iter().flat_map(|rescue| &rescue.overlays) {
+            if !begun("EmptyOverlay", &overlay.path) {
+                continue;
+            }
+            let path = Path::new(&overlay.path);
+            let name = path.strip_prefix(self.host.dir.path()).unwrap();
+            let name = name.display().to_string();
+            let emptied = content(Path::new(&overlay.base), &overlay.base_format);
+            if begun("StartDomain", "") || seen.files.get(&name) == Some(&emptied) {
+                before.files.insert(name, emptied);
+            }
+        }
         if !self.variant.commits {
             return before;
         }

@@ -56,7 +56,7 @@ const DISK: usize = 128 << 10;
 
 /// A host.
 pub(crate) struct Host {
-    dir: TempDir,
+    pub(crate) dir: TempDir,
     pub(crate) fake: FakeHypervisor,
     databases: usize,
 }

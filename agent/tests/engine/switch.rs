@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What somebody else does to a domain while it is rescued, or while it is being switched.
 
-use std::sync::Arc;
+use std::{path::Path, sync::Arc};
 
 use salvor_agent::{
     core::{
-        action::{Action, Verb},
+        action::{Action, UnrescueArgs, Verb},
         operation::OperationState,
         reason::{Reason, WarningName},
+        record::{OverlayDisposition, Protection},
         state::{PowerState, VmState},
     },
     engine::{NoProbe, Point, Probe},
@@ -17,7 +18,9 @@ use salvor_agent::{
 use crate::{
     crash::{FAIL, Plot},
     gate::Gate,
-    host::{AT_ONCE, Agent, Host, NEW, ON, SERVER, adopt, rescue_action, unrescue},
+    host::{
+        AT_ONCE, Agent, Host, NEW, ON, SERVER, adopt, qemu_io, rescue, rescue_action, unrescue,
+    },
 };
 
 /// An agent with an adopted server that runs.
@@ -41,6 +44,40 @@ async fn memory_saved_of_a_rescue_does_not_come_back_as_the_server() {
     let seen = host.look(&agent).await;
     assert_eq!(seen.live, original.live);
     assert_eq!(seen.inactive, original.inactive);
+}
+
+#[tokio::test]
+async fn what_a_server_wrote_survives_the_commit_of_an_overlay_that_was_to_be_discarded() {
+    let host = Host::new();
+    let agent = with_server(&host, Arc::new(NoProbe)).await;
+    let mut args = rescue();
+    args.protection = Protection::Overlay;
+    agent.succeed(ON, Action::Rescue(Box::new(args))).await;
+    let overlays = agent.record().rescue.clone().unwrap().overlays;
+    for overlay in &overlays {
+        qemu_io(Path::new(&overlay.path), "qcow2", "write -q -P 0x77 64k 4k");
+    }
+    drop(agent);
+    let agent = host.agent(Plot::new(&[(Point::BeforeCommit, FAIL)])).await;
+    let ends = |overlay| {
+        Action::Unrescue(UnrescueArgs {
+            overlay: Some(overlay),
+            ..unrescue()
+        })
+    };
+    let operation = agent.carry_out(ON, ends(OverlayDisposition::Discard)).await;
+    assert_eq!(operation.state, OperationState::Failed);
+    assert_eq!(agent.record().vm_state, VmState::Rescued);
+    // The server ran in between, and wrote where the rescue had written.
+    for overlay in &overlays {
+        let base = Path::new(&overlay.base);
+        qemu_io(base, &overlay.base_format, "write -q -P 0x11 64k 4k");
+    }
+    agent.succeed(ON, ends(OverlayDisposition::Commit)).await;
+    for overlay in &overlays {
+        let base = Path::new(&overlay.base);
+        qemu_io(base, &overlay.base_format, "read -q -P 0x11 64k 4k");
+    }
 }
 
 #[tokio::test]

@@ -75,6 +75,18 @@ pub(super) fn plan(
     );
     let start = !args.restore_power || rescue.power_before.is_on();
     if start {
+        if !commit {
+            for overlay in &rescue.overlays {
+                builder.step(
+                    Phase::Switch,
+                    Step::EmptyOverlay {
+                        path: overlay.path.clone(),
+                        base: overlay.base.clone(),
+                        base_format: overlay.base_format.clone(),
+                    },
+                );
+            }
+        }
         builder.step(
             Phase::Switch,
             Step::StartDomain {
