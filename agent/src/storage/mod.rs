@@ -5,7 +5,7 @@
 //!   inspect         may these foreign bytes be shown to QEMU's tools?
 //!   images          imported images: written once, hashed, inspected, then only read
 //!   overlay         empty qcow2 overlays
-//!   qemu_img        disks: conversions, commits, under limits
+//!   qemu_img        commits of overlays, under limits
 //!   config_drive    the small disk that tells cloud-init who it is
 //!   files           durable writing, copying, names that stay in their folder
 //! ```
