@@ -342,12 +342,6 @@ impl Reason {
     pub const fn explanation(self) -> &'static str {
         self.table().2
     }
-
-    /// May the same call simply be made again?
-    #[must_use]
-    pub const fn retry_safe(self) -> bool {
-        matches!(self.code(), Code::Unavailable | Code::Aborted)
-    }
 }
 
 /// A refusal: a reason, and a sentence about this very case.

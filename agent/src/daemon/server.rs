@@ -239,7 +239,7 @@ mod tests {
             .unwrap()
             .unwrap()
             .unwrap();
-        assert!(!fixture.drain.accepts_work());
+        assert_eq!(fixture.drain.phase(), crate::daemon::Phase::Draining);
     }
 
     #[tokio::test]

@@ -35,12 +35,6 @@ impl Drain {
         *self.phase.borrow()
     }
 
-    /// Whether new work may begin.
-    #[must_use]
-    pub fn accepts_work(&self) -> bool {
-        self.phase() == Phase::Running
-    }
-
     /// Completes when new work must no longer begin.
     pub async fn draining(&self) {
         self.reached(Phase::Draining).await;
@@ -163,11 +157,10 @@ mod tests {
     async fn the_first_signal_drains_and_the_second_ends() {
         let (send, signals) = mpsc::channel(8);
         let drain = drain_on(signals, LONG);
-        assert!(drain.accepts_work());
+        assert_eq!(drain.phase(), Phase::Running);
         send.send(Signal::Terminate).await.unwrap();
         timeout(PATIENCE, drain.draining()).await.unwrap();
         assert_eq!(drain.phase(), Phase::Draining);
-        assert!(!drain.accepts_work());
         send.send(Signal::Interrupt).await.unwrap();
         timeout(PATIENCE, drain.expired()).await.unwrap();
         assert_eq!(drain.phase(), Phase::Expired);

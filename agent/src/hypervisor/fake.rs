@@ -449,13 +449,11 @@ impl Hypervisor for FakeHypervisor {
         self.call("host", "", |_, _| {
             Ok(HostFacts {
                 hostname: "fake-host".to_owned(),
-                uuid: "00000000-0000-4000-8000-00000000fa4e".to_owned(),
                 arch: "x86_64".to_owned(),
                 cpus: 8,
                 memory_kib: 32 * 1024 * 1024,
                 libvirt_version: "9.0.0".to_owned(),
                 hypervisor_version: "7.2.0".to_owned(),
-                domain_types: vec!["qemu".to_owned(), "kvm".to_owned()],
             })
         })
         .await

@@ -7,7 +7,7 @@
 //!   overlay         empty qcow2 overlays
 //!   qemu_img        commits of overlays, under limits
 //!   config_drive    the small disk that tells cloud-init who it is
-//!   files           durable writing, copying, names that stay in their folder
+//!   files           durable writing and copying
 //! ```
 //!
 //! Records of images and servers are the store's; here are only the files. Formats come from those
