@@ -291,7 +291,6 @@ fn steps() -> Vec<Step> {
                 password_user: text(),
                 user_data: None,
                 metadata: BTreeMap::new(),
-                plan: Uuid::nil(),
             }),
         },
         Step::SaveDefinition { xml: text() },

@@ -21,7 +21,7 @@ use async_trait::async_trait;
 use tokio::sync::{broadcast, watch};
 use uuid::Uuid;
 
-use self::host::{Domain, HostState, Planned, element, identity, refused};
+use self::host::{HostState, Planned, element, identity, refused};
 use super::{
     Boot, CryptHash, Definition, DomainStatus, HostFacts, Hypervisor, HypervisorError,
     HypervisorEvent, HypervisorResult, LinkState, PowerReading, StuckCall,
@@ -278,51 +278,6 @@ impl FakeHypervisor {
         self.end(&mut state, id, "saved");
         if let Some(domain) = state.domains.get_mut(&id) {
             domain.managed_save = saved;
-        }
-    }
-
-    /// Starts a transient domain, as somebody else at the host may do.
-    ///
-    /// # Errors
-    /// [`HypervisorError::Refused`] if the XML has no name or uuid or there is such a domain.
-    pub fn create_transient(&self, xml: &str) -> HypervisorResult<Uuid> {
-        let call = "create_transient";
-        let (id, name) = identity(call, xml)?;
-        let mut state = lock(&self.host.state);
-        if state
-            .domains
-            .iter()
-            .any(|(i, d)| *i == id || d.name == name)
-        {
-            return refused(call, format!("domain '{name}' already exists"));
-        }
-        state.domains.insert(
-            id,
-            Domain {
-                name,
-                inactive: None,
-                live: Some(xml.to_owned()),
-                power: PowerState::Running,
-                reason: "booted",
-                managed_save: None,
-            },
-        );
-        self.emit(HypervisorEvent::Domain {
-            id,
-            what: "started",
-        });
-        Ok(id)
-    }
-
-    /// The host goes down and comes up: every domain is off, transient ones are gone, and no event
-    /// tells of it.
-    pub fn host_reboot(&self) {
-        let mut state = lock(&self.host.state);
-        state.domains.retain(|_, domain| domain.inactive.is_some());
-        for domain in state.domains.values_mut() {
-            domain.live = None;
-            domain.power = PowerState::Shutdown;
-            domain.reason = "unknown";
         }
     }
 

@@ -285,12 +285,6 @@ impl ImportWriter {
         Ok(())
     }
 
-    /// How many bytes were taken so far.
-    #[must_use]
-    pub fn written(&self) -> u64 {
-        self.written
-    }
-
     /// Inspects the image and puts it into the store. `None` as format means: tell it from the
     /// content ([`inspect::detect`]).
     ///
@@ -388,7 +382,6 @@ mod tests {
         let mut writer = store.begin_import(ID, Some(3)).unwrap();
         writer.write(b"a").unwrap();
         writer.write(b"bc").unwrap();
-        assert_eq!(writer.written(), 3);
         assert_eq!(files_in(&store), [format!("{ID}.part")]);
         let image = writer.finish(Some(Format::Raw)).unwrap();
         assert_eq!(image.sha256, ABC);

@@ -21,7 +21,7 @@ fn page() -> String {
          | Reason | gRPC code | HTTP | Retry | Meaning |\n|---|---|---|---|---|\n"
     );
     for reason in Reason::ALL {
-        let (code, http, meaning) = reason.table();
+        let (code, http, meaning) = (reason.code(), reason.http(), reason.explanation());
         // That these and no others carry RetryInfo is a test of `api::errors`.
         let retry = match code {
             Code::Unavailable | Code::Aborted => "yes",

@@ -253,7 +253,6 @@ impl<'a> Rescue<'a> {
             password_user: self.password_user.clone(),
             user_data: None,
             metadata: server.metadata.clone(),
-            plan: self.facts.plan,
         }
     }
 

@@ -123,18 +123,6 @@ pub struct Job<'a> {
     pub progress: Option<&'a (dyn Fn(u8) + Send + Sync)>,
 }
 
-impl Job<'_> {
-    /// A job that cannot be cancelled and reports nothing.
-    #[must_use]
-    pub fn within(deadline: Duration) -> Self {
-        Self {
-            deadline,
-            cancel: Cancel::never(),
-            progress: None,
-        }
-    }
-}
-
 /// A disk file and what it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Disk<'a> {

@@ -18,7 +18,11 @@ use crate::storage::overlay;
 const MIB: u64 = 1 << 20;
 
 fn job() -> Job<'static> {
-    Job::within(Duration::from_secs(60))
+    Job {
+        deadline: Duration::from_secs(60),
+        cancel: Cancel::never(),
+        progress: None,
+    }
 }
 
 fn raw(path: &Path) -> Disk<'_> {
@@ -186,12 +190,13 @@ fn is_gone(pid_file: &Path) -> bool {
 async fn a_late_qemu_img_is_killed_with_its_children() {
     let dir = tempfile::tempdir().unwrap();
     let (disk, pid) = (dir.path().join("disk"), dir.path().join("pid"));
+    let job = Job {
+        deadline: Duration::from_secs(2),
+        ..job()
+    };
     let body = format!("sleep 1000 & echo $! > {}; wait", pid.display());
     let tool = script(dir.path(), &body);
-    let error = tool
-        .commit(&Job::within(Duration::from_secs(2)), &disk, raw(&disk), MIB)
-        .await
-        .unwrap_err();
+    let error = tool.commit(&job, &disk, raw(&disk), MIB).await.unwrap_err();
     assert!(matches!(
         error,
         QemuImgError::Deadline {
