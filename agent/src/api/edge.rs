@@ -34,7 +34,7 @@ use super::errors::{About, status};
 use crate::core::reason::{Reason, Refusal};
 
 /// The header that names a call across services, as OpenStack's services do.
-pub const REQUEST_ID_HEADER: &str = "x-openstack-request-id";
+const REQUEST_ID_HEADER: &str = "x-openstack-request-id";
 
 /// An answer leaves at least and at most so long before the caller's deadline, and otherwise a tenth
 /// of its time, so that it is there in time.

@@ -210,7 +210,7 @@ mod tests {
             assert_eq!(details.request_info().unwrap().request_id, "req-1");
             assert_eq!(
                 details.retry_info().is_some(),
-                reason.retry_safe(),
+                matches!(reason.code(), Code::Unavailable | Code::Aborted),
                 "{reason}"
             );
             let state = reason.code() == Code::FailedPrecondition;

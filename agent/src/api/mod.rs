@@ -52,7 +52,6 @@ use crate::{
     store::Store,
 };
 
-pub use edge::REQUEST_ID_HEADER;
 pub use errors::DOMAIN;
 
 /// The services that cannot do their work while libvirt is away, for grpc.health.v1. The others

@@ -35,7 +35,7 @@ pub use self::settings::{
     ApiConfig, Config, DrainConfig, EventsConfig, LibvirtConfig, LogConfig, LogFormat, LogLevel,
     OperationsConfig, RescueConfig, ShutdownConfig, StorageConfig,
 };
-pub use self::units::{ByteSize, UnitError, parse_duration, show_duration};
+pub use self::units::ByteSize;
 pub use self::virt_type::{Chosen, DomainType, VirtType};
 
 /// The largest configuration that is read. All settings with long comments are a tenth of it; anything larger is some

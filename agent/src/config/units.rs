@@ -92,13 +92,13 @@ impl fmt::Display for ByteSize {
 ///
 /// # Errors
 /// No number, an unknown unit, or too large.
-pub fn parse_duration(text: &str) -> Result<Duration, UnitError> {
+pub(super) fn parse_duration(text: &str) -> Result<Duration, UnitError> {
     amount(text, &DURATION_UNITS, "ms, s, m, h, d").map(Duration::from_millis)
 }
 
 /// The shortest text that [`parse_duration`] reads as `duration`. Less than a millisecond is cut off.
 #[must_use]
-pub fn show_duration(duration: Duration) -> String {
+pub(super) fn show_duration(duration: Duration) -> String {
     show(
         u64::try_from(duration.as_millis()).unwrap_or(u64::MAX),
         &DURATION_UNITS,

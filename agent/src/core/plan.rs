@@ -49,8 +49,6 @@ pub struct ConfigDriveSpec {
     pub user_data: Option<Vec<u8>>,
     /// Metadata.
     pub metadata: BTreeMap<String, String>,
-    /// The plan that makes the drive.
-    pub plan: Uuid,
 }
 
 /// What is to be found in a domain's metadata.

@@ -135,8 +135,7 @@ impl Code {
 impl Reason {
     /// The gRPC code, the HTTP code that a Nova-compatible front answers, and what the reason means
     /// and what to do about it.
-    #[must_use]
-    pub const fn table(self) -> (Code, u16, &'static str) {
+    const fn table(self) -> (Code, u16, &'static str) {
         use Code::{
             Aborted, AlreadyExists, Cancelled, DeadlineExceeded, FailedPrecondition, Internal,
             InvalidArgument, NotFound, ResourceExhausted, Unavailable,
@@ -341,12 +340,6 @@ impl Reason {
     #[must_use]
     pub const fn explanation(self) -> &'static str {
         self.table().2
-    }
-
-    /// May the same call simply be made again?
-    #[must_use]
-    pub const fn retry_safe(self) -> bool {
-        matches!(self.code(), Code::Unavailable | Code::Aborted)
     }
 }
 

@@ -175,16 +175,12 @@ pub struct RescueRecord {
     pub protection: Protection,
     /// Power state before.
     pub power_before: PowerState,
-    /// The vm state before.
-    pub vm_state_before: VmState,
     /// When it began, in milliseconds since the Unix epoch.
     pub started_at_ms: i64,
     /// When the agent ends it by itself, in milliseconds since the Unix epoch.
     pub expires_at_ms: Option<i64>,
     /// What then becomes of the overlays.
     pub expiry_overlay: Option<OverlayDisposition>,
-    /// Folder with the rescue's files.
-    pub folder: String,
     /// Disks of the rescue domain.
     pub disks: Vec<RescueDisk>,
     /// Overlays to commit or to discard.

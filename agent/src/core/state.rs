@@ -187,20 +187,6 @@ named_states! {
 }
 
 impl PowerState {
-    /// Nova's number for the state (`nova/compute/power_state.py`); it has none for unknown, which
-    /// a Nova-compatible front shows as 0, `NOSTATE`.
-    #[must_use]
-    pub const fn nova_code(self) -> i32 {
-        match self {
-            Self::NoState | Self::Unknown => 0,
-            Self::Running => 1,
-            Self::Paused => 3,
-            Self::Shutdown => 4,
-            Self::Crashed => 6,
-            Self::Suspended => 7,
-        }
-    }
-
     /// Is there a QEMU process behind it (running, paused or sleeping)?
     #[must_use]
     pub const fn is_on(self) -> bool {

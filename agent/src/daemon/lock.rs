@@ -14,7 +14,7 @@ use nix::fcntl::{Flock, FlockArg};
 use thiserror::Error;
 
 /// The name of the lock file in the state folder.
-pub const LOCK_FILE: &str = "salvor.lock";
+const LOCK_FILE: &str = "salvor.lock";
 
 /// The mode of a state folder that the agent makes. QEMU runs as another user and must be able to pass through to the
 /// disks of its guest, but nobody needs to list the folder.

@@ -38,10 +38,10 @@ use crate::storage::files::FileError;
 use crate::store::StoreError;
 
 pub use self::boot::boot_id;
-pub use self::lock::{LOCK_FILE, LockError, StateLock};
+pub use self::lock::{LockError, StateLock};
 pub use self::notify::{Notifier, NotifyEnvironment};
-pub use self::server::{LINGER, Serving, serve};
-pub use self::signals::{Drain, Phase};
+pub use self::server::{Serving, serve};
+pub use self::signals::Drain;
 pub use self::socket::{SocketError, SocketGuard, SocketOptions, bind};
 pub use self::templates::{Checked, TemplatesDirError, check_templates, load_templates};
 

@@ -19,7 +19,7 @@ use super::{Drain, Notifier, Services};
 use crate::hypervisor::LinkState;
 
 /// How long streams may go on after all work has come to rest. Watchers never end by themselves.
-pub const LINGER: Duration = Duration::from_secs(1);
+const LINGER: Duration = Duration::from_secs(1);
 
 /// How long no connection is accepted after accepting one failed. It fails at once and again while the process has no
 /// free file descriptor, and trying without a pause would keep a CPU busy.
@@ -239,7 +239,7 @@ mod tests {
             .unwrap()
             .unwrap()
             .unwrap();
-        assert!(!fixture.drain.accepts_work());
+        timeout(PATIENCE, fixture.drain.draining()).await.unwrap();
     }
 
     #[tokio::test]

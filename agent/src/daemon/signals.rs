@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, watch};
 
 /// Where in its life the agent is. It only goes forward.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Phase {
+enum Phase {
     /// Everything is served.
     Running,
     /// New work is refused; what runs may end.
@@ -29,18 +29,6 @@ pub struct Drain {
 }
 
 impl Drain {
-    /// The phase now.
-    #[must_use]
-    pub fn phase(&self) -> Phase {
-        *self.phase.borrow()
-    }
-
-    /// Whether new work may begin.
-    #[must_use]
-    pub fn accepts_work(&self) -> bool {
-        self.phase() == Phase::Running
-    }
-
     /// Completes when new work must no longer begin.
     pub async fn draining(&self) {
         self.reached(Phase::Draining).await;
@@ -163,14 +151,13 @@ mod tests {
     async fn the_first_signal_drains_and_the_second_ends() {
         let (send, signals) = mpsc::channel(8);
         let drain = drain_on(signals, LONG);
-        assert!(drain.accepts_work());
+        assert_eq!(*drain.phase.borrow(), Phase::Running);
         send.send(Signal::Terminate).await.unwrap();
         timeout(PATIENCE, drain.draining()).await.unwrap();
-        assert_eq!(drain.phase(), Phase::Draining);
-        assert!(!drain.accepts_work());
+        assert_eq!(*drain.phase.borrow(), Phase::Draining);
         send.send(Signal::Interrupt).await.unwrap();
         timeout(PATIENCE, drain.expired()).await.unwrap();
-        assert_eq!(drain.phase(), Phase::Expired);
+        assert_eq!(*drain.phase.borrow(), Phase::Expired);
     }
 
     #[tokio::test]
@@ -191,11 +178,11 @@ mod tests {
         for _ in 0..3 {
             send.send(Signal::HangUp).await.unwrap();
         }
-        assert_eq!(drain.phase(), Phase::Running);
+        assert_eq!(*drain.phase.borrow(), Phase::Running);
         send.send(Signal::Terminate).await.unwrap();
         send.send(Signal::HangUp).await.unwrap();
         send.send(Signal::HangUp).await.unwrap();
         timeout(PATIENCE, drain.draining()).await.unwrap();
-        assert_eq!(drain.phase(), Phase::Draining);
+        assert_eq!(*drain.phase.borrow(), Phase::Draining);
     }
 }

@@ -21,7 +21,7 @@ use async_trait::async_trait;
 use tokio::sync::{broadcast, watch};
 use uuid::Uuid;
 
-use self::host::{Domain, HostState, Planned, element, identity, refused};
+use self::host::{HostState, Planned, element, identity, refused};
 use super::{
     Boot, CryptHash, Definition, DomainStatus, HostFacts, Hypervisor, HypervisorError,
     HypervisorEvent, HypervisorResult, LinkState, PowerReading, StuckCall,
@@ -281,51 +281,6 @@ impl FakeHypervisor {
         }
     }
 
-    /// Starts a transient domain, as somebody else at the host may do.
-    ///
-    /// # Errors
-    /// [`HypervisorError::Refused`] if the XML has no name or uuid or there is such a domain.
-    pub fn create_transient(&self, xml: &str) -> HypervisorResult<Uuid> {
-        let call = "create_transient";
-        let (id, name) = identity(call, xml)?;
-        let mut state = lock(&self.host.state);
-        if state
-            .domains
-            .iter()
-            .any(|(i, d)| *i == id || d.name == name)
-        {
-            return refused(call, format!("domain '{name}' already exists"));
-        }
-        state.domains.insert(
-            id,
-            Domain {
-                name,
-                inactive: None,
-                live: Some(xml.to_owned()),
-                power: PowerState::Running,
-                reason: "booted",
-                managed_save: None,
-            },
-        );
-        self.emit(HypervisorEvent::Domain {
-            id,
-            what: "started",
-        });
-        Ok(id)
-    }
-
-    /// The host goes down and comes up: every domain is off, transient ones are gone, and no event
-    /// tells of it.
-    pub fn host_reboot(&self) {
-        let mut state = lock(&self.host.state);
-        state.domains.retain(|_, domain| domain.inactive.is_some());
-        for domain in state.domains.values_mut() {
-            domain.live = None;
-            domain.power = PowerState::Shutdown;
-            domain.reason = "unknown";
-        }
-    }
-
     fn emit(&self, event: HypervisorEvent) {
         // Nobody listening is no error.
         let _ = self.host.events.send(event);
@@ -449,13 +404,11 @@ impl Hypervisor for FakeHypervisor {
         self.call("host", "", |_, _| {
             Ok(HostFacts {
                 hostname: "fake-host".to_owned(),
-                uuid: "00000000-0000-4000-8000-00000000fa4e".to_owned(),
                 arch: "x86_64".to_owned(),
                 cpus: 8,
                 memory_kib: 32 * 1024 * 1024,
                 libvirt_version: "9.0.0".to_owned(),
                 hypervisor_version: "7.2.0".to_owned(),
-                domain_types: vec!["qemu".to_owned(), "kvm".to_owned()],
             })
         })
         .await

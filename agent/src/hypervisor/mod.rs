@@ -124,8 +124,6 @@ pub enum Boot {
 pub struct HostFacts {
     /// libvirt's host name.
     pub hostname: String,
-    /// The host's uuid from libvirt's capabilities, empty if it names none.
-    pub uuid: String,
     /// CPU architecture (`x86_64`, …).
     pub arch: String,
     /// CPUs of the host.
@@ -136,8 +134,6 @@ pub struct HostFacts {
     pub libvirt_version: String,
     /// The version of the hypervisor, `major.minor.release`.
     pub hypervisor_version: String,
-    /// The domain types that the host offers (`kvm`, `qemu`), as libvirt lists them.
-    pub domain_types: Vec<String>,
 }
 
 /// Something that happened at the hypervisor.

@@ -91,24 +91,13 @@ fn text_of<'a>(xml: &'a str, element: &str) -> Option<&'a str> {
     rest.split_once('<').map(|(text, _)| text)
 }
 
-/// What libvirt says of the host. Its capabilities are printed by libvirt, so looking for a few
-/// strings in them is safe; the host's part comes first.
+/// What libvirt says of the host. Its capabilities are printed by libvirt, so looking for
+/// a string in them is safe; the host's part comes first.
 pub(super) fn facts(connect: &Connect) -> Result<HostFacts, Failure> {
     let capabilities = connect.capabilities()?;
     let node = connect.node_info()?;
-    let mut domain_types: Vec<String> = Vec::new();
-    for rest in capabilities.split("<domain type='").skip(1) {
-        if let Some((kind, _)) = rest.split_once('\'')
-            && !domain_types.iter().any(|known| known == kind)
-        {
-            domain_types.push(kind.to_owned());
-        }
-    }
     Ok(HostFacts {
         hostname: connect.hostname()?,
-        uuid: text_of(&capabilities, "uuid")
-            .unwrap_or_default()
-            .to_owned(),
         arch: text_of(&capabilities, "arch")
             .unwrap_or_default()
             .to_owned(),
@@ -116,6 +105,5 @@ pub(super) fn facts(connect: &Connect) -> Result<HostFacts, Failure> {
         memory_kib: node.memory,
         libvirt_version: words::version(connect.lib_version()?),
         hypervisor_version: words::version(connect.hyp_version()?),
-        domain_types,
     })
 }

@@ -10,9 +10,9 @@
 //! images.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
-use std::io::{ErrorKind, Read, Seek as _, SeekFrom, Write as _};
+use std::io::{ErrorKind, Read, Seek as _, SeekFrom};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
@@ -55,12 +55,6 @@ pub enum FileError {
         /// The file that was worked on.
         path: PathBuf,
     },
-    /// A name that could lead out of its folder.
-    #[error("{name:?} is not a file name: it must be relative, without `.`, `..` and NUL bytes")]
-    Name {
-        /// The name.
-        name: String,
-    },
 }
 
 impl FileError {
@@ -83,30 +77,6 @@ pub(super) fn cannot(
         path,
         source,
     }
-}
-
-/// Puts a name below a folder, and refuses one that would leave it.
-///
-/// # Errors
-/// [`FileError::Name`].
-pub fn safe_join(folder: &Path, name: &str) -> Result<PathBuf, FileError> {
-    let plain = |name: &str| {
-        Path::new(name)
-            .components()
-            .all(|part| matches!(part, Component::Normal(_)))
-    };
-    // `components` swallows a `.` in the middle and slashes at the end; a name has neither.
-    let odd = name.is_empty()
-        || name.contains('\0')
-        || name
-            .split('/')
-            .any(|part| part.is_empty() || part == "." || part == "..");
-    if odd || !plain(name) {
-        return Err(FileError::Name {
-            name: name.to_owned(),
-        });
-    }
-    Ok(folder.join(name))
 }
 
 /// Makes sure that a folder is there with this mode; parents that are missing get it too.
@@ -154,16 +124,6 @@ pub fn create_private(path: &Path) -> Result<(), FileError> {
         .map_err(cannot("protected", path))
 }
 
-/// Writes a whole file: it is there with all its bytes or as it was before, whatever happens.
-///
-/// # Errors
-/// [`FileError::Io`].
-pub fn write_file_durable(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
-    replace_durable(path, mode, |file, part| {
-        file.write_all(bytes).map_err(cannot("written", part))
-    })
-}
-
 /// Copies a file: holes stay holes, and a file system that can share blocks does. The copy is there
 /// with all its bytes or not at all. The original must be a regular file under its own name: where
 /// QEMU's user can put a link in its place, a copy must not give it another file's content.
@@ -200,7 +160,8 @@ fn open_plain(path: &Path) -> Result<File, FileError> {
     )))
 }
 
-/// Has `fill` write a file beside `path`, and puts it in its place when that succeeded.
+/// Has `fill` write a file beside `path`, and puts it in its place when that succeeded: it is there with
+/// all its bytes or as it was before, whatever happens.
 pub(super) fn replace_durable(
     path: &Path,
     mode: u32,
@@ -387,6 +348,7 @@ pub(super) fn hex(bytes: &[u8]) -> String {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
+    use std::io::Write as _;
     use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 
     use tokio::sync::watch;
@@ -398,26 +360,16 @@ mod tests {
     }
 
     #[test]
-    fn names_that_leave_their_folder_are_refused() {
-        let folder = Path::new("/var/lib/salvor");
-        for name in [
-            "", ".", "..", "/", "/etc", "../x", "a/../b", "a/./b", "a//b", "a/", "a\0b", "./a",
-        ] {
-            assert!(safe_join(folder, name).is_err(), "{name:?}");
-        }
-        for name in ["a", "a/b", "...", "-rf", "disk.config", "Zürich"] {
-            assert_eq!(safe_join(folder, name).unwrap(), folder.join(name));
-        }
-    }
-
-    #[test]
     fn a_written_file_replaces_the_old_one_and_leaves_no_part() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("file");
         fs::write(part_of(&path), "left by a crash").unwrap();
         fs::write(&path, "old").unwrap();
         let old = File::open(&path).unwrap();
-        write_file_durable(&path, b"new", DISK_MODE).unwrap();
+        replace_durable(&path, DISK_MODE, |file, part| {
+            file.write_all(b"new").map_err(cannot("written", part))
+        })
+        .unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"new");
         assert_eq!(std::io::read_to_string(old).unwrap(), "old");
         assert_eq!(mode(&path), 0o600);

@@ -187,22 +187,6 @@ impl ImageFiles {
         writer.place(declared, sha256)
     }
 
-    /// Is the stored image still the one that was imported? Reads all of it.
-    ///
-    /// # Errors
-    /// [`FileError`], also if there is no such image.
-    pub fn verify(
-        &self,
-        id: Uuid,
-        format: Format,
-        sha256: &str,
-        cancel: &Cancel,
-        done: BytesDone<'_>,
-    ) -> Result<bool, FileError> {
-        let found = files::sha256_file(&self.path(id, format), cancel, done)?;
-        Ok(found.eq_ignore_ascii_case(sha256))
-    }
-
     /// Removes an image. None there is success: it is gone.
     ///
     /// # Errors
@@ -299,12 +283,6 @@ impl ImportWriter {
         self.digest.update(bytes);
         self.written = written;
         Ok(())
-    }
-
-    /// How many bytes were taken so far.
-    #[must_use]
-    pub fn written(&self) -> u64 {
-        self.written
     }
 
     /// Inspects the image and puts it into the store. `None` as format means: tell it from the
@@ -404,7 +382,6 @@ mod tests {
         let mut writer = store.begin_import(ID, Some(3)).unwrap();
         writer.write(b"a").unwrap();
         writer.write(b"bc").unwrap();
-        assert_eq!(writer.written(), 3);
         assert_eq!(files_in(&store), [format!("{ID}.part")]);
         let image = writer.finish(Some(Format::Raw)).unwrap();
         assert_eq!(image.sha256, ABC);
@@ -414,14 +391,9 @@ mod tests {
         let mode = fs::metadata(&image.path).unwrap().mode();
         assert_eq!(mode & 0o7777, 0o444);
 
-        let never = Cancel::never();
-        let verify = |sum: &str| store.verify(ID, Format::Raw, sum, &never, &mut |_| {});
-        assert!(verify(ABC).unwrap());
-        assert!(!verify(&ABC.replace('b', "c")).unwrap());
         store.remove(ID).unwrap();
         store.remove(ID).unwrap();
         assert!(files_in(&store).is_empty());
-        assert!(verify(ABC).is_err());
     }
 
     #[test]

@@ -5,9 +5,9 @@
 //!   inspect         may these foreign bytes be shown to QEMU's tools?
 //!   images          imported images: written once, hashed, inspected, then only read
 //!   overlay         empty qcow2 overlays
-//!   qemu_img        disks: conversions, commits, under limits
+//!   qemu_img        commits of overlays, under limits
 //!   config_drive    the small disk that tells cloud-init who it is
-//!   files           durable writing, copying, names that stay in their folder
+//!   files           durable writing and copying
 //! ```
 //!
 //! Records of images and servers are the store's; here are only the files. Formats come from those

@@ -5,7 +5,7 @@ use std::{fmt::Write as _, path::Path};
 
 use salvor_agent::{
     api::DOMAIN,
-    core::reason::{Reason, WarningName},
+    core::reason::{Code, Reason, WarningName},
 };
 
 fn page() -> String {
@@ -21,8 +21,12 @@ fn page() -> String {
          | Reason | gRPC code | HTTP | Retry | Meaning |\n|---|---|---|---|---|\n"
     );
     for reason in Reason::ALL {
-        let (code, http, meaning) = reason.table();
-        let retry = if reason.retry_safe() { "yes" } else { "no" };
+        let (code, http, meaning) = (reason.code(), reason.http(), reason.explanation());
+        // That these and no others carry RetryInfo is a test of `api::errors`.
+        let retry = match code {
+            Code::Unavailable | Code::Aborted => "yes",
+            _ => "no",
+        };
         writeln!(
             page,
             "| `{reason}` | {} | {http} | {retry} | {meaning} |",

@@ -165,13 +165,8 @@ fn outcome(outcome: &Outcome) -> String {
                     .expires_at_ms
                     .map_or("never".to_owned(), |at| at.to_string());
                 let mut text = format!(
-                    "{vm_state}, the rescue begins: {} {} {} {}, before {} {}, expires {expires}",
-                    rescue.mode,
-                    rescue.bus,
-                    rescue.device,
-                    rescue.protection,
-                    rescue.vm_state_before,
-                    rescue.power_before,
+                    "{vm_state}, the rescue begins: {} {} {} {}, before {}, expires {expires}",
+                    rescue.mode, rescue.bus, rescue.device, rescue.protection, rescue.power_before,
                 );
                 for disk in &rescue.disks {
                     let was = if disk.original_target.is_empty() {

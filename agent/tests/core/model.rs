@@ -292,6 +292,11 @@ impl World {
                         verb == Verb::Adopt || !(choice / 3).is_multiple_of(3)
                     }
                     Reason::NotRescued => verb == Verb::DeliverPassword,
+                    // Overlays are committed from under the rescue's own domain only.
+                    Reason::DomainChanged => {
+                        let defined = self.host.defined.as_deref();
+                        verb == Verb::Unrescue && !defined.is_some_and(is_rescue)
+                    }
                     _ => false,
                 };
                 assert!(fine, "{verb} was admitted and then refused: {refusal:?}");

@@ -502,6 +502,8 @@ fn a_commit_that_may_not_fit_is_warned_of() {
         let space = CommitSpace { allocated: 2, free };
         facts.commit_space.insert(overlay.path.clone(), space);
         let plan = plan(Some(&server), &commit, &facts, templates()).unwrap();
+        let mut steps = plan.steps.iter();
+        assert!(steps.any(|planned| matches!(planned.step, Step::CommitOverlay { .. })));
         let found = warning(&plan, WarningName::SpaceMayRunOut);
         assert_eq!(
             found.is_some_and(|text| text.contains(&overlay.base)),

@@ -55,15 +55,6 @@ fn the_status_of_every_pair_of_states_is_novas() {
 }
 
 #[test]
-fn power_states_have_novas_numbers() {
-    let codes: Vec<i32> = PowerState::ALL
-        .iter()
-        .map(|state| state.nova_code())
-        .collect();
-    assert_eq!(codes, [0, 1, 3, 4, 6, 7, 0]);
-}
-
-#[test]
 fn names_are_stable_and_unique() {
     fn check<T: Copy + PartialEq + std::fmt::Debug + serde::Serialize>(
         all: &[T],

@@ -201,7 +201,6 @@ fn prepare(builder: &mut Builder, args: &CreateArgs, facts: &Facts, image: &Imag
                 password_user: admin_user(image),
                 user_data: args.user_data.clone(),
                 metadata: args.metadata.clone(),
-                plan: facts.plan,
             }),
         },
     );

@@ -106,11 +106,9 @@ pub(super) fn plan(
         device: rescue.choice.device,
         protection: args.protection,
         power_before: rescue.domain.power,
-        vm_state_before: server.vm_state,
         started_at_ms: facts.host.now_ms,
         expires_at_ms: expiry,
         expiry_overlay: args.timeout_overlay,
-        folder: rescue.folder,
         disks: rendering.disks.into_iter().map(placed_disk).collect(),
         overlays: rescue
             .overlays
@@ -255,7 +253,6 @@ impl<'a> Rescue<'a> {
             password_user: self.password_user.clone(),
             user_data: None,
             metadata: server.metadata.clone(),
-            plan: self.facts.plan,
         }
     }
 

@@ -154,16 +154,6 @@ async fn while_the_link_is_down_nothing_is_known() {
 }
 
 #[tokio::test]
-async fn a_host_reboot_turns_all_off_and_forgets_transient_domains() {
-    let fake = running().await;
-    let other = Uuid::from_u128(9);
-    fake.create_transient(&xml(other, "t")).unwrap();
-    fake.host_reboot();
-    assert_eq!(power(&fake).await, PowerState::Shutdown);
-    assert_eq!(fake.domain(other).await.unwrap(), None);
-}
-
-#[tokio::test]
 async fn the_guest_agent_answers_only_where_one_is() {
     let fake = running().await;
     let absent = fake.ping_guest_agent(ID).await;

@@ -2,7 +2,6 @@
 //! What stands in the files of a config drive.
 
 use serde_json::{Value, json};
-use uuid::Uuid;
 
 use crate::core::plan::ConfigDriveSpec;
 
@@ -24,9 +23,6 @@ const VERSIONS: [&str; 10] = [
 const VENDOR_DATA: &str = "2013-10-17";
 const VENDOR_DATA2: &str = "2016-10-06";
 const EC2_VERSIONS: [&str; 2] = ["2009-04-04", "latest"];
-
-/// The longest label of a host name (RFC 1123).
-const LONGEST_LABEL: usize = 63;
 
 /// The files of a drive, in the order in which they are written.
 pub(super) fn files(drive: &ConfigDriveSpec) -> Vec<(String, Vec<u8>)> {
@@ -119,30 +115,4 @@ fn vendor_data(drive: &ConfigDriveSpec) -> Value {
     });
     // JSON is YAML, and written by a serialiser: nothing in it can break out of its place.
     json!({"cloud-init": format!("#cloud-config\n{config}\n")})
-}
-
-/// A host name made of a server's name: Nova's rules, narrowed to what RFC 1123 takes. Blanks,
-/// underscores and dots become hyphens, everything else that is no ASCII letter or digit is left
-/// out; at most 63 characters, lower case, no hyphen at either end. If nothing is left, the id
-/// makes the name.
-#[must_use]
-pub fn host_name(name: &str, id: Uuid) -> String {
-    let cleaned: String = name
-        .chars()
-        .map(|letter| match letter {
-            ' ' | '_' | '.' => '-',
-            other => other,
-        })
-        .filter(|letter| letter.is_ascii_alphanumeric() || *letter == '-')
-        .map(|letter| letter.to_ascii_lowercase())
-        .collect();
-    let label: String = cleaned
-        .trim_start_matches('-')
-        .chars()
-        .take(LONGEST_LABEL)
-        .collect();
-    match label.trim_end_matches('-') {
-        "" => format!("server-{id}"),
-        label => label.to_owned(),
-    }
 }

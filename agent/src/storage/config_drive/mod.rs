@@ -9,8 +9,6 @@
 //!   stays byte for byte what the user sent, and what it says about passwords wins.
 //! * **The same spec gives the same bytes**: a fixed date, a volume id made of the instance id, no
 //!   random seed. A step that is done twice is done once.
-//! * **A marker** behind the file system says which plan made the drive. It is read back without
-//!   parsing the file system, which the guest may have rewritten.
 //! * **No `network_data.json`**: to cloud-init an empty one means "configure no network"; without one
 //!   it asks for an address by DHCP.
 //!
@@ -22,25 +20,16 @@ mod sparse;
 #[cfg(test)]
 mod tests;
 
-use std::fs::File;
-use std::io::{Seek as _, SeekFrom, Write as _};
-use std::os::unix::fs::FileExt as _;
 use std::path::Path;
-
-use uuid::Uuid;
 
 use super::files::{DISK_MODE, FileError, cannot, replace_durable};
 use crate::core::plan::ConfigDriveSpec;
-pub use metadata::host_name;
 use sparse::Sparse;
 
 /// The most bytes of user data. Nova takes 65,535 characters of base64, which are so many bytes.
 pub const LONGEST_USER_DATA: usize = 49_149;
 /// The size of the file system: Nova's. The file is sparse, some 100 KiB of it are there.
 const VOLUME: u64 = 64 << 20;
-/// The marker's sector, behind the file system.
-const TRAILER: usize = 512;
-const MARKER: &str = "salvor config drive of plan ";
 
 /// Why a config drive was not made.
 #[derive(Debug, thiserror::Error)]
@@ -103,17 +92,9 @@ pub fn build(path: &Path, spec: &ConfigDriveSpec) -> Result<(), ConfigDriveError
         fat::write(&mut disk, volume_id(spec), &files)
             .and_then(|()| file.set_len(VOLUME))
             .and_then(|()| disk.write_to(file))
-            .and_then(|()| write_marker(file, spec.plan))
             .map_err(cannot("written", part))
     })?;
     Ok(())
-}
-
-fn write_marker(file: &mut File, plan: Uuid) -> std::io::Result<()> {
-    let mut sector = format!("{MARKER}{plan}\n").into_bytes();
-    sector.resize(TRAILER, 0);
-    file.seek(SeekFrom::Start(VOLUME))?;
-    file.write_all(&sector)
 }
 
 fn volume_id(spec: &ConfigDriveSpec) -> u32 {
@@ -122,30 +103,6 @@ fn volume_id(spec: &ConfigDriveSpec) -> u32 {
         .chunks_exact(4)
         .filter_map(|word| word.try_into().ok().map(u32::from_be_bytes))
         .fold(0, |id, word| id ^ word)
-}
-
-/// The plan that made the drive at `path`; `None` if there is no drive or it is not one of ours.
-///
-/// # Errors
-/// [`FileError::Io`] if the file is there but cannot be read.
-pub fn plan_of(path: &Path) -> Result<Option<Uuid>, FileError> {
-    let file = match File::open(path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(cannot("opened", path)(error)),
-    };
-    let size = file.metadata().map_err(cannot("read", path))?.len();
-    if size != VOLUME + TRAILER as u64 {
-        return Ok(None);
-    }
-    let mut sector = [0; TRAILER];
-    file.read_exact_at(&mut sector, VOLUME)
-        .map_err(cannot("read", path))?;
-    let plan = sector
-        .strip_prefix(MARKER.as_bytes())
-        .and_then(|rest| rest.split(|&byte| byte == b'\n').next())
-        .and_then(|plan| Uuid::try_parse_ascii(plan).ok());
-    Ok(plan)
 }
 
 /// `$ID$SALT$HASH` of crypt(3), and nothing that would begin a new line or field.

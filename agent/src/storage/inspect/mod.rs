@@ -244,40 +244,6 @@ pub enum Unsafe {
     },
 }
 
-impl Unsafe {
-    /// A stable name for the reason, for API details, metrics and tests.
-    #[must_use]
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::Unreadable { .. } => "unreadable",
-            Self::NotRegular => "not-regular",
-            Self::Empty => "empty",
-            Self::FileTooLarge { .. } => "file-too-large",
-            Self::VirtualTooLarge { .. } => "virtual-size-too-large",
-            Self::VirtualEmpty => "virtual-size-zero",
-            Self::UnsupportedContainer { .. } => "unsupported-container",
-            Self::QcowInDisguise { .. } => "qcow2-in-disguise",
-            Self::NotAsDeclared { .. } => "not-as-declared",
-            Self::Unrecognised => "unrecognised",
-            Self::Truncated { .. } => "truncated",
-            Self::QcowVersion { .. } => "qcow-version",
-            Self::QcowHeader { .. } => "qcow2-header",
-            Self::QcowExtension { .. } => "qcow2-extension",
-            Self::BackingFile => "backing-file",
-            Self::DataFile => "external-data-file",
-            Self::UnknownFeatures { .. } => "unknown-features",
-            Self::Dirty => "dirty",
-            Self::Corrupt => "corrupt",
-            Self::Encrypted => "encrypted",
-            Self::Compression { .. } => "compression",
-            Self::Snapshots { .. } => "snapshots",
-            Self::L1Size { .. } => "l1-size",
-            Self::Misplaced { .. } => "misplaced",
-            Self::IsoHeader { .. } => "iso-header",
-        }
-    }
-}
-
 /// Checks that an image is what it was declared to be and may be given to QEMU's tools.
 ///
 /// Blocks on file reads: at most the first cluster, one L1 table (32 MiB) and [`Limits::l2_bytes`].

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! qemu-img, told everything and left to guess nothing.
 //!
-//! Formats are always stated (`-f`, `-F`, `-O`): a guest writes what it likes into a raw disk, and a
+//! Formats are always stated: a guest writes what it likes into a raw disk, and a
 //! tool that guesses would believe it (CVE-2014-0134, CVE-2026-24708). Every run has a deadline, can
 //! be cancelled, and happens under resource limits in a process group of its own
 //! (CVE-2015-5162: an image that makes qemu-img eat the host).
@@ -24,13 +24,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::Duration;
 
-use serde::Deserialize;
-
-use super::files::DISK_MODE;
 use super::inspect::Format;
 use super::overlay;
 use crate::cancel::Cancel;
-use process::{Kind, failed};
 
 /// What went wrong with qemu-img.
 #[derive(Debug, thiserror::Error)]
@@ -68,12 +64,6 @@ pub enum QemuImgError {
         /// The command.
         command: &'static str,
     },
-    /// The file that should be created is there already.
-    #[error("{} exists already", path.display())]
-    Exists {
-        /// The file.
-        path: PathBuf,
-    },
     /// A path that QEMU could misread.
     #[error("{} cannot be given to qemu-img: {rule}", path.display())]
     Path {
@@ -82,21 +72,12 @@ pub enum QemuImgError {
         /// The rule that it breaks.
         rule: &'static str,
     },
-    /// The report could not be understood.
-    #[error("qemu-img {command} reported something that cannot be read as its JSON")]
-    Report {
-        /// The command.
-        command: &'static str,
-        /// Where it breaks off.
-        #[source]
-        source: serde_json::Error,
-    },
-    /// A file could not be made or removed before, or synced after.
+    /// A file could not be synced or emptied after.
     #[error("{} could not be {action}", path.display())]
     File {
         /// The file.
         path: PathBuf,
-        /// What should have been done: "made", "removed", "renamed", "synced".
+        /// What should have been done: "synced", "emptied".
         action: &'static str,
         /// Why.
         #[source]
@@ -109,24 +90,21 @@ pub enum QemuImgError {
 pub struct Limits {
     /// Address space in bytes.
     pub address_space: u64,
-    /// CPU time of a command that only reads, in seconds.
-    pub cpu_seconds_reading: u64,
-    /// CPU time of a command that writes a disk, in seconds.
-    pub cpu_seconds_writing: u64,
-    /// The largest file that may be written, in bytes. Commands that only read may write none.
+    /// CPU time in seconds.
+    pub cpu_seconds: u64,
+    /// The largest file that may be written, in bytes.
     pub file_size: u64,
     /// Open files.
     pub open_files: u64,
 }
 
-/// 2 GiB and 30 s are what Nova gives qemu-img; writing 2 TiB takes at most hours, not days.
+/// 2 GiB of memory are what Nova gives qemu-img; writing 2 TiB takes at most hours, not days.
 impl Default for Limits {
     fn default() -> Self {
         Self {
             address_space: 2 << 30,
-            cpu_seconds_reading: 30,
             // As long as a step that writes a disk may take.
-            cpu_seconds_writing: 6 * 3600,
+            cpu_seconds: 6 * 3600,
             // The largest disk that is taken, and as much again in metadata as any layout needs.
             file_size: (2 << 40) + (64 << 30),
             open_files: 256,
@@ -141,20 +119,8 @@ pub struct Job<'a> {
     pub deadline: Duration,
     /// It is killed when this says so.
     pub cancel: Cancel,
-    /// Told the percentage done, 0 to 100, of commands that report it (convert, commit).
+    /// Told the percentage done, 0 to 100.
     pub progress: Option<&'a (dyn Fn(u8) + Send + Sync)>,
-}
-
-impl Job<'_> {
-    /// A job that cannot be cancelled and reports nothing.
-    #[must_use]
-    pub fn within(deadline: Duration) -> Self {
-        Self {
-            deadline,
-            cancel: Cancel::never(),
-            progress: None,
-        }
-    }
 }
 
 /// A disk file and what it is.
@@ -164,56 +130,6 @@ pub struct Disk<'a> {
     pub path: &'a Path,
     /// Its format, as recorded by us.
     pub format: Format,
-}
-
-/// What to do when a file that should be created is there already.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum IfExists {
-    /// Fail with [`QemuImgError::Exists`].
-    Fail,
-    /// Remove it first: whoever has the old one open keeps that, unchanged.
-    Replace,
-}
-
-/// What `qemu-img info` says of one file of a chain.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-pub struct Info {
-    /// The format that it was opened as.
-    pub format: String,
-    /// The size of the disk in bytes.
-    #[serde(rename = "virtual-size")]
-    pub virtual_size: u64,
-    /// Bytes allocated on the host.
-    #[serde(rename = "actual-size", default)]
-    pub actual_size: u64,
-    /// The backing file as the header names it.
-    #[serde(rename = "backing-filename")]
-    pub backing_path: Option<PathBuf>,
-    /// The format of the backing file as the header names it.
-    #[serde(rename = "backing-filename-format")]
-    pub backing_format: Option<String>,
-}
-
-/// What `qemu-img check` found.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
-pub struct CheckReport {
-    /// Errors that mean lost data.
-    #[serde(default)]
-    pub corruptions: u64,
-    /// Clusters that are allocated but not used: space, not data.
-    #[serde(default)]
-    pub leaks: u64,
-    /// Errors of the check itself.
-    #[serde(rename = "check-errors", default)]
-    pub check_errors: u64,
-}
-
-impl CheckReport {
-    /// Is all data there?
-    #[must_use]
-    pub fn is_sound(&self) -> bool {
-        self.corruptions == 0 && self.check_errors == 0
-    }
 }
 
 /// The program and its limits.
@@ -235,58 +151,6 @@ impl Default for QemuImg {
 }
 
 impl QemuImg {
-    /// Creates an empty disk of `size` bytes; a raw one is sparse.
-    ///
-    /// # Errors
-    /// [`QemuImgError`]; nothing is left behind then.
-    pub async fn create_empty(
-        &self,
-        job: &Job<'_>,
-        disk: Disk<'_>,
-        size: u64,
-        if_exists: IfExists,
-    ) -> Result<(), QemuImgError> {
-        let arguments = words(&["-q", "-f", disk.format.driver()]);
-        self.create(job, arguments, disk.path, Some(size), if_exists)
-            .await
-    }
-
-    async fn create(
-        &self,
-        job: &Job<'_>,
-        mut arguments: Vec<OsString>,
-        path: &Path,
-        size: Option<u64>,
-        if_exists: IfExists,
-    ) -> Result<(), QemuImgError> {
-        arguments.push(name(path)?);
-        arguments.extend(size.map(|size| OsString::from(size.to_string())));
-        make_room(path, if_exists).await?;
-        let made = self.run_ok(job, Kind::Writes, "create", arguments).await;
-        written(path, made).await
-    }
-
-    /// Copies a disk into another format, its whole backing chain included; holes stay holes.
-    ///
-    /// # Errors
-    /// [`QemuImgError`]; no half-written target is left behind.
-    pub async fn convert(
-        &self,
-        job: &Job<'_>,
-        from: Disk<'_>,
-        to: Disk<'_>,
-        if_exists: IfExists,
-    ) -> Result<(), QemuImgError> {
-        // qemu-img's default cache mode here is "unsafe", which ignores flushes.
-        let mut arguments = words(&["-p", "-t", "writeback", "-f", from.format.driver()]);
-        arguments.extend(words(&["-O", to.format.driver()]));
-        arguments.push(name(from.path)?);
-        arguments.push(name(to.path)?);
-        make_room(to.path, if_exists).await?;
-        let made = self.run_ok(job, Kind::Writes, "convert", arguments).await;
-        written(to.path, made).await
-    }
-
     /// Writes what an overlay of `size` bytes changed into its base. Until the base is synced the
     /// overlay stays as it is (`-d`), so that doing it again, after a crash in the middle, ends in the
     /// same base. Then an empty overlay takes its place: whatever runs on the base from now on, a
@@ -313,7 +177,7 @@ impl QemuImg {
                 ..self.limits
             },
         };
-        roomy.run_ok(job, Kind::Writes, "commit", arguments).await?;
+        roomy.run(job, "commit", arguments).await?;
         sync(base.path).await?;
         let (path, backing) = (overlay.to_owned(), base.path.to_owned());
         let format = base.format;
@@ -328,58 +192,6 @@ impl QemuImg {
             path: overlay.to_owned(),
             action: "emptied",
             source: failed,
-        })
-    }
-
-    /// Checks a qcow2 file's metadata. Repairs nothing. The disk must not be in use.
-    ///
-    /// # Errors
-    /// [`QemuImgError`] if the check could not be made; what it found is in the report.
-    pub async fn check(&self, job: &Job<'_>, path: &Path) -> Result<CheckReport, QemuImgError> {
-        const COMMAND: &str = "check";
-        let mut arguments = words(&["--output=json", "-f", "qcow2"]);
-        arguments.push(name(path)?);
-        let finished = self.run(job, Kind::Reads, COMMAND, arguments).await?;
-        // 2: corruptions, 3: leaks; both with a report. Everything else is no answer.
-        if !matches!(finished.status.code(), Some(0 | 2 | 3)) {
-            return Err(failed(COMMAND, &finished));
-        }
-        serde_json::from_slice(&finished.stdout).map_err(|source| QemuImgError::Report {
-            command: COMMAND,
-            source,
-        })
-    }
-
-    /// Makes a disk larger. Making it smaller is refused by qemu-img. The disk must not be in use.
-    ///
-    /// # Errors
-    /// [`QemuImgError`].
-    pub async fn resize(
-        &self,
-        job: &Job<'_>,
-        disk: Disk<'_>,
-        size: u64,
-    ) -> Result<(), QemuImgError> {
-        let mut arguments = words(&["-q", "-f", disk.format.driver()]);
-        arguments.push(name(disk.path)?);
-        arguments.push(OsString::from(size.to_string()));
-        self.run_ok(job, Kind::Writes, "resize", arguments).await?;
-        sync(disk.path).await
-    }
-
-    /// What a disk is and what it stands on. Reads its own header only, not the backing file's; the
-    /// disk may be in use (sizes are then those of the moment).
-    ///
-    /// # Errors
-    /// [`QemuImgError`].
-    pub async fn info(&self, job: &Job<'_>, disk: Disk<'_>) -> Result<Info, QemuImgError> {
-        const COMMAND: &str = "info";
-        let mut arguments = words(&["-U", "--output=json", "-f", disk.format.driver()]);
-        arguments.push(name(disk.path)?);
-        let finished = self.run_ok(job, Kind::Reads, COMMAND, arguments).await?;
-        serde_json::from_slice(&finished.stdout).map_err(|source| QemuImgError::Report {
-            command: COMMAND,
-            source,
         })
     }
 }
@@ -403,54 +215,6 @@ fn name(path: &Path) -> Result<OsString, QemuImgError> {
         return refuse("it must not contain a NUL byte");
     }
     Ok(path.as_os_str().to_owned())
-}
-
-/// Makes an empty file of our own for qemu-img to fill. It would make one that everybody can read,
-/// and keeps the mode of one that is there.
-async fn make_room(path: &Path, if_exists: IfExists) -> Result<(), QemuImgError> {
-    match (tokio::fs::symlink_metadata(path).await, if_exists) {
-        (Ok(_), IfExists::Fail) => {
-            return Err(QemuImgError::Exists {
-                path: path.to_owned(),
-            });
-        }
-        (Ok(_), IfExists::Replace) => remove(path).await?,
-        (Err(_), _) => {}
-    }
-    let made = tokio::fs::OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(DISK_MODE)
-        .open(path)
-        .await;
-    made.map(drop).map_err(|source| QemuImgError::File {
-        path: path.to_owned(),
-        action: "made",
-        source,
-    })
-}
-
-async fn remove(path: &Path) -> Result<(), QemuImgError> {
-    match tokio::fs::remove_file(path).await {
-        Err(source) if source.kind() != std::io::ErrorKind::NotFound => Err(QemuImgError::File {
-            path: path.to_owned(),
-            action: "removed",
-            source,
-        }),
-        _ => Ok(()),
-    }
-}
-
-/// Syncs what was made, or removes what was half made.
-async fn written<T>(path: &Path, made: Result<T, QemuImgError>) -> Result<(), QemuImgError> {
-    match made {
-        Ok(_) => sync(path).await,
-        Err(error) => {
-            // The first error is the one to tell.
-            let _ = remove(path).await;
-            Err(error)
-        }
-    }
 }
 
 /// Brings a file and its folder's entry for it to the disk.

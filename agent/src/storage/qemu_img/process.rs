@@ -2,7 +2,7 @@
 //! Runs one qemu-img under limits, until it ends, is cancelled or is too late.
 
 use std::ffi::OsString;
-use std::process::{ExitStatus, Stdio};
+use std::process::Stdio;
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
@@ -12,34 +12,19 @@ use tokio::time::Instant;
 
 use super::{Job, Limits, QemuImg, QemuImgError};
 
-/// How much of an output is kept: JSON of a deep chain is a few KiB.
-const OUTPUT: usize = 1 << 20;
+/// How much of an output is kept, in bytes: the last lines are all that is told.
+const OUTPUT: usize = 64 << 10;
 /// How many lines of stderr an error quotes.
 const LINES: usize = 5;
 
-/// What a finished qemu-img left.
-pub(super) struct Finished {
-    pub(super) status: ExitStatus,
-    pub(super) stdout: Vec<u8>,
-    pub(super) stderr: String,
-}
-
-/// Does the command write a disk? Then it may take long and fill a file.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
-    Reads,
-    Writes,
-}
-
 impl QemuImg {
-    /// Runs `qemu-img COMMAND ARGUMENTS`; any exit status is an answer.
+    /// Runs `qemu-img COMMAND ARGUMENTS`; only exit status 0 is a success.
     pub(super) async fn run(
         &self,
         job: &Job<'_>,
-        kind: Kind,
         command: &'static str,
         arguments: Vec<OsString>,
-    ) -> Result<Finished, QemuImgError> {
+    ) -> Result<(), QemuImgError> {
         if job.cancel.is_cancelled() {
             return Err(QemuImgError::Cancelled { command });
         }
@@ -50,7 +35,7 @@ impl QemuImg {
         let mut process = Command::new("setpriv");
         process
             .args(["--pdeathsig", "KILL", "--", "prlimit"])
-            .args(limits(&self.limits, kind))
+            .args(limits(&self.limits))
             .arg("--")
             .arg(&self.program)
             .arg(command)
@@ -64,10 +49,11 @@ impl QemuImg {
             .process_group(0)
             .kill_on_drop(true);
         let started = Instant::now();
-        let mut child = process.spawn().map_err(|source| QemuImgError::Spawn {
+        let cannot_run = |source| QemuImgError::Spawn {
             program: self.program.clone(),
             source,
-        })?;
+        };
+        let mut child = process.spawn().map_err(cannot_run)?;
         let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
         let outcome = {
             let whole = async {
@@ -86,56 +72,30 @@ impl QemuImg {
                 whole = whole => Ok(whole),
             }
         };
-        match outcome {
-            Ok((stdout, stderr, status)) => Ok(Finished {
-                status: status.map_err(|source| QemuImgError::Spawn {
-                    program: self.program.clone(),
-                    source,
-                })?,
-                stdout,
-                stderr: last_lines(&stderr),
-            }),
+        let (_, stderr, status) = match outcome {
+            Ok(whole) => whole,
             Err(error) => {
                 end(&mut child).await;
-                Err(error)
+                return Err(error);
             }
+        };
+        let status = status.map_err(cannot_run)?;
+        if status.success() {
+            return Ok(());
         }
-    }
-
-    /// The same, where only exit status 0 is a success.
-    pub(super) async fn run_ok(
-        &self,
-        job: &Job<'_>,
-        kind: Kind,
-        command: &'static str,
-        arguments: Vec<OsString>,
-    ) -> Result<Finished, QemuImgError> {
-        let finished = self.run(job, kind, command, arguments).await?;
-        if finished.status.success() {
-            return Ok(finished);
-        }
-        Err(failed(command, &finished))
+        Err(QemuImgError::Failed {
+            command,
+            status,
+            stderr: last_lines(&stderr),
+        })
     }
 }
 
-/// The error for a qemu-img that did not do what it was told.
-pub(super) fn failed(command: &'static str, finished: &Finished) -> QemuImgError {
-    QemuImgError::Failed {
-        command,
-        status: finished.status,
-        stderr: finished.stderr.clone(),
-    }
-}
-
-fn limits(limits: &Limits, kind: Kind) -> [String; 5] {
-    let (cpu, file) = match kind {
-        Kind::Reads => (limits.cpu_seconds_reading, 0),
-        Kind::Writes => (limits.cpu_seconds_writing, limits.file_size),
-    };
+fn limits(limits: &Limits) -> [String; 5] {
     [
         format!("--as={}", limits.address_space),
-        format!("--cpu={cpu}"),
-        format!("--fsize={file}"),
+        format!("--cpu={}", limits.cpu_seconds),
+        format!("--fsize={}", limits.file_size),
         format!("--nofile={}", limits.open_files),
         "--core=0".to_owned(),
     ]

@@ -20,6 +20,39 @@ use super::{Format, Inspection, Limits, Unsafe, detect, inspect};
 const KIB: usize = 1 << 10;
 const MIB: u64 = 1 << 20;
 
+impl Unsafe {
+    /// The reason without its numbers.
+    pub(in crate::storage) fn name(&self) -> &'static str {
+        match self {
+            Self::Unreadable { .. } => "unreadable",
+            Self::NotRegular => "not-regular",
+            Self::Empty => "empty",
+            Self::FileTooLarge { .. } => "file-too-large",
+            Self::VirtualTooLarge { .. } => "virtual-size-too-large",
+            Self::VirtualEmpty => "virtual-size-zero",
+            Self::UnsupportedContainer { .. } => "unsupported-container",
+            Self::QcowInDisguise { .. } => "qcow2-in-disguise",
+            Self::NotAsDeclared { .. } => "not-as-declared",
+            Self::Unrecognised => "unrecognised",
+            Self::Truncated { .. } => "truncated",
+            Self::QcowVersion { .. } => "qcow-version",
+            Self::QcowHeader { .. } => "qcow2-header",
+            Self::QcowExtension { .. } => "qcow2-extension",
+            Self::BackingFile => "backing-file",
+            Self::DataFile => "external-data-file",
+            Self::UnknownFeatures { .. } => "unknown-features",
+            Self::Dirty => "dirty",
+            Self::Corrupt => "corrupt",
+            Self::Encrypted => "encrypted",
+            Self::Compression { .. } => "compression",
+            Self::Snapshots { .. } => "snapshots",
+            Self::L1Size { .. } => "l1-size",
+            Self::Misplaced { .. } => "misplaced",
+            Self::IsoHeader { .. } => "iso-header",
+        }
+    }
+}
+
 fn file_of(bytes: &[u8]) -> File {
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(bytes).unwrap();
