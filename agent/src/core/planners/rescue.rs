@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use super::{
     Builder,
-    create::{admin_user, check_space, image},
+    create::{admin_user, base_image, check_space, image},
     need_domain,
     protect::{Overlays, changes, overlays, unprotected},
     read_domain, rescue_holder,
@@ -181,6 +181,10 @@ impl<'a> Rescue<'a> {
                 device: match choice.device {
                     RescueDevice::Disk => Device::Disk,
                     RescueDevice::Cdrom => Device::Cdrom,
+                },
+                base: match choice.device {
+                    RescueDevice::Disk => Some(base_image(self.image)),
+                    RescueDevice::Cdrom => None,
                 },
             },
             protection: changes(&self.parsed, self.args.protection, &self.overlays),
