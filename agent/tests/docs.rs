@@ -247,6 +247,8 @@ fn about(step: &Step) -> &'static str {
         Step::BuildConfigDrive { .. } => "makes a config drive",
         Step::SaveDefinition { .. } => "saves the server's definition, once",
         Step::PowerOff { .. } => "has the guest shut down, and ends it when its time is over",
+        Step::NoteOwners { .. } => "notes to whom protected disks belong",
+        Step::PutOwnersBack { .. } => "gives protected disks back to their owners",
         Step::MarkCommitStarted => "notes that overlays are being committed",
         Step::CommitOverlay { .. } => "writes an overlay to the disk under it",
         Step::EmptyOverlay { .. } => "empties an overlay whose disk is about to change under it",
@@ -299,6 +301,11 @@ fn steps() -> Vec<Step> {
             shutdown: EXAMPLE,
             was_on: true,
         },
+        Step::NoteOwners {
+            disks: Vec::new(),
+            note: text(),
+        },
+        Step::PutOwnersBack { note: text() },
         Step::MarkCommitStarted,
         Step::CommitOverlay {
             path: text(),

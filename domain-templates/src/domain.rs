@@ -426,6 +426,14 @@ impl Domain {
         }
     }
 
+    /// The element of the disk with this target name.
+    pub(crate) fn disk_element(&self, target: &str) -> Option<&Element> {
+        self.devices().find(|device| {
+            let name = device.child("target").and_then(|t| t.attribute("dev"));
+            device.name == "disk" && name == Some(target)
+        })
+    }
+
     fn os_type(&self) -> Option<&Element> {
         self.root.child("os")?.child("type")
     }

@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use crate::disk::Bus;
 use crate::domain::{Domain, Firmware};
+use crate::image::BaseImage;
 use crate::rescue::{TemplateError, render_rescue};
 use crate::server::{
     DomainKind, NicSource, NicSpec, ServerDisk, ServerFirmware, ServerSpec, render_server,
@@ -133,6 +134,10 @@ fn rescue_specs(original: &str) -> Vec<(String, RescueSpec)> {
                 format: DiskFormat::Qcow2,
                 bus: None,
                 device: Device::Disk,
+                base: Some(BaseImage {
+                    path: "/var/lib/salvor/images/i.raw".to_owned(),
+                    format: DiskFormat::Raw,
+                }),
             },
             protection: BTreeMap::new(),
             nvram: uefi.then(|| "/var/lib/salvor/servers/s/rescue/nvram.fd".to_owned()),
@@ -155,6 +160,9 @@ fn rescue_specs(original: &str) -> Vec<(String, RescueSpec)> {
         add("hostile", &|spec| {
             spec.plan = HOSTILE.to_owned();
             spec.rescue_disk.path = HOSTILE.to_owned();
+            if let Some(base) = &mut spec.rescue_disk.base {
+                base.path = HOSTILE.to_owned();
+            }
             spec.config_drive = Some(HOSTILE.to_owned());
             spec.nvram = uefi.then(|| HOSTILE.to_owned());
         });
@@ -167,6 +175,7 @@ fn rescue_specs(original: &str) -> Vec<(String, RescueSpec)> {
                 &|spec| {
                     spec.rescue_disk.device = Device::Cdrom;
                     spec.rescue_disk.format = DiskFormat::Raw;
+                    spec.rescue_disk.base = None;
                     spec.rescue_disk.bus = bus;
                 },
             );
@@ -194,6 +203,10 @@ fn server_specs() -> Vec<(String, ServerSpec)> {
     let disk = |path: &str, bus| ServerDisk {
         path: path.to_owned(),
         format: DiskFormat::Qcow2,
+        base: Some(BaseImage {
+            path: "/var/lib/salvor/images/i.qcow2".to_owned(),
+            format: DiskFormat::Qcow2,
+        }),
         bus,
         serial: Some("root".to_owned()),
     };

@@ -13,6 +13,7 @@
 mod disk;
 mod domain;
 pub mod fixtures;
+mod image;
 mod place;
 mod protect;
 mod rescue;
@@ -25,6 +26,7 @@ pub use disk::{Bus, Disk, DiskDevice, DiskSource};
 pub use domain::{
     Domain, DomainError, Firmware, Interface, MARK_NAMESPACE, MachineFamily, Mark, Role,
 };
+pub use image::BaseImage;
 pub use place::PlaceError;
 pub use rescue::{TemplateError, render_rescue};
 pub use server::{

@@ -58,8 +58,14 @@ pub(crate) fn by_overlay(
     }
     element.set_attribute("type", "file");
     // A chain that the definition states stays stated, one longer: libvirt need not read formats from the files then.
-    if let Some(chain) = element.child("backingStore").cloned() {
-        element.replace(as_backing(disk, chain));
+    // And whom the old file belongs to can only be said where it is named.
+    let chain = element.child("backingStore").cloned();
+    let source = element.child("source");
+    let labels: Vec<Element> = source
+        .map(|source| source.elements_named("seclabel").cloned().collect())
+        .unwrap_or_default();
+    if chain.is_some() || !labels.is_empty() {
+        element.replace(as_backing(disk, labels, chain));
     }
     // A new <source>: labels, locks and reservations of the old one belong to the old file.
     element.replace(Element::new("source").with("file", overlay));
@@ -75,15 +81,22 @@ pub(crate) fn by_overlay(
 }
 
 /// The original disk as what the overlay stands on, with what it stands on itself.
-fn as_backing(disk: &Disk, chain: Element) -> Element {
+fn as_backing(disk: &Disk, labels: Vec<Element>, chain: Option<Element>) -> Element {
     let (kind, attribute) = match disk.source {
         DiskSource::Block(_) => ("block", "dev"),
         _ => ("file", "file"),
     };
     let format = disk.format.as_deref().unwrap_or("raw");
+    let mut source = Element::new("source").with(attribute, disk.path().unwrap_or_default());
+    for label in labels {
+        source.append(label);
+    }
     let mut backing = Element::new("backingStore").with("type", kind);
     backing.append(Element::new("format").with("type", format));
-    backing.append(Element::new("source").with(attribute, disk.path().unwrap_or_default()));
-    backing.append(chain);
+    backing.append(source);
+    // Without a chain libvirt reads on from here by itself.
+    if let Some(chain) = chain {
+        backing.append(chain);
+    }
     backing
 }

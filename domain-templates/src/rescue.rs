@@ -14,6 +14,7 @@ use serde::Serialize;
 
 use crate::disk::{Bus, Disk};
 use crate::domain::{Domain, DomainError, Firmware, Mark, Role};
+use crate::image::{Made, is_relabelled};
 use crate::place::{Controller, Layout, Place, PlaceError, is_usb_controller, lay_out};
 use crate::protect::{by_overlay, by_readonly};
 use crate::spec::{
@@ -127,6 +128,8 @@ fn check_texts(spec: &RescueSpec) -> Result<(), TemplateError> {
         ("the plan's id", &spec.plan),
         ("the rescue disk's path", &spec.rescue_disk.path),
     ];
+    let base = spec.rescue_disk.base.iter();
+    let base = base.map(|base| ("the rescue image's path", &base.path));
     let nvram = spec.nvram.iter().map(|path| ("the NVRAM path", path));
     let config_drive = spec
         .config_drive
@@ -134,6 +137,7 @@ fn check_texts(spec: &RescueSpec) -> Result<(), TemplateError> {
         .map(|path| ("the config drive's path", path));
     for (field, text) in texts
         .into_iter()
+        .chain(base)
         .chain(overlays)
         .chain(nvram)
         .chain(config_drive)
@@ -177,6 +181,41 @@ struct DiskView {
     /// Original disks only: the target name in the server's own definition, and the whole element, changed as needed.
     was: Option<String>,
     xml: Option<OwnXml>,
+    /// Salvor's own disks only: the elements that say what the disk is made of.
+    source: Option<OwnXml>,
+    backing: Option<OwnXml>,
+}
+
+/// What Salvor's own disks are made of.
+struct OwnDisks {
+    rescue: Made,
+    config_drive: Option<Made>,
+}
+
+impl OwnDisks {
+    fn of(domain: &Domain, spec: &RescueSpec) -> Self {
+        let relabelled = is_relabelled(&domain.root);
+        let disk = &spec.rescue_disk;
+        Self {
+            rescue: match disk.device {
+                Device::Cdrom => Made::image(&disk.path, relabelled),
+                Device::Disk => Made::own(&disk.path, disk.base.as_ref(), relabelled),
+            },
+            config_drive: spec
+                .config_drive
+                .as_ref()
+                .map(|path| Made::own(path, None, relabelled)),
+        }
+    }
+
+    /// What the disk of this role is made of, if it is one of these.
+    fn get(&self, role: &DiskRole) -> Option<&Made> {
+        match role {
+            DiskRole::Rescue => Some(&self.rescue),
+            DiskRole::ConfigDrive => self.config_drive.as_ref(),
+            DiskRole::Original { .. } => None,
+        }
+    }
 }
 
 /// What `rescue.xml` is given. The template's header explains each.
@@ -237,7 +276,7 @@ fn context(
             }
         }
     }
-    let disks = place_disks(spec, layout, originals);
+    let disks = place_disks(spec, layout, originals, &OwnDisks::of(domain, spec));
     let placed = disks.iter().map(DiskView::placed).collect();
     let attributes = domain.root.attributes.iter();
     let context = Context {
@@ -262,7 +301,12 @@ fn context(
 }
 
 /// All disks in the order they are printed.
-fn place_disks(spec: &RescueSpec, layout: &Layout, originals: Vec<DiskView>) -> Vec<DiskView> {
+fn place_disks(
+    spec: &RescueSpec,
+    layout: &Layout,
+    originals: Vec<DiskView>,
+    made: &OwnDisks,
+) -> Vec<DiskView> {
     let own = |role, place: &Place, path: &str| DiskView {
         role,
         target: place.target.clone(),
@@ -276,6 +320,8 @@ fn place_disks(spec: &RescueSpec, layout: &Layout, originals: Vec<DiskView>) -> 
         usb_controller: place.usb_controller,
         was: None,
         xml: None,
+        source: None,
+        backing: None,
     };
     let cdrom = spec.rescue_disk.device == Device::Cdrom;
     let rescue = DiskView {
@@ -291,6 +337,8 @@ fn place_disks(spec: &RescueSpec, layout: &Layout, originals: Vec<DiskView>) -> 
         readonly: cdrom,
         boots: true,
         serial: Some(RESCUE_SERIAL.to_owned()),
+        source: Some(OwnXml::from(&made.rescue.source)),
+        backing: made.rescue.backing.as_ref().map(OwnXml::from),
         ..own("rescue", &layout.rescue, &spec.rescue_disk.path)
     };
     let config_drive = layout
@@ -301,6 +349,10 @@ fn place_disks(spec: &RescueSpec, layout: &Layout, originals: Vec<DiskView>) -> 
             // Where QEMU cannot make it read-only it is writable: it is this rescue's own file and is thrown away.
             readonly: place.bus.has_readonly_disks(),
             serial: Some(CONFIG_DRIVE_SERIAL.to_owned()),
+            source: made
+                .config_drive
+                .as_ref()
+                .map(|made| OwnXml::from(&made.source)),
             ..own("config_drive", place, path)
         });
     let mut disks = originals;
@@ -428,6 +480,8 @@ fn original_disk(
         usb_controller: None,
         was: Some(disk.target.clone()),
         xml: Some(OwnXml::from(&element)),
+        source: None,
+        backing: None,
     })
 }
 
@@ -478,6 +532,13 @@ fn os(domain: &Domain, spec: &RescueSpec) -> Result<Element, TemplateError> {
     Ok(os)
 }
 
+/// What is wrong with a disk that a template printed in its own way.
+pub(crate) fn made_of_something_else(target: &str) -> String {
+    format!(
+        "disk `{target}` is missing or made of something else; print its `source` and `backing` as they are"
+    )
+}
+
 /// Holds what the template rendered against what a rescue domain must be, since an operator may have written it.
 fn check_rendering(
     xml: &str,
@@ -499,7 +560,15 @@ fn check_rendering(
             "the metadata does not carry this plan's mark".to_owned(),
         ));
     }
+    let own = OwnDisks::of(original, spec);
     for placed in disks {
+        if let Some(made) = own.get(&placed.role)
+            && !domain
+                .disk_element(&placed.target)
+                .is_some_and(|disk| made.is_in(disk))
+        {
+            return Err(unusable(made_of_something_else(&placed.target)));
+        }
         let right = domain.disk(&placed.target).is_some_and(|disk| {
             let boots = placed.role == DiskRole::Rescue;
             disk.bus == placed.bus

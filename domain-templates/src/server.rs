@@ -10,8 +10,9 @@ use uuid::Uuid;
 
 use crate::disk::Bus;
 use crate::domain::{Domain, MachineFamily, Mark, Role};
+use crate::image::{BaseImage, Made};
 use crate::place::{Controller, Places, check_bus};
-use crate::rescue::TemplateError;
+use crate::rescue::{TemplateError, made_of_something_else};
 use crate::spec::{CONFIG_DRIVE_SERIAL, DiskFormat};
 use crate::templates::{OwnXml, TemplateName, Templates};
 use crate::xml::check_text;
@@ -46,6 +47,8 @@ pub struct ServerDisk {
     pub path: String,
     /// Its format.
     pub format: DiskFormat,
+    /// The image that it stands on.
+    pub base: Option<BaseImage>,
     /// Its bus.
     pub bus: Bus,
     /// Serial number shown to the guest; virtio cuts it after 20 bytes.
@@ -113,6 +116,10 @@ pub struct ServerSpec {
 #[derive(Debug, Serialize)]
 struct DiskView<'a> {
     path: &'a str,
+    source: OwnXml,
+    backing: Option<OwnXml>,
+    #[serde(skip)]
+    made: Made,
     format: DiskFormat,
     target: String,
     bus: &'static str,
@@ -227,11 +234,9 @@ pub fn render_server(templates: &Templates, spec: &ServerSpec) -> Result<String,
         ));
     }
     for disk in &context.disks {
-        if domain.disk(&disk.target).and_then(|found| found.path()) != Some(disk.path) {
-            let target = &disk.target;
-            return Err(unusable(format!(
-                "disk `{target}` is missing or has another source"
-            )));
+        let found = domain.disk_element(&disk.target);
+        if !found.is_some_and(|found| disk.made.is_in(found)) {
+            return Err(unusable(made_of_something_else(&disk.target)));
         }
     }
     Ok(xml)
@@ -244,8 +249,12 @@ fn place(spec: &ServerSpec) -> Result<Vec<DiskView<'_>>, TemplateError> {
     let mut disks = Vec::new();
     for (number, disk) in spec.disks.iter().enumerate() {
         check_bus(disk.bus, family, Some(&spec.machine))?;
+        let made = Made::own(&disk.path, disk.base.as_ref(), true);
         disks.push(DiskView {
             path: &disk.path,
+            source: OwnXml::from(&made.source),
+            backing: made.backing.as_ref().map(OwnXml::from),
+            made,
             format: disk.format,
             target: places.take(disk.bus)?,
             bus: disk.bus.as_str(),
@@ -256,8 +265,12 @@ fn place(spec: &ServerSpec) -> Result<Vec<DiskView<'_>>, TemplateError> {
     }
     if let Some(path) = &spec.config_drive {
         let bus = spec.disks.first().map_or(Bus::Virtio, |disk| disk.bus);
+        let made = Made::own(path, None, true);
         disks.push(DiskView {
             path,
+            source: OwnXml::from(&made.source),
+            backing: None,
+            made,
             format: DiskFormat::Raw,
             target: places.take(bus)?,
             bus: bus.as_str(),
@@ -309,6 +322,8 @@ fn check_texts(spec: &ServerSpec) -> Result<(), TemplateError> {
     }
     for disk in &spec.disks {
         texts.push(("a disk's path", &disk.path));
+        let base = disk.base.iter();
+        texts.extend(base.map(|base| ("an image's path", base.path.as_str())));
         texts.extend(
             disk.serial
                 .iter()

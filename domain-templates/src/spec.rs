@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::disk::Bus;
+use crate::image::BaseImage;
 
 /// The serial number of the rescue disk, by which a guest can know it.
 pub const RESCUE_SERIAL: &str = "salvor-rescue";
@@ -36,6 +37,16 @@ pub enum DiskFormat {
     Qcow2,
 }
 
+impl DiskFormat {
+    /// libvirt's word for it.
+    pub(crate) const fn as_str(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
+}
+
 /// How the rescue image shows itself to the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -56,8 +67,10 @@ pub struct RescueDisk {
     /// The bus asked for. `None`: the root disk's bus in classic mode, else virtio; for a CD-ROM what the machine type
     /// is used to.
     pub bus: Option<Bus>,
-    /// How it shows itself.
+    /// How it shows itself. A CD-ROM is the image itself.
     pub device: Device,
+    /// The image that a hard disk stands on.
+    pub base: Option<BaseImage>,
 }
 
 /// What protects an original disk while the rescue runs.

@@ -66,7 +66,7 @@ fn a_template_cannot_print_a_value_unescaped() {
             "{attempt}: {xml}"
         );
     }
-    let text = RESCUE.replace("{{ disk.path }}", "{{ disk.path|safe }}");
+    let text = RESCUE.replace("{{ disk.serial }}", "{{ disk.serial|safe }}");
     let refused = overridden("rescue.xml", &text)
         .map_err(|_| ())
         .and_then(|templates| {

@@ -58,10 +58,16 @@ fn an_overlay_takes_the_place_of_a_file_or_block_device() {
         assert_eq!(disk.format.as_deref(), Some("qcow2"));
         assert_eq!(disk.serial.as_deref(), Some("abc"));
         assert!(rendering.xml.contains("<disk type='file' device='disk'><driver name='qemu' type='qcow2' cache='none' io='native'/>"));
-        assert!(!rendering.xml.contains("seclabel"));
-        assert!(rendering.xml.contains(
-            "<backingStore type='block'><format type='raw'/><source dev='/dev/vg/root'/><backingStore/></backingStore>"
-        ), "{}", rendering.xml);
+        // Whom the disk belongs to is the disk's affair, not the overlay's.
+        assert_eq!(rendering.xml.matches("seclabel").count(), 1);
+        assert!(
+            rendering.xml.contains(
+                "<backingStore type='block'><format type='raw'/><source dev='/dev/vg/root'>\
+             <seclabel model='dac' relabel='no'/></source><backingStore/></backingStore>"
+            ),
+            "{}",
+            rendering.xml
+        );
         assert_eq!(rendering.xml.contains("slot='0x05'"), mode == Mode::Stable);
     }
 }
@@ -118,4 +124,21 @@ fn a_chain_that_the_definition_states_stays_stated_below_the_overlay() {
     assert_eq!(xml.matches("<backingStore").count(), 3);
     // Nothing was stated: libvirt reads the overlay's header, which names the format.
     assert!(!rendered("").contains("backingStore"));
+}
+
+#[test]
+fn what_is_said_of_a_disks_owner_is_said_below_the_overlay_too() {
+    let label = "<seclabel model='dac' relabel='no'/>";
+    let labelled = format!(
+        "<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='/d/vda'>{label}</source>\
+         <target dev='vda' bus='virtio'/></disk>"
+    );
+    let spec = protecting(Mode::Stable, "vda", overlay());
+    let xml = render(&domain("pc", "", &labelled), &spec).unwrap().xml;
+    // The rest of the chain is libvirt's to find, as before.
+    let backing = format!(
+        "<backingStore type='file'><format type='qcow2'/><source file='/d/vda'>{label}</source></backingStore>"
+    );
+    assert!(xml.contains(&backing), "{xml}");
+    assert_eq!(xml.matches("seclabel").count(), 1, "{xml}");
 }

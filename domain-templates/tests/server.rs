@@ -26,6 +26,7 @@ fn spec() -> ServerSpec {
         disks: vec![ServerDisk {
             path: "/d/root".to_owned(),
             format: DiskFormat::Qcow2,
+            base: None,
             bus: Bus::Virtio,
             serial: None,
         }],

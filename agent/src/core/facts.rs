@@ -51,7 +51,7 @@ pub struct DomainFacts {
     /// Virtual sizes of its disks in bytes, by target, or why they cannot be told. Nothing that a guest
     /// wrote is opened as anything but what the definition says. Only for a rescue with overlays.
     pub disk_sizes: BTreeMap<String, Result<u64, String>>,
-    /// Why the agent could not write to a disk, by target. Only for a rescue with overlays.
+    /// Why the agent could not write to a disk, by target. Only for a rescue that protects disks.
     pub unwritable: BTreeMap<String, String>,
 }
 

@@ -12,6 +12,7 @@
 //!                                                 disk.config
 //!                                                 nvram.fd
 //!                                                 <target>.overlay
+//!                                                 owners
 //! ```
 
 use uuid::Uuid;

@@ -116,6 +116,19 @@ pub enum Step {
         /// It was on before: taking the step back starts it again.
         was_on: bool,
     },
+    /// To whom these disks belong while the guest is off is noted, once. libvirt gives them to QEMU's user
+    /// for a guest that may not write to them, and does not put that back.
+    NoteOwners {
+        /// The disks.
+        disks: Vec<String>,
+        /// Where it is noted.
+        note: String,
+    },
+    /// The disks belong again to whom the note says.
+    PutOwnersBack {
+        /// Where it is noted; without a note there is nothing to do.
+        note: String,
+    },
     /// Overlays are about to be written to the originals: from now on discarding them is impossible.
     MarkCommitStarted,
     /// An overlay is written to the disk under it.
@@ -195,6 +208,8 @@ impl Step {
             Self::BuildConfigDrive { .. } => "BuildConfigDrive",
             Self::SaveDefinition { .. } => "SaveDefinition",
             Self::PowerOff { .. } => "PowerOff",
+            Self::NoteOwners { .. } => "NoteOwners",
+            Self::PutOwnersBack { .. } => "PutOwnersBack",
             Self::MarkCommitStarted => "MarkCommitStarted",
             Self::CommitOverlay { .. } => "CommitOverlay",
             Self::EmptyOverlay { .. } => "EmptyOverlay",
@@ -232,6 +247,10 @@ impl Step {
                     shutdown.timeout_ms.div_ceil(1000)
                 )
             }
+            Self::NoteOwners { disks, .. } => {
+                format!("note the owners of {}", disks.join(", "))
+            }
+            Self::PutOwnersBack { .. } => "give the disks back to their owners".to_owned(),
             Self::MarkCommitStarted => "note that the overlays are being committed".to_owned(),
             Self::CommitOverlay { path, base, .. } => format!("write the overlay {path} to {base}"),
             Self::EmptyOverlay { path, .. } => format!("discard what the overlay {path} holds"),
@@ -263,6 +282,8 @@ impl Step {
             Self::HoldImage { .. }
             | Self::MakeFolder { .. }
             | Self::SaveDefinition { .. }
+            | Self::NoteOwners { .. }
+            | Self::PutOwnersBack { .. }
             | Self::MarkCommitStarted
             | Self::ReleaseImage { .. }
             | Self::DropSavedDefinition => 30_000,
@@ -293,6 +314,8 @@ impl Step {
             | Self::CopyFile { .. }
             | Self::BuildConfigDrive { .. }
             | Self::SaveDefinition { .. }
+            | Self::NoteOwners { .. }
+            | Self::PutOwnersBack { .. }
             | Self::MarkCommitStarted
             | Self::CommitOverlay { .. }
             | Self::EmptyOverlay { .. }
@@ -315,12 +338,14 @@ impl Step {
                 vec![(path.clone(), "create")]
             }
             Self::CopyFile { to, .. } => vec![(to.clone(), "create")],
+            Self::NoteOwners { note, .. } => vec![(note.clone(), "create")],
             Self::CommitOverlay { base, .. } => vec![(base.clone(), "write")],
             Self::EmptyOverlay { path, .. } => vec![(path.clone(), "write")],
             Self::RemoveFolder { path } => vec![(path.clone(), "remove")],
             Self::HoldImage { .. }
             | Self::SaveDefinition { .. }
             | Self::PowerOff { .. }
+            | Self::PutOwnersBack { .. }
             | Self::MarkCommitStarted
             | Self::DefineDomain { .. }
             | Self::UndefineDomain { .. }

@@ -407,6 +407,8 @@ named_states! {
         DisksKept = "DISKS_KEPT",
         /// The protection of disks does not cover everything that the rescue guest can write to.
         NotProtected = "NOT_PROTECTED",
+        /// The owners of protected disks cannot be put back after the rescue.
+        OwnersNotKept = "OWNERS_NOT_KEPT",
         /// Repairs in overlays go with the server.
         RepairsLost = "REPAIRS_LOST",
         /// A file or folder could not be removed and is left behind.
@@ -431,6 +433,9 @@ impl WarningName {
             }
             Self::NotProtected => {
                 "The protection of disks does not cover everything that the rescue guest can write to: host devices passed through, shared folders, and floppies beside overlays. The message names what stays writable."
+            }
+            Self::OwnersNotKept => {
+                "libvirt gives disks that a rescue may only read to QEMU's user, and the agent will not be able to put their owners back. The message names the disks, and why."
             }
             Self::RepairsLost => {
                 "The server is deleted with overlays that were not committed, so what was repaired in them is lost. The message says which disk a commit that did not end may have left half written."

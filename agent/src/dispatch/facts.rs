@@ -155,10 +155,19 @@ impl Dispatcher {
         if rescue.is_some() && facts.persistent && facts.power.is_on() {
             facts.live_only = self.live_only(id, &parsed).await?;
         }
-        if rescue == Some(Protection::Overlay) {
-            for disk in parsed.disks().iter().filter(|disk| !disk.readonly) {
-                look_at(disk, &mut facts).await;
+        let writable = parsed.disks().iter().filter(|disk| !disk.readonly);
+        match rescue {
+            Some(Protection::Overlay) => {
+                for disk in writable {
+                    look_at(disk, &mut facts).await;
+                }
             }
+            Some(Protection::ReadOnly) => {
+                for disk in writable {
+                    try_to_write(disk, &mut facts).await;
+                }
+            }
+            Some(Protection::ReadWrite) | None => {}
         }
         Ok(Some(facts))
     }
@@ -237,12 +246,19 @@ async fn look_at(disk: &Disk, facts: &mut DomainFacts) {
         return;
     };
     let size = within(disk_size(path, disk.format.as_deref().unwrap_or("raw"))).await;
-    if size.is_ok()
+    if size.is_ok() {
+        try_to_write(disk, facts).await;
+    }
+    facts.disk_sizes.insert(disk.target.clone(), size);
+}
+
+/// Whether the agent can change a disk.
+async fn try_to_write(disk: &Disk, facts: &mut DomainFacts) {
+    if let Some(path) = disk.path().map(Path::new)
         && let Err(why) = within(open_for_writing(path)).await
     {
         facts.unwritable.insert(disk.target.clone(), why);
     }
-    facts.disk_sizes.insert(disk.target.clone(), size);
 }
 
 /// Really opens it: access(2) does not know which devices the agent's unit may use. Writes nothing.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Steps on disks: overlays made and written back.
+//! Steps on disks: overlays made and written back, owners kept.
 
 use std::{
     path::{Path, PathBuf},
@@ -12,11 +12,11 @@ use super::{
 };
 use crate::{
     core::{errors::chain, reason::Reason},
-    engine::{StepContext, StepError},
+    engine::{StepContext, StepError, StepReport},
     storage::{
         disk_size,
         inspect::Format,
-        overlay,
+        overlay, owners,
         qemu_img::{Disk, Job, QemuImgError},
     },
 };
@@ -46,6 +46,28 @@ impl Steps {
     pub(super) async fn empty_overlay(&self, path: &str, base: &str, base_format: &str) -> Applied {
         let size = overlay_size(Path::new(path)).await?;
         self.create_overlay(path, base, base_format, size).await
+    }
+
+    pub(super) async fn note_owners(&self, disks: &[String], note: &str) -> Applied {
+        let disks: Vec<PathBuf> = disks.iter().map(PathBuf::from).collect();
+        let note = self.own(note)?;
+        blocking(move || owners::note(&disks, &note).map_err(StepError::from)).await?;
+        Ok(None)
+    }
+
+    /// What cannot be put back is told and does not hold up the server: it runs as before.
+    pub(super) async fn put_owners_back(&self, note: &str) -> Applied {
+        let note = self.own(note)?;
+        let failed = blocking(move || owners::put_back(&note).map_err(StepError::from)).await?;
+        if failed.is_empty() {
+            return Ok(None);
+        }
+        let message = format!("disks that keep QEMU's owner: {}", failed.join("; "));
+        tracing::warn!("{message}");
+        Ok(Some(StepReport {
+            message,
+            guest_stop: None,
+        }))
     }
 
     pub(super) async fn commit_overlay(

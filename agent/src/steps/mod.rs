@@ -83,6 +83,8 @@ impl StepRunner for Steps {
             Step::BuildConfigDrive { path, drive } => self.build_config_drive(path, drive).await,
             Step::SaveDefinition { xml } => self.save_definition(server, plan, xml).await,
             Step::PowerOff { shutdown, .. } => self.power_off(&context, *shutdown).await,
+            Step::NoteOwners { disks, note } => self.note_owners(disks, note).await,
+            Step::PutOwnersBack { note } => self.put_owners_back(note).await,
             Step::MarkCommitStarted => self.mark_commit_started(server).await,
             Step::CommitOverlay {
                 path,
@@ -131,6 +133,9 @@ impl StepRunner for Steps {
                 let boot = boot(context.plan.steps.iter().any(defines));
                 self.power_on_again(server, *shutdown, boot).await
             }
+            Step::NoteOwners { note, .. } => self.put_owners_back(note).await.map(|_| ()),
+            // libvirt gives them to the guest that is started again.
+            Step::PutOwnersBack { .. } => Ok(()),
             // The overlays show the same disk as before, however much of them was written.
             Step::MarkCommitStarted | Step::CommitOverlay { .. } => Ok(()),
             // It was to be discarded, and what it stands on may have changed since.
@@ -164,6 +169,8 @@ impl StepRunner for Steps {
             | Step::CopyFile { .. }
             | Step::BuildConfigDrive { .. }
             | Step::SaveDefinition { .. }
+            | Step::NoteOwners { .. }
+            | Step::PutOwnersBack { .. }
             | Step::MarkCommitStarted
             | Step::CommitOverlay { .. }
             | Step::EmptyOverlay { .. }

@@ -4,6 +4,7 @@
 //! ```text
 //!   inspect         may these foreign bytes be shown to QEMU's tools?
 //!   images          imported images: written once, hashed, inspected, then only read
+//!   owners          to whom disks belong, noted and put back
 //!   overlay         empty qcow2 overlays
 //!   qemu_img        commits of overlays, under limits
 //!   config_drive    the small disk that tells cloud-init who it is
@@ -18,6 +19,7 @@ pub mod files;
 pub mod images;
 pub mod inspect;
 pub mod overlay;
+pub mod owners;
 pub mod qemu_img;
 mod sizes;
 

@@ -104,6 +104,8 @@ fn listing(plan: &Plan) -> String {
             Step::ReleaseImage { holder, .. } => detail(format!("from {holder}")),
             Step::MakeFolder { .. }
             | Step::CopyFile { .. }
+            | Step::NoteOwners { .. }
+            | Step::PutOwnersBack { .. }
             | Step::MarkCommitStarted
             | Step::CommitOverlay { .. }
             | Step::EmptyOverlay { .. }

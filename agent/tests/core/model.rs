@@ -64,6 +64,13 @@ impl Host {
                 self.saved = Some((plan.id, xml.clone()));
             }
             Step::PowerOff { .. } => self.running = None,
+            Step::NoteOwners { note, .. } => {
+                assert_eq!(self.running, None, "the owners are those without a guest");
+                self.files.insert(note.clone());
+            }
+            Step::PutOwnersBack { .. } => {
+                assert_eq!(self.running, None, "no guest needs the disks");
+            }
             Step::MarkCommitStarted => {
                 let rescue = record.as_mut().and_then(|record| record.rescue.as_mut());
                 rescue.unwrap().commit_started = true;
@@ -103,7 +110,8 @@ impl Host {
             Step::MakeFolder { path }
             | Step::CreateOverlay { path, .. }
             | Step::CopyFile { to: path, .. }
-            | Step::BuildConfigDrive { path, .. } => {
+            | Step::BuildConfigDrive { path, .. }
+            | Step::NoteOwners { note: path, .. } => {
                 self.files.remove(path);
             }
             Step::SaveDefinition { .. } => {
@@ -124,6 +132,7 @@ impl Host {
             Step::UndefineDomain { before, .. } => self.defined = Some(before.clone()),
             Step::StartDomain { .. } => self.running = None,
             Step::MarkCommitStarted
+            | Step::PutOwnersBack { .. }
             | Step::CommitOverlay { .. }
             | Step::EmptyOverlay { .. }
             | Step::SetUserPassword { .. }

@@ -5,7 +5,7 @@ use salvor_agent::core::{
     action::{Action, AdoptArgs, UnrescueArgs},
     facts::{CommitSpace, Facts, live_only},
     image::ImageFormat,
-    plan::{Plan, Step},
+    plan::{Plan, PlannedStep, Step},
     planners::{choose_image, plan},
     reason::{Reason, Refusal, WarningName},
     record::{Origin, OverlayDisposition, Protection, RescueBus, RescueDevice, ServerRecord},
@@ -444,6 +444,47 @@ fn what_no_protection_of_disks_covers_is_named() {
 }
 
 #[test]
+fn protected_disks_whose_owners_cannot_be_put_back_are_named() {
+    let volume = "<disk type='volume' device='disk'><driver name='qemu' type='raw'/>\
+                  <source pool='p' volume='v'/><target dev='vdy' bus='virtio'/></disk>";
+    let shared = volume
+        .replace("vdy", "vdz")
+        .replace("/></disk>", "/><shareable/></disk>");
+    let xml =
+        fixture("virt-manager").replacen("<devices>", &format!("<devices>{volume}{shared}"), 1);
+    let warned = |protection, unwritable: bool| {
+        let mut args = rescue_args();
+        args.protection = protection;
+        let mut facts = rescue_facts(&xml);
+        if unwritable {
+            let found = &mut facts.domain.as_mut().unwrap().unwritable;
+            found.insert("vda".to_owned(), "Read-only file system".to_owned());
+        }
+        let action = Action::Rescue(Box::new(args));
+        let planned = plan(Some(&active()), &action, &facts, templates()).unwrap();
+        let noted = planned.steps.iter().any(|planned| {
+            matches!(&planned.step, Step::NoteOwners { disks, .. }
+                if *disks == ["/var/lib/libvirt/images/fedora-workstation.qcow2"])
+        });
+        (
+            warning(&planned, WarningName::OwnersNotKept).map(str::to_owned),
+            noted,
+        )
+    };
+    let (told, noted) = warned(Protection::ReadOnly, true);
+    let told = told.unwrap();
+    assert!(told.contains("vdy (volume v of pool p"), "{told}");
+    assert!(
+        told.contains("fedora-workstation.qcow2: Read-only file system"),
+        "{told}"
+    );
+    // libvirt itself never restores what domains share.
+    assert!(!told.contains("vdz"), "{told}");
+    assert!(noted);
+    assert_eq!(warned(Protection::ReadWrite, false), (None, false));
+}
+
+#[test]
 fn what_was_attached_to_the_running_domain_only_is_refused_by_name() {
     let persistent = fixture("virt-manager");
     let live = persistent.replacen(
@@ -502,8 +543,8 @@ fn a_commit_that_may_not_fit_is_warned_of() {
         let space = CommitSpace { allocated: 2, free };
         facts.commit_space.insert(overlay.path.clone(), space);
         let plan = plan(Some(&server), &commit, &facts, templates()).unwrap();
-        let mut steps = plan.steps.iter();
-        assert!(steps.any(|planned| matches!(planned.step, Step::CommitOverlay { .. })));
+        let commits = |planned: &PlannedStep| matches!(planned.step, Step::CommitOverlay { .. });
+        assert!(plan.steps.iter().any(commits));
         let found = warning(&plan, WarningName::SpaceMayRunOut);
         assert_eq!(
             found.is_some_and(|text| text.contains(&overlay.base)),

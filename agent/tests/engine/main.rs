@@ -13,6 +13,7 @@ mod dispatch;
 mod gate;
 mod host;
 mod observe;
+mod owners;
 mod panics;
 mod power_off;
 mod store;

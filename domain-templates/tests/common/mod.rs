@@ -90,6 +90,7 @@ pub(crate) fn spec(mode: Mode) -> RescueSpec {
             format: DiskFormat::Qcow2,
             bus: None,
             device: Device::Disk,
+            base: None,
         },
         protection: BTreeMap::new(),
         nvram: None,

@@ -2,7 +2,7 @@
 //! Create: a server from an image.
 
 use salvor_domain_templates::{
-    Bus, DiskFormat, Domain, DomainKind, NicSource, NicSpec, ServerDisk, ServerFirmware,
+    BaseImage, Bus, DiskFormat, Domain, DomainKind, NicSource, NicSpec, ServerDisk, ServerFirmware,
     ServerSpec, Templates, render_server,
 };
 use uuid::Uuid;
@@ -40,7 +40,7 @@ pub(super) fn plan(
     let image = image(facts)?;
     let size = disk_size(args, image)?;
     check_space(facts, FILES_NEED)?;
-    let xml = render_server(templates, &spec(args, facts)).map_err(|error| {
+    let xml = render_server(templates, &spec(args, facts, image)).map_err(|error| {
         Refusal::new(
             Reason::DomainInvalid,
             format!("the domain cannot be rendered: {error}"),
@@ -121,7 +121,7 @@ fn disk_size(args: &CreateArgs, image: &ImageFacts) -> Result<u64, Refusal> {
 }
 
 /// What is asked of the template.
-fn spec(args: &CreateArgs, facts: &Facts) -> ServerSpec {
+fn spec(args: &CreateArgs, facts: &Facts, image: &ImageFacts) -> ServerSpec {
     let host = &facts.host;
     let layout = &host.layout;
     ServerSpec {
@@ -144,6 +144,7 @@ fn spec(args: &CreateArgs, facts: &Facts) -> ServerSpec {
         disks: vec![ServerDisk {
             path: layout.disk(args.id),
             format: DiskFormat::Qcow2,
+            base: Some(base_image(image)),
             bus: Bus::Virtio,
             serial: Some("salvor-root".to_owned()),
         }],
@@ -224,6 +225,17 @@ pub(super) fn image(facts: &Facts) -> Result<&ImageFacts, Refusal> {
         ));
     }
     Ok(image)
+}
+
+/// The image as what a disk stands on.
+pub(super) fn base_image(image: &ImageFacts) -> BaseImage {
+    BaseImage {
+        path: image.path.clone(),
+        format: match image.record.format {
+            ImageFormat::Qcow2 => DiskFormat::Qcow2,
+            ImageFormat::Raw | ImageFormat::Iso => DiskFormat::Raw,
+        },
+    }
 }
 
 /// Is there room for `need` bytes beside what must stay free?

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Delete: the domain goes, and what the agent made for it. Disks that it did not make stay.
 
-use super::{Builder, disk_holder, rescue_holder};
+use super::{Builder, disk_holder, protect::put_owners_back, rescue_holder};
 use crate::core::{
     action::{Shutdown, Verb},
     facts::Facts,
@@ -25,6 +25,15 @@ pub(super) fn plan(server: &ServerRecord, facts: &Facts) -> Plan {
                 was_on: domain.power.is_on(),
             },
         );
+    }
+    // Disks of an adopted server stay, and somebody may want them.
+    let rescue = server.rescue.as_ref();
+    if let Some(rescue) = rescue.filter(|_| server.origin == Origin::Adopted)
+        && let Some(step) = put_owners_back(rescue)
+    {
+        builder.step(Phase::Switch, step);
+    }
+    if let Some(domain) = &facts.domain {
         if domain.persistent {
             builder.step(
                 Phase::Switch,

@@ -3,12 +3,13 @@
 
 use std::collections::BTreeMap;
 
-use salvor_domain_templates::{DiskChange, DiskDevice, DiskSource, Domain};
+use salvor_domain_templates::{Disk, DiskChange, DiskDevice, DiskSource, Domain};
 
 use crate::core::{
     facts::DomainFacts,
+    plan::Step,
     reason::{Reason, Refusal, Warning, WarningName},
-    record::{Overlay, Protection},
+    record::{Overlay, Protection, RescueRecord},
 };
 
 /// Overlays to be made: each with its disk's target, and the virtual size in bytes.
@@ -122,6 +123,68 @@ pub(super) fn changes(
             .map(|disk| (disk.target.clone(), DiskChange::ReadOnly))
             .collect(),
     }
+}
+
+/// Disks that libvirt gives to QEMU's user for the rescue and does not give back: those that the
+/// server writes to, and the rescue may not. Not those that domains share: others may be at them.
+fn guarded<'a>(
+    parsed: &'a Domain,
+    changes: &'a BTreeMap<String, DiskChange>,
+) -> impl Iterator<Item = &'a Disk> {
+    let disks = parsed.disks().iter();
+    disks.filter(|disk| changes.contains_key(&disk.target) && !disk.shareable)
+}
+
+/// Notes the owners of the disks that are protected, if there are any.
+pub(super) fn note_owners(
+    parsed: &Domain,
+    changes: &BTreeMap<String, DiskChange>,
+    folder: &str,
+) -> Option<Step> {
+    let paths = guarded(parsed, changes).filter_map(Disk::path);
+    let disks: Vec<String> = paths.map(str::to_owned).collect();
+    (!disks.is_empty()).then(|| Step::NoteOwners {
+        disks,
+        note: owners_note(folder),
+    })
+}
+
+/// Puts the owners back that the rescue noted.
+pub(super) fn put_owners_back(rescue: &RescueRecord) -> Option<Step> {
+    (rescue.protection != Protection::ReadWrite).then(|| Step::PutOwnersBack {
+        note: owners_note(&rescue.folder),
+    })
+}
+
+fn owners_note(folder: &str) -> String {
+    format!("{folder}/owners")
+}
+
+/// Disks whose owners the agent will not be able to put back.
+pub(super) fn owners_lost(
+    parsed: &Domain,
+    changes: &BTreeMap<String, DiskChange>,
+    domain: &DomainFacts,
+) -> Option<Warning> {
+    let lost: Vec<String> = guarded(parsed, changes)
+        .filter_map(|disk| {
+            let why = match (&disk.source, domain.unwritable.get(&disk.target)) {
+                (_, Some(why)) => format!("{}: {why}", disk.path().unwrap_or_default()),
+                (DiskSource::Volume { pool, volume }, None) => {
+                    format!("volume {volume} of pool {pool}: only libvirt knows its file")
+                }
+                _ => return None,
+            };
+            Some(format!("{} ({why})", disk.target))
+        })
+        .collect();
+    (!lost.is_empty()).then(|| Warning {
+        name: WarningName::OwnersNotKept,
+        message: format!(
+            "libvirt gives these disks to QEMU's user, and the agent cannot put their owners back after the rescue: {}",
+            lost.join("; ")
+        ),
+    })
 }
 
 /// What the guest can write to although its disks are protected.

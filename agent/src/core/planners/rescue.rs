@@ -1,17 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Rescue: everything is prepared while the server runs, then the domain is switched.
 
+use std::collections::BTreeMap;
+
 use salvor_domain_templates::{
-    Bus, Device, DiskFormat, DiskRole, Domain, Firmware, Mode, RescueDisk as DiskSpec,
+    Bus, Device, DiskChange, DiskFormat, DiskRole, Domain, Firmware, Mode, RescueDisk as DiskSpec,
     RescueRendering, RescueSpec, Role, TemplateError, Templates, render_rescue,
 };
 use uuid::Uuid;
 
 use super::{
     Builder,
-    create::{admin_user, check_space, image},
+    create::{admin_user, base_image, check_space, image},
     need_domain,
-    protect::{Overlays, changes, overlays, unprotected},
+    protect::{Overlays, changes, note_owners, overlays, owners_lost, unprotected},
     read_domain, rescue_holder,
 };
 use crate::core::{
@@ -158,6 +160,11 @@ impl<'a> Rescue<'a> {
         })
     }
 
+    /// What becomes of the original disks.
+    fn changes(&self) -> BTreeMap<String, DiskChange> {
+        changes(&self.parsed, self.args.protection, &self.overlays)
+    }
+
     /// What is asked of the templates.
     fn spec(&self) -> RescueSpec {
         let choice = &self.choice;
@@ -180,8 +187,12 @@ impl<'a> Rescue<'a> {
                     RescueDevice::Disk => Device::Disk,
                     RescueDevice::Cdrom => Device::Cdrom,
                 },
+                base: match choice.device {
+                    RescueDevice::Disk => Some(base_image(self.image)),
+                    RescueDevice::Cdrom => None,
+                },
             },
-            protection: changes(&self.parsed, self.args.protection, &self.overlays),
+            protection: self.changes(),
             nvram: self.nvram.as_ref().map(|nvram| nvram.copy.clone()),
             config_drive: Some(self.config_drive.clone()),
         }
@@ -264,6 +275,9 @@ impl<'a> Rescue<'a> {
             shutdown: self.args.shutdown,
             was_on: self.domain.power.is_on(),
         });
+        if let Some(step) = note_owners(&self.parsed, &self.changes(), &self.folder) {
+            switch(step);
+        }
         switch(Step::DefineDomain {
             xml,
             mark,
@@ -292,6 +306,7 @@ impl<'a> Rescue<'a> {
             });
         }
         warnings.extend(unprotected(&self.parsed, self.args.protection));
+        warnings.extend(owners_lost(&self.parsed, &self.changes(), self.domain));
     }
 }
 

@@ -3,7 +3,7 @@
 
 use salvor_domain_templates::Role;
 
-use super::{Builder, read_domain, rescue_holder};
+use super::{Builder, protect::put_owners_back, read_domain, rescue_holder};
 use crate::core::{
     action::{UnrescueArgs, Verb},
     facts::Facts,
@@ -64,6 +64,9 @@ pub(super) fn plan(
                 },
             );
         }
+    }
+    if let Some(step) = put_owners_back(rescue) {
+        builder.step(Phase::Switch, step);
     }
     builder.step(
         Phase::Switch,
