@@ -122,13 +122,21 @@ fn properties_of_an_image_that_mean_nothing_are_refused_before_the_guest_is_stop
     for (name, value, choices) in [
         ("hw_rescue_bus", "xen", "virtio, scsi, usb, sata or ide"),
         ("hw_rescue_device", "floppy", "disk or cdrom"),
+        ("os_admin_user", "root:x\n", "1 to 32 of the characters"),
     ] {
         let refusal = rescue_refused(|facts, _| {
             let properties = &mut facts.image.as_mut().unwrap().record.properties;
             properties.insert(name.to_owned(), value.to_owned());
         });
-        says(&refusal, Reason::InvalidField, &[name, value, choices]);
+        let value = format!("{value:?}");
+        says(&refusal, Reason::InvalidField, &[name, &value, choices]);
         assert_eq!(refusal.subject.unwrap().0, "image");
+        let mut base = image(BASE, "base", ImageFormat::Qcow2);
+        let properties = &mut base.record.properties;
+        properties.insert(name.to_owned(), value.clone());
+        let create = Action::Create(Box::new(create_args()));
+        let refusal = refused(None, &create, &facts(None, Some(base)));
+        says(&refusal, Reason::InvalidField, &[name, choices]);
     }
 }
 

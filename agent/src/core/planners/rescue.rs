@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use super::{
     Builder,
-    create::{admin_user, check_space, image},
+    create::{check_space, image, properties},
     need_domain,
     protect::{Overlays, changes, overlays, unprotected},
     read_domain, rescue_holder,
@@ -18,7 +18,7 @@ use crate::core::{
     action::{RescueArgs, Verb},
     errors::chain,
     facts::{DomainFacts, Facts, ImageFacts},
-    image::ImageFormat,
+    image::{ImageFormat, Understood},
     plan::{ConfigDriveSpec, Mark, Phase, Plan, RescueChange, Step},
     reason::{Reason, Refusal, Warning, WarningName},
     record::{
@@ -137,7 +137,8 @@ impl<'a> Rescue<'a> {
         check_domain(server, domain)?;
         check_space(facts, FILES_NEED)?;
         let parsed = read_domain(&domain.xml)?;
-        let choice = choose(server, args, image)?;
+        let properties = properties(image)?;
+        let choice = choose(server, args, image, &properties)?;
         let folder = facts.host.layout.rescue(server.id, facts.plan);
         Ok(Self {
             server,
@@ -153,7 +154,7 @@ impl<'a> Rescue<'a> {
                 RescueDevice::Disk => format!("{folder}/disk"),
             },
             config_drive: format!("{folder}/disk.config"),
-            password_user: admin_user(image),
+            password_user: properties.admin_user,
             parsed,
             choice,
             folder,
@@ -373,36 +374,22 @@ fn check_domain(server: &ServerRecord, domain: &DomainFacts) -> Result<(), Refus
 }
 
 /// The request's words come first, then the image's properties, then what suits the image.
-fn choose(server: &ServerRecord, args: &RescueArgs, image: &ImageFacts) -> Result<Choice, Refusal> {
-    let properties = &image.record.properties;
-    let image_bus = match properties.get("hw_rescue_bus") {
-        None => None,
-        Some(name) => Some(RescueBus::from_name(name).ok_or_else(|| {
-            Refusal::field(
-                "image",
-                format!("its property hw_rescue_bus is {name:?}; it can be virtio, scsi, usb, sata or ide"),
-            )
-        })?),
-    };
-    let image_device = match properties.get("hw_rescue_device") {
-        None => None,
-        Some(name) => Some(RescueDevice::from_name(name).ok_or_else(|| {
-            Refusal::field(
-                "image",
-                format!("its property hw_rescue_device is {name:?}; it can be disk or cdrom"),
-            )
-        })?),
-    };
+fn choose(
+    server: &ServerRecord,
+    args: &RescueArgs,
+    image: &ImageFacts,
+    properties: &Understood,
+) -> Result<Choice, Refusal> {
     let iso = image.record.format == ImageFormat::Iso;
-    let device = args.device.or(image_device).unwrap_or(if iso {
+    let device = args.device.or(properties.rescue_device).unwrap_or(if iso {
         RescueDevice::Cdrom
     } else {
         RescueDevice::Disk
     });
     // A medium that cannot be moved about, or a system with the same filesystem ids as the original:
     // both are better kept apart from the original disks' places.
-    let apart = image_bus.is_some()
-        || image_device.is_some()
+    let apart = properties.rescue_bus.is_some()
+        || properties.rescue_device.is_some()
         || device == RescueDevice::Cdrom
         || server.image_id == Some(image.record.id);
     let mode = args.mode.unwrap_or(if apart {
@@ -410,7 +397,7 @@ fn choose(server: &ServerRecord, args: &RescueArgs, image: &ImageFacts) -> Resul
     } else {
         RescueMode::Classic
     });
-    let bus = args.bus.or(image_bus);
+    let bus = args.bus.or(properties.rescue_bus);
     if device == RescueDevice::Cdrom && bus == Some(RescueBus::Virtio) {
         return Err(Refusal::field(
             "bus",
