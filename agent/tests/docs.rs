@@ -261,6 +261,7 @@ fn steps() -> Vec<Step> {
             path: text(),
             backing: text(),
             backing_format: text(),
+            backing_references: Default::default(),
             size: 0,
         },
         Step::CopyFile {
@@ -291,6 +292,7 @@ fn steps() -> Vec<Step> {
             path: text(),
             base: text(),
             base_format: String::new(),
+            base_references: Default::default(),
         },
         Step::DefineDomain {
             xml: text(),

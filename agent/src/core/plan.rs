@@ -12,6 +12,7 @@ use uuid::Uuid;
 
 use super::{
     action::{Shutdown, Verb},
+    backing::References,
     password::CryptHash,
     reason::Warning,
     record::{DiskSummary, NicSummary, PasswordDelivery, RescueRecord, ServerRecord},
@@ -89,6 +90,9 @@ pub enum Step {
         backing: String,
         /// Format of that: recorded, never probed.
         backing_format: String,
+        /// The other files that it refers to: more are not followed.
+        #[serde(default)]
+        backing_references: References,
         /// Virtual size in bytes.
         size: u64,
     },
@@ -128,6 +132,9 @@ pub enum Step {
         base: String,
         /// Format of that: recorded, never probed.
         base_format: String,
+        /// The other files that it refers to: more are not followed.
+        #[serde(default)]
+        base_references: References,
     },
     /// The persistent domain.
     DefineDomain {

@@ -2,19 +2,24 @@
 //! Gathers the facts that planners ask for, by reading only.
 
 use std::{
-    collections::BTreeMap, fs, future::Future, io, os::unix::fs::MetadataExt as _, path::Path,
+    collections::BTreeMap,
+    fs,
+    future::Future,
+    io,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
     time::Duration,
 };
 
-use nix::fcntl::OFlag;
 use salvor_domain_templates::{Disk, Domain, Firmware};
-use tokio::{fs::OpenOptions, task::spawn_blocking, time::timeout};
+use tokio::{task::spawn_blocking, time::timeout};
 use uuid::Uuid;
 
 use super::{Dispatcher, refused};
 use crate::{
     core::{
         action::Action,
+        backing::References,
         facts::{CommitSpace, DomainFacts, Facts, HostFacts, ImageFacts, live_only},
         image::ImageRecord,
         planners::choose_image,
@@ -23,7 +28,7 @@ use crate::{
     },
     engine::now_ms,
     hypervisor::{Definition, HypervisorError},
-    storage::{disk_size, files::free_space, image_path},
+    storage::{LookError, check_writable, files::free_space, image_path, look_at_disk},
 };
 
 /// A look at a file takes no longer than this: a file server that is away would hold it for ever.
@@ -72,19 +77,23 @@ impl Dispatcher {
             Action::Release => None,
             _ => self.domain_facts(id, protection).await?,
         };
+        let committed = match action {
+            Action::Unrescue(args) if args.overlay == Some(OverlayDisposition::Commit) => server,
+            _ => None,
+        };
         Ok(Facts {
             plan: Uuid::new_v4(),
             host: self.host_facts()?,
             domain,
             image,
             saved_xml,
-            commit_space: match (action, server) {
-                (Action::Unrescue(args), Some(server))
-                    if args.overlay == Some(OverlayDisposition::Commit) =>
-                {
-                    commit_space(server).await
-                }
-                _ => BTreeMap::new(),
+            commit_space: match committed {
+                Some(server) => commit_space(server).await,
+                None => BTreeMap::new(),
+            },
+            commit_references: match committed {
+                Some(server) => commit_references(server).await,
+                None => BTreeMap::new(),
             },
         })
     }
@@ -134,7 +143,7 @@ impl Dispatcher {
             managed_save: status.managed_save,
             nvram_present: false,
             live_only: Vec::new(),
-            disk_sizes: BTreeMap::new(),
+            disks: BTreeMap::new(),
             unwritable: BTreeMap::new(),
         };
         // A definition that cannot be read is the planner's to refuse.
@@ -145,10 +154,12 @@ impl Dispatcher {
             nvram: Some(path), ..
         } = parsed.firmware()
         {
-            facts.nvram_present = within(tokio::fs::try_exists(&path)).await.map_err(|why| {
+            let nvram = path.clone();
+            let look = within(spawned(move || Path::new(&path).try_exists()));
+            facts.nvram_present = look.await.map_err(|why| {
                 Refusal::new(
                     Reason::StorageFailed,
-                    format!("the UEFI variables {path} cannot be looked for: {why}"),
+                    format!("the UEFI variables {nvram} cannot be looked for: {why}"),
                 )
             })?;
         }
@@ -221,9 +232,9 @@ impl Dispatcher {
 }
 
 /// What a look at a file shows, or why it cannot be told.
-async fn within<T>(look: impl Future<Output = io::Result<T>>) -> Result<T, String> {
+async fn within<T>(look: impl Future<Output = Result<T, String>>) -> Result<T, String> {
     match timeout(LOOK, look).await {
-        Ok(seen) => seen.map_err(|error| error.to_string()),
+        Ok(seen) => seen,
         Err(_) => Err(format!(
             "its storage did not answer within {} s",
             LOOK.as_secs()
@@ -233,26 +244,42 @@ async fn within<T>(look: impl Future<Output = io::Result<T>>) -> Result<T, Strin
 
 /// How large a disk is, and whether an overlay could be committed to it.
 async fn look_at(disk: &Disk, facts: &mut DomainFacts) {
-    let Some(path) = disk.path().map(Path::new) else {
+    let Some(path) = disk.path().map(PathBuf::from) else {
         return;
     };
-    let size = within(disk_size(path, disk.format.as_deref().unwrap_or("raw"))).await;
-    if size.is_ok()
-        && let Err(why) = within(open_for_writing(path)).await
-    {
-        facts.unwritable.insert(disk.target.clone(), why);
-    }
-    facts.disk_sizes.insert(disk.target.clone(), size);
+    let format = disk.format.clone().unwrap_or_else(|| "raw".to_owned());
+    let both = within(spawned(move || {
+        let look = look_at_disk(&path, &format)?;
+        Ok::<_, LookError>((look, check_writable(&path).map_err(|why| why.to_string())))
+    }));
+    let look = both.await.map(|(look, writable)| {
+        if let Err(why) = writable {
+            facts.unwritable.insert(disk.target.clone(), why);
+        }
+        look
+    });
+    facts.disks.insert(disk.target.clone(), look);
 }
 
-/// Really opens it: access(2) does not know which devices the agent's unit may use. Writes nothing.
-async fn open_for_writing(path: &Path) -> io::Result<()> {
-    OpenOptions::new()
-        .write(true)
-        .custom_flags((OFlag::O_NONBLOCK | OFlag::O_NOCTTY).bits())
-        .open(path)
-        .await
-        .map(drop)
+/// Does what blocks on a thread that may.
+async fn spawned<T: Send + 'static, E: std::error::Error + Send + 'static>(
+    work: impl FnOnce() -> Result<T, E> + Send + 'static,
+) -> Result<T, String> {
+    match spawn_blocking(work).await {
+        Ok(done) => done.map_err(|error| error.to_string()),
+        Err(panicked) => Err(panicked.to_string()),
+    }
+}
+
+/// What the disk under each overlay refers to now.
+async fn commit_references(server: &ServerRecord) -> BTreeMap<String, Result<References, String>> {
+    let mut found = BTreeMap::new();
+    for overlay in server.rescue.iter().flat_map(|rescue| &rescue.overlays) {
+        let (base, format) = (PathBuf::from(&overlay.base), overlay.base_format.clone());
+        let look = within(spawned(move || look_at_disk(&base, &format))).await;
+        found.insert(overlay.path.clone(), look.map(|look| look.references));
+    }
+    found
 }
 
 /// The room for committing each overlay to its file. What cannot be told is left out: it only warns.
@@ -261,11 +288,7 @@ async fn commit_space(server: &ServerRecord) -> BTreeMap<String, CommitSpace> {
     let overlays = server.rescue.iter().flat_map(|rescue| &rescue.overlays);
     for overlay in overlays {
         let (path, base) = (overlay.path.clone(), overlay.base.clone());
-        let look = async {
-            spawn_blocking(move || space_for(Path::new(&path), Path::new(&base)))
-                .await
-                .map_err(io::Error::other)?
-        };
+        let look = spawned(move || space_for(Path::new(&path), Path::new(&base)));
         if let Ok(Some(space)) = within(look).await {
             spaces.insert(overlay.path.clone(), space);
         }
@@ -293,20 +316,9 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_hung_file_server_is_not_waited_for() {
-        let hung = std::future::pending::<io::Result<()>>();
+        let hung = std::future::pending::<Result<(), String>>();
         let why = within(hung).await.unwrap_err();
         assert_eq!(why, "its storage did not answer within 10 s");
-    }
-
-    #[tokio::test]
-    async fn what_cannot_be_written_is_told_without_changing_it() {
-        let folder = tempfile::tempdir().unwrap();
-        let disk = folder.path().join("disk");
-        fs::write(&disk, "content").unwrap();
-        open_for_writing(&disk).await.unwrap();
-        assert_eq!(fs::read(&disk).unwrap(), b"content");
-        // A folder is no disk, for root neither.
-        assert!(open_for_writing(folder.path()).await.is_err());
     }
 
     #[test]

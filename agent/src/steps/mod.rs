@@ -15,6 +15,7 @@ use std::{sync::Arc, time::Duration};
 use async_trait::async_trait;
 use uuid::Uuid;
 
+use disks::Base;
 pub use sweep::sweep;
 
 use crate::{
@@ -74,10 +75,11 @@ impl StepRunner for Steps {
                 path,
                 backing,
                 backing_format,
+                backing_references,
                 size,
             } => {
-                self.create_overlay(path, backing, backing_format, *size)
-                    .await
+                let base = Base::new(backing, backing_format, backing_references)?;
+                self.create_overlay(path, base, *size).await
             }
             Step::CopyFile { from, to } => self.copy_file(&context, from, to).await,
             Step::BuildConfigDrive { path, drive } => self.build_config_drive(path, drive).await,
@@ -88,7 +90,11 @@ impl StepRunner for Steps {
                 path,
                 base,
                 base_format,
-            } => self.commit_overlay(&context, path, base, base_format).await,
+                base_references,
+            } => {
+                let base = Base::new(base, base_format, base_references)?;
+                self.commit_overlay(&context, path, base).await
+            }
             Step::DefineDomain { xml, mark, before } => {
                 self.define(server, xml, *mark, before.as_deref()).await
             }

@@ -4,6 +4,7 @@
 //! ```text
 //!   inspect         may these foreign bytes be shown to QEMU's tools?
 //!   images          imported images: written once, hashed, inspected, then only read
+//!   disks           disks of guests, looked at
 //!   overlay         empty qcow2 overlays
 //!   qemu_img        disks: conversions, commits, under limits
 //!   config_drive    the small disk that tells cloud-init who it is
@@ -14,11 +15,11 @@
 //! records and are never guessed from what a guest wrote.
 
 pub mod config_drive;
+mod disks;
 pub mod files;
 pub mod images;
 pub mod inspect;
 pub mod overlay;
 pub mod qemu_img;
-mod sizes;
 
-pub use sizes::{disk_size, image_path};
+pub use disks::{LookError, check_writable, image_path, look_at_disk, references};

@@ -3,6 +3,7 @@
 
 use salvor_agent::core::{
     action::{Action, AdoptArgs, UnrescueArgs},
+    backing::References,
     facts::{CommitSpace, Facts, live_only},
     image::ImageFormat,
     plan::{Plan, Step},
@@ -217,8 +218,8 @@ fn disks_that_cannot_have_an_overlay_are_named() {
         &["its format is vmdk"],
     );
     let refusal = overlay(fixture("virt-manager"), &|facts| {
-        let sizes = &mut facts.domain.as_mut().unwrap().disk_sizes;
-        sizes.insert("vda".to_owned(), Err("no such file".to_owned()));
+        let disks = &mut facts.domain.as_mut().unwrap().disks;
+        disks.insert("vda".to_owned(), Err("no such file".to_owned()));
     });
     says(
         &refusal,
@@ -519,6 +520,46 @@ fn a_commit_that_may_not_fit_is_warned_of() {
             warned
         );
     }
+}
+
+#[test]
+fn overlays_are_not_committed_to_a_disk_that_names_other_files_than_before() {
+    let (mut server, facts) = with_overlays();
+    let commit = Action::Unrescue(UnrescueArgs {
+        overlay: Some(OverlayDisposition::Commit),
+        ..unrescue_args()
+    });
+    let overlay = server.rescue.as_ref().unwrap().overlays[0].clone();
+    assert_eq!(overlay.base_references.backing.as_deref(), Some("/under"));
+    plan(Some(&server), &commit, &facts, templates()).unwrap();
+    let with = |look| {
+        let mut facts = facts.clone();
+        facts.commit_references.insert(overlay.path.clone(), look);
+        facts
+    };
+    for now in [
+        References::default(),
+        References {
+            backing: Some("/etc/shadow".to_owned()),
+            ..overlay.base_references.clone()
+        },
+        References {
+            data_file: Some("/etc/shadow".to_owned()),
+            ..overlay.base_references.clone()
+        },
+    ] {
+        let refusal = refused(Some(&server), &commit, &with(Ok(now.clone())));
+        let words = [&overlay.base, "/under", &now.to_string(), "discard"];
+        says(&refusal, Reason::DiskChanged, &words);
+    }
+    let unknown = with(Err("no answer".to_owned()));
+    let refusal = refused(Some(&server), &commit, &unknown);
+    says(&refusal, Reason::StorageFailed, &["no answer", "discard"]);
+    // There is no discarding any more.
+    server.rescue.as_mut().unwrap().commit_started = true;
+    let refusal = refused(Some(&server), &commit, &unknown);
+    says(&refusal, Reason::StorageFailed, &["commit again"]);
+    assert!(!refusal.message.contains("discard"));
 }
 
 #[test]

@@ -10,6 +10,7 @@ use uuid::Uuid;
 use super::{Builder, disk_holder, summaries};
 use crate::core::{
     action::{CreateArgs, NicConnection, Verb},
+    backing::References,
     facts::{Facts, ImageFacts},
     image::{ImageFormat, Understood},
     plan::{ConfigDriveSpec, Mark, Phase, Plan, RescueChange, Step},
@@ -194,6 +195,8 @@ fn prepare(
             path: layout.disk(id),
             backing: image.path.clone(),
             backing_format: image.record.format.driver().to_owned(),
+            // One that does was not imported.
+            backing_references: References::default(),
             size,
         },
     );

@@ -65,8 +65,8 @@ pub(super) fn overlays(
         if base_format != "raw" && base_format != "qcow2" {
             return Err(refuse(&format!("its format is {base_format}")));
         }
-        let size = match domain.disk_sizes.get(&disk.target) {
-            Some(Ok(size)) => *size,
+        let look = match domain.disks.get(&disk.target) {
+            Some(Ok(look)) => look,
             Some(Err(why)) => return Err(refuse(&format!("its size cannot be told ({why})"))),
             None => return Err(refuse("its size cannot be told")),
         };
@@ -83,9 +83,10 @@ pub(super) fn overlays(
                     path,
                     base,
                     base_format,
+                    base_references: look.references.clone(),
                 },
             ),
-            size,
+            look.size,
         ));
     }
     Ok(overlays)

@@ -16,6 +16,7 @@ use super::{
 };
 use crate::core::{
     action::{RescueArgs, Verb},
+    backing::References,
     errors::chain,
     facts::{DomainFacts, Facts, ImageFacts},
     image::{ImageFormat, Understood},
@@ -208,6 +209,8 @@ impl<'a> Rescue<'a> {
                 path: self.rescue_disk.clone(),
                 backing: self.image.path.clone(),
                 backing_format: image.format.driver().to_owned(),
+                // One that does was not imported.
+                backing_references: References::default(),
                 size: image.virtual_size,
             });
         }
@@ -216,6 +219,7 @@ impl<'a> Rescue<'a> {
                 path: overlay.path.clone(),
                 backing: overlay.base.clone(),
                 backing_format: overlay.base_format.clone(),
+                backing_references: overlay.base_references.clone(),
                 size: *size,
             });
         }
