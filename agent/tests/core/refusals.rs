@@ -242,6 +242,41 @@ fn disks_that_cannot_have_an_overlay_are_named() {
 }
 
 #[test]
+fn overlays_that_qemu_could_not_name_or_hold_are_refused_while_the_guest_runs() {
+    let own = "/var/lib/libvirt/images/fedora-workstation.qcow2";
+    let overlay = |path: &str, size: u64| {
+        let xml = fixture("virt-manager").replace(own, path);
+        let mut facts = rescue_facts(&xml);
+        let disks = &mut facts.domain.as_mut().unwrap().disks;
+        disks.get_mut("vda").unwrap().as_mut().unwrap().size = size;
+        let mut args = rescue_args();
+        args.protection = Protection::Overlay;
+        plan(
+            Some(&active()),
+            &Action::Rescue(Box::new(args)),
+            &facts,
+            templates(),
+        )
+    };
+    let path = |length: usize| format!("/{}", "a".repeat(length - 1));
+    overlay(&path(1023), 2 << 50).unwrap();
+    for (path, size, word) in [
+        (path(1024), 1 << 30, "1023 bytes"),
+        ("disk.qcow2".to_owned(), 1 << 30, "absolute"),
+        (own.to_owned(), (2 << 50) + 512, "bytes, and"),
+    ] {
+        let words = ["disk vda cannot have an overlay", word, "READ_ONLY"];
+        says(
+            &overlay(&path, size).unwrap_err(),
+            Reason::DomainUnsupported,
+            &words,
+        );
+    }
+    let refusal = rescue_refused(|facts, _| facts.image.as_mut().unwrap().path = path(1024));
+    says(&refusal, Reason::StorageFailed, &["state_dir", "1023"]);
+}
+
+#[test]
 fn a_definition_that_cannot_be_read_is_neither_adopted_nor_rescued() {
     let refusal = rescue_refused(|facts, _| {
         facts.domain.as_mut().unwrap().xml = "<domain><name>x</domain>".to_owned();

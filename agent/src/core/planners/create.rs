@@ -10,7 +10,7 @@ use uuid::Uuid;
 use super::{Builder, disk_holder, summaries};
 use crate::core::{
     action::{CreateArgs, NicConnection, Verb},
-    backing::References,
+    backing::{References, check_name},
     facts::{Facts, ImageFacts},
     image::{ImageFormat, Understood},
     plan::{ConfigDriveSpec, Mark, Phase, Plan, RescueChange, Step},
@@ -241,6 +241,15 @@ pub(super) fn image(facts: &Facts) -> Result<&ImageFacts, Refusal> {
             ),
         ));
     }
+    check_name(image.path.as_bytes()).map_err(|rule| {
+        Refusal::new(
+            Reason::StorageFailed,
+            format!(
+                "no disk can stand on {}: {rule}; choose a shorter state_dir",
+                image.path
+            ),
+        )
+    })?;
     Ok(image)
 }
 

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use salvor_domain_templates::{DiskChange, DiskDevice, DiskSource, Domain};
 
 use crate::core::{
+    backing::{LARGEST, check_name},
     facts::DomainFacts,
     reason::{Reason, Refusal, Warning, WarningName},
     record::{Overlay, Protection},
@@ -58,6 +59,9 @@ pub(super) fn overlays(
                 ));
             }
         };
+        if let Err(rule) = check_name(base.as_bytes()) {
+            return Err(refuse(rule));
+        }
         if disk.shareable {
             return Err(refuse("it is shared with other domains"));
         }
@@ -70,6 +74,12 @@ pub(super) fn overlays(
             Some(Err(why)) => return Err(refuse(&format!("its size cannot be told ({why})"))),
             None => return Err(refuse("its size cannot be told")),
         };
+        if look.size > LARGEST {
+            return Err(refuse(&format!(
+                "it has {} bytes, and {LARGEST} are possible",
+                look.size
+            )));
+        }
         if let Some(why) = domain.unwritable.get(&disk.target) {
             return Err(refuse(&format!(
                 "{base} cannot be written by the agent ({why}), so repairs could not be committed to it; if salvord.service is in the way, add its folder to ReadWritePaths (a device to DeviceAllow) of the unit"

@@ -6,7 +6,11 @@
 
 use super::source::{Source, field};
 use super::{Container, Limits, Unsafe, magic};
-use crate::core::{backing::References, facts::DiskLook, image::ImageFormat};
+use crate::core::{
+    backing::{LONGEST_NAME, References},
+    facts::DiskLook,
+    image::ImageFormat,
+};
 
 /// Header lengths: version 2 is fixed, version 3 says its own.
 const V2_HEADER: u32 = 72;
@@ -27,9 +31,6 @@ const EXTENSION_END: u32 = 0;
 const EXTENSION_DATA_FILE: u32 = 0x4441_5441;
 const EXTENSION_CRYPT: u32 = 0x0537_be77;
 const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
-
-/// QEMU keeps the name of a backing file in at most this many bytes.
-const LONGEST_NAME: u32 = 1023;
 
 /// Host offsets in L1 and L2 entries.
 const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
@@ -382,10 +383,11 @@ impl Header {
 
 /// A name in the header, with what is no plain ASCII escaped.
 fn name(source: &Source<'_>, offset: u64, length: u32) -> Result<String, Unsafe> {
-    if length > LONGEST_NAME {
+    let bytes = length as usize;
+    if bytes > LONGEST_NAME {
         return Err(invalid("the length of a name", length));
     }
-    let bytes = source.read("a name in the qcow2 header", offset, length as usize)?;
+    let bytes = source.read("a name in the qcow2 header", offset, bytes)?;
     Ok(bytes.escape_ascii().to_string())
 }
 
