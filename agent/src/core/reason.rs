@@ -224,7 +224,7 @@ impl Reason {
             Self::NoRescueImage => (
                 FailedPrecondition,
                 409,
-                "No rescue image was named, the server was made from none that is still here, and the host has no default. Name one.",
+                "No rescue image was named, the server was made from none that is still here, and the host has no default that can be used. Name one; the message says what is the matter with the default.",
             ),
             Self::SavedMemory => (
                 FailedPrecondition,

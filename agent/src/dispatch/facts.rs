@@ -22,7 +22,7 @@ use crate::{
         backing::References,
         facts::{CommitSpace, DomainFacts, Facts, HostFacts, ImageFacts, live_only},
         image::ImageRecord,
-        planners::choose_image,
+        planners::{HostImage, choose_image},
         reason::{Reason, Refusal},
         record::{OverlayDisposition, Protection, ServerRecord},
     },
@@ -49,11 +49,7 @@ impl Dispatcher {
         let image = match action {
             Action::Create(args) => Some(args.image),
             Action::Rescue(args) => match server {
-                Some(server) => Some(choose_image(
-                    server,
-                    args.image,
-                    self.default_rescue_image().await?,
-                )?),
+                Some(server) => Some(choose_image(server, args.image, &self.host_image().await?)?),
                 None => None,
             },
             Action::Adopt(_)
@@ -199,35 +195,11 @@ impl Dispatcher {
         }))
     }
 
-    /// The configured rescue image, if it is here. One that is configured but missing is no reason to
-    /// refuse a request that does not need it, so it is only noted.
-    async fn default_rescue_image(&self) -> Result<Option<Uuid>, Refusal> {
-        let Some(wanted) = &self.settings.default_rescue_image else {
-            return Ok(None);
-        };
-        let images: Vec<ImageRecord> = self
-            .store
-            .images()
-            .await
-            .map_err(refused)?
-            .into_iter()
-            .map(|(image, _)| image)
-            .collect();
-        let mut found = images
-            .iter()
-            .filter(|image| image.name == *wanted || image.id.to_string() == *wanted);
-        match (found.next(), found.next()) {
-            (Some(image), None) => Ok(Some(image.id)),
-            (first, _) => {
-                let why = if first.is_some() {
-                    "several images have this name"
-                } else {
-                    "there is no such image"
-                };
-                tracing::warn!(image = %wanted, "rescue.default_image is not used: {why}");
-                Ok(None)
-            }
-        }
+    async fn host_image(&self) -> Result<HostImage, Refusal> {
+        let images = self.store.images().await.map_err(refused)?;
+        let images: Vec<ImageRecord> = images.into_iter().map(|(image, _)| image).collect();
+        let wanted = self.settings.default_rescue_image.as_deref();
+        Ok(HostImage::find(wanted, &images))
     }
 }
 

@@ -7,7 +7,7 @@ use salvor_agent::core::{
     facts::{CommitSpace, Facts, live_only},
     image::ImageFormat,
     plan::{Plan, Step},
-    planners::{choose_image, plan},
+    planners::{HostImage, choose_image, plan},
     reason::{Reason, Refusal, WarningName},
     record::{Origin, OverlayDisposition, Protection, RescueBus, RescueDevice, ServerRecord},
     state::{PowerState, VmState},
@@ -425,15 +425,42 @@ fn without_a_rescue_there_is_nothing_to_go_back_to() {
 #[test]
 fn the_image_of_a_rescue_is_the_named_one_else_the_servers_else_the_hosts() {
     let other = uuid::Uuid::from_u128(5);
+    let host = HostImage::Image(other);
     let (created, adopted) = (record(Origin::Created, VmState::Active), active());
-    assert_eq!(
-        choose_image(&created, Some(RESCUE), Some(other)),
-        Ok(RESCUE)
-    );
-    assert_eq!(choose_image(&created, None, Some(other)), Ok(BASE));
-    assert_eq!(choose_image(&adopted, None, Some(other)), Ok(other));
-    let refusal = choose_image(&adopted, None, None).unwrap_err();
-    says(&refusal, Reason::NoRescueImage, &["rescue.default_image"]);
+    assert_eq!(choose_image(&created, Some(RESCUE), &host), Ok(RESCUE));
+    assert_eq!(choose_image(&created, None, &host), Ok(BASE));
+    assert_eq!(choose_image(&adopted, None, &host), Ok(other));
+    // One that is wrong is no reason to refuse what does not need it.
+    let missing = HostImage::Missing(String::new());
+    assert_eq!(choose_image(&created, None, &missing), Ok(BASE));
+}
+
+#[test]
+fn a_host_without_a_usable_rescue_image_says_what_is_the_matter_with_it() {
+    let named = |id, name: &str| image(id, name, ImageFormat::Qcow2).record;
+    let images = [
+        named(BASE, "rescue"),
+        named(RESCUE, "rescue"),
+        named(uuid::Uuid::from_u128(5), "other"),
+    ];
+    let refusal = |wanted: Option<&str>| {
+        choose_image(&active(), None, &HostImage::find(wanted, &images)).unwrap_err()
+    };
+    let reason = Reason::NoRescueImage;
+    says(&refusal(None), reason, &["rescue.default_image is not set"]);
+    let words = [
+        "rescue.default_image is \"gone\"",
+        "no image of the store",
+        "import",
+    ];
+    says(&refusal(Some("gone")), reason, &words);
+    let ids = [BASE.to_string(), RESCUE.to_string()];
+    let words = ["several images", &ids[0], &ids[1], "set it to an id"];
+    says(&refusal(Some("rescue")), reason, &words);
+    for wanted in ["other", "00000000-0000-0000-0000-000000000005"] {
+        let found = HostImage::find(Some(wanted), &images);
+        assert_eq!(found, HostImage::Image(uuid::Uuid::from_u128(5)));
+    }
 }
 
 /// A definition with things that no protection of disks covers.

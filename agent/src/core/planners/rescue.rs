@@ -19,7 +19,7 @@ use crate::core::{
     backing::References,
     errors::chain,
     facts::{DomainFacts, Facts, ImageFacts},
-    image::{ImageFormat, Understood},
+    image::{ImageFormat, ImageRecord, Understood},
     plan::{ConfigDriveSpec, Mark, Phase, Plan, RescueChange, Step},
     reason::{Reason, Refusal, Warning, WarningName},
     record::{
@@ -32,6 +32,36 @@ use crate::core::{
 /// What a rescue's files take at once: config drive, NVRAM and the tables of empty overlays.
 const FILES_NEED: u64 = 16 << 20;
 
+/// The host's rescue image: what the configuration says, and what the store has of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum HostImage {
+    /// `rescue.default_image` is not set.
+    NotSet,
+    /// It is set, and the store has no such image.
+    Missing(String),
+    /// It is set to a name that several images have.
+    Ambiguous(String, Vec<Uuid>),
+    /// It is this one.
+    Image(Uuid),
+}
+
+impl HostImage {
+    /// What `rescue.default_image` names, an id or a unique name, among the images of the store.
+    #[must_use]
+    pub fn find(wanted: Option<&str>, images: &[ImageRecord]) -> Self {
+        let Some(wanted) = wanted else {
+            return Self::NotSet;
+        };
+        let is_it = |image: &&ImageRecord| image.name == wanted || image.id.to_string() == wanted;
+        let found: Vec<Uuid> = images.iter().filter(is_it).map(|image| image.id).collect();
+        match found.as_slice() {
+            [] => Self::Missing(wanted.to_owned()),
+            [image] => Self::Image(*image),
+            _ => Self::Ambiguous(wanted.to_owned(), found),
+        }
+    }
+}
+
 /// Which image: the request's, else the one that the server was made from, else the host's default.
 ///
 /// # Errors
@@ -39,17 +69,32 @@ const FILES_NEED: u64 = 16 << 20;
 pub fn choose_image(
     server: &ServerRecord,
     requested: Option<Uuid>,
-    host_default: Option<Uuid>,
+    host: &HostImage,
 ) -> Result<Uuid, Refusal> {
-    requested.or(server.image_id).or(host_default).ok_or_else(|| {
-        Refusal::new(
-            Reason::NoRescueImage,
+    let wrong = match (requested.or(server.image_id), host) {
+        (Some(image), _) => return Ok(image),
+        (None, HostImage::Image(image)) => return Ok(*image),
+        (None, HostImage::NotSet) => {
+            "rescue.default_image is not set; name an image, or set it".to_owned()
+        }
+        (None, HostImage::Missing(name)) => format!(
+            "rescue.default_image is {name:?}, which is no image of the store; name an image, or import that one"
+        ),
+        (None, HostImage::Ambiguous(name, images)) => {
+            let ids: Vec<String> = images.iter().map(Uuid::to_string).collect();
             format!(
-                "no rescue image: none was named, server {} was made from none, and rescue.default_image is not set",
-                server.id
-            ),
-        )
-    })
+                "rescue.default_image is {name:?}, which is the name of several images ({}); name an image, or set it to an id",
+                ids.join(", ")
+            )
+        }
+    };
+    Err(Refusal::new(
+        Reason::NoRescueImage,
+        format!(
+            "no rescue image: none was named, server {} was made from none, and {wrong}",
+            server.id
+        ),
+    ))
 }
 
 /// What was decided about the rescue disk.
