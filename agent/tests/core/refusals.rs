@@ -625,6 +625,26 @@ fn overlays_are_not_committed_to_a_disk_that_names_other_files_than_before() {
 }
 
 #[test]
+fn a_rescue_disk_may_outgrow_the_free_space_and_a_cd_cannot() {
+    for (format, device, warned) in [
+        (ImageFormat::Qcow2, None, true),
+        (ImageFormat::Iso, Some(RescueDevice::Disk), true),
+        (ImageFormat::Iso, None, false),
+        (ImageFormat::Raw, Some(RescueDevice::Cdrom), false),
+    ] {
+        let mut facts = rescue_facts(fixture("virt-manager"));
+        facts.image = Some(image(RESCUE, "rescue", format));
+        facts.image.as_mut().unwrap().record.virtual_size = facts.host.free_bytes + 1;
+        let mut args = rescue_args();
+        args.device = device;
+        let rescue = Action::Rescue(Box::new(args));
+        let plan = plan(Some(&active()), &rescue, &facts, templates()).unwrap();
+        let found = warning(&plan, WarningName::SpaceMayRunOut);
+        assert_eq!(found.is_some(), warned, "{format} {device:?}");
+    }
+}
+
+#[test]
 fn a_delete_says_which_repairs_are_lost() {
     let (mut server, facts) = with_overlays();
     let base = server.rescue.as_ref().unwrap().overlays[0].base.clone();

@@ -336,7 +336,8 @@ impl<'a> Rescue<'a> {
             });
         }
         let (may_need, free) = (image.virtual_size, self.facts.host.free_bytes);
-        if free < may_need {
+        // A CD is the image itself.
+        if self.choice.device == RescueDevice::Disk && free < may_need {
             warnings.push(Warning {
                 name: WarningName::SpaceMayRunOut,
                 message: format!(
