@@ -238,6 +238,7 @@ fn about(step: &Step) -> &'static str {
         Step::CommitOverlay { .. } => "writes an overlay to the disk under it",
         Step::DefineDomain { .. } => "defines the domain",
         Step::UndefineDomain { .. } => "removes the domain's definition",
+        Step::DropSavedMemory => "removes memory that was saved of the rescue (a managed save)",
         Step::StartDomain { .. } => "starts the guest",
         Step::SetUserPassword { .. } => "has the guest agent set a password",
         Step::RemoveFolder { .. } => "removes a folder of the server",
@@ -300,6 +301,7 @@ fn steps() -> Vec<Step> {
             before: None,
         },
         Step::UndefineDomain { before: text() },
+        Step::DropSavedMemory,
         Step::StartDomain {
             mark: Mark::Own,
             fresh: false,

@@ -159,6 +159,8 @@ pub enum Step {
         #[serde(default)]
         fresh: bool,
     },
+    /// Memory that was saved of the domain goes: it is of a definition that is no longer its own.
+    DropSavedMemory,
     /// The guest agent sets a password.
     SetUserPassword {
         /// The user.
@@ -199,6 +201,7 @@ impl Step {
             Self::DefineDomain { .. } => "DefineDomain",
             Self::UndefineDomain { .. } => "UndefineDomain",
             Self::StartDomain { .. } => "StartDomain",
+            Self::DropSavedMemory => "DropSavedMemory",
             Self::SetUserPassword { .. } => "SetUserPassword",
             Self::RemoveFolder { .. } => "RemoveFolder",
             Self::ReleaseImage { .. } => "ReleaseImage",
@@ -241,6 +244,7 @@ impl Step {
             } => "restore the server's definition".to_owned(),
             Self::UndefineDomain { .. } => "remove the domain's definition".to_owned(),
             Self::StartDomain { .. } => "start the guest".to_owned(),
+            Self::DropSavedMemory => "forget memory that was saved of the rescue".to_owned(),
             Self::SetUserPassword { user, .. } => {
                 format!("have the guest agent set the password of {user}")
             }
@@ -271,7 +275,9 @@ impl Step {
             Self::PowerOff { shutdown, .. } => shutdown.timeout_ms.saturating_add(120_000),
             // A big overlay on a slow disk.
             Self::CommitOverlay { .. } => 6 * 3_600_000,
-            Self::DefineDomain { .. } | Self::UndefineDomain { .. } => 60_000,
+            Self::DefineDomain { .. } | Self::UndefineDomain { .. } | Self::DropSavedMemory => {
+                60_000
+            }
             Self::StartDomain { .. } => 180_000,
             Self::SetUserPassword { .. } => 30_000,
         }
@@ -293,6 +299,7 @@ impl Step {
             | Self::CommitOverlay { .. }
             | Self::DefineDomain { .. }
             | Self::UndefineDomain { .. }
+            | Self::DropSavedMemory
             | Self::SetUserPassword { .. }
             | Self::RemoveFolder { .. }
             | Self::ReleaseImage { .. }
@@ -319,6 +326,7 @@ impl Step {
             | Self::DefineDomain { .. }
             | Self::UndefineDomain { .. }
             | Self::StartDomain { .. }
+            | Self::DropSavedMemory
             | Self::SetUserPassword { .. }
             | Self::ReleaseImage { .. }
             | Self::DropSavedDefinition => Vec::new(),

@@ -100,6 +100,7 @@ impl StepRunner for Steps {
             }
             Step::UndefineDomain { .. } => self.undefine(server).await,
             Step::StartDomain { mark, fresh } => self.start(server, *mark, boot(*fresh)).await,
+            Step::DropSavedMemory => self.drop_saved_memory(server).await,
             Step::SetUserPassword { user, hash } => {
                 self.set_user_password(server, user, hash).await
             }
@@ -140,6 +141,8 @@ impl StepRunner for Steps {
             }
             Step::UndefineDomain { before } => self.define_removed(server, before).await,
             Step::StartDomain { mark, .. } => self.stop_started(server, *mark).await,
+            // Where there was some, the guest boots again instead of going on.
+            Step::DropSavedMemory => Ok(()),
             // The password before is not known, and a rescue guest that takes another one is no worse.
             Step::SetUserPassword { .. } => Ok(()),
             // Clean-up is never taken back.
@@ -165,6 +168,7 @@ impl StepRunner for Steps {
             | Step::SaveDefinition { .. }
             | Step::MarkCommitStarted
             | Step::CommitOverlay { .. }
+            | Step::DropSavedMemory
             | Step::SetUserPassword { .. }
             | Step::RemoveFolder { .. }
             | Step::ReleaseImage { .. }

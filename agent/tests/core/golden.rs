@@ -115,6 +115,7 @@ fn listing(plan: &Plan) -> String {
             Step::SetUserPassword { hash, .. } => detail(format!("{hash:?}")),
             Step::ReleaseImage { holder, .. } => detail(format!("from {holder}")),
             Step::MakeFolder { .. }
+            | Step::DropSavedMemory
             | Step::CopyFile { .. }
             | Step::MarkCommitStarted
             | Step::RemoveFolder { .. }

@@ -80,6 +80,7 @@ impl Host {
                 }
                 self.running = Some(xml);
             }
+            Step::DropSavedMemory => assert_eq!(self.running, None),
             Step::SetUserPassword { .. } => assert!(self.running.is_some()),
             Step::RemoveFolder { path } => {
                 let inside = format!("{path}/");
@@ -123,6 +124,7 @@ impl Host {
             Step::StartDomain { .. } => self.running = None,
             Step::MarkCommitStarted
             | Step::CommitOverlay { .. }
+            | Step::DropSavedMemory
             | Step::SetUserPassword { .. }
             | Step::RemoveFolder { .. }
             | Step::ReleaseImage { .. }
@@ -293,6 +295,11 @@ impl World {
                     Reason::DomainUnsupported => {
                         verb == Verb::Adopt || !(choice / 3).is_multiple_of(3)
                     }
+                    // A discard that could not be taken back has put the server's definition there.
+                    Reason::DomainChanged => {
+                        let defined = self.host.defined.as_deref();
+                        verb == Verb::Unrescue && !defined.is_some_and(is_rescue)
+                    }
                     Reason::NotRescued => verb == Verb::DeliverPassword,
                     _ => false,
                 };
@@ -317,6 +324,7 @@ impl World {
                 Step::PowerOff { .. }
                     | Step::DefineDomain { .. }
                     | Step::UndefineDomain { .. }
+                    | Step::DropSavedMemory
                     | Step::StartDomain { .. }
                     | Step::CommitOverlay { .. }
             )

@@ -84,6 +84,9 @@ pub(super) fn plan(
                 fresh: true,
             },
         );
+    } else {
+        // A start to come resumes what was saved, as it should; but not the rescue.
+        builder.step(Phase::Switch, Step::DropSavedMemory);
     }
     builder.step(
         Phase::CleanUp,
