@@ -254,6 +254,7 @@ fn about(step: &Step) -> &'static str {
         Step::EmptyOverlay { .. } => "empties an overlay whose disk is about to change under it",
         Step::DefineDomain { .. } => "defines the domain",
         Step::UndefineDomain { .. } => "removes the domain's definition",
+        Step::DropSavedMemory => "removes memory that was saved of the rescue (a managed save)",
         Step::StartDomain { .. } => "starts the guest",
         Step::SetUserPassword { .. } => "has the guest agent set a password",
         Step::RemoveFolder { .. } => "removes a folder of the server",
@@ -277,6 +278,7 @@ fn steps() -> Vec<Step> {
             path: text(),
             backing: text(),
             backing_format: text(),
+            backing_references: Default::default(),
             size: 0,
         },
         Step::CopyFile {
@@ -311,6 +313,7 @@ fn steps() -> Vec<Step> {
             path: text(),
             base: text(),
             base_format: String::new(),
+            base_references: Default::default(),
         },
         Step::EmptyOverlay {
             path: text(),
@@ -323,6 +326,7 @@ fn steps() -> Vec<Step> {
             before: None,
         },
         Step::UndefineDomain { before: text() },
+        Step::DropSavedMemory,
         Step::StartDomain {
             mark: Mark::Own,
             fresh: false,

@@ -6,6 +6,7 @@
 //! * [`Domain`] reads a definition and answers questions about it.
 //! * [`render_server`] lays out the domain of a server that Salvor made.
 //! * [`render_rescue`] turns a server's own definition into that of its rescue, keeping all it does not understand.
+//! * [`without_secrets`] makes a definition fit to be shown.
 //! * [`Templates`] holds the layouts, which an operator may replace.
 //! * [`fixtures`] are domains to try them on.
 //! * [`xml`] is the small document tree below all this.
@@ -17,6 +18,7 @@ mod image;
 mod place;
 mod protect;
 mod rescue;
+mod secrets;
 mod server;
 mod spec;
 mod templates;
@@ -29,6 +31,7 @@ pub use domain::{
 pub use image::BaseImage;
 pub use place::PlaceError;
 pub use rescue::{TemplateError, render_rescue};
+pub use secrets::without_secrets;
 pub use server::{
     DomainKind, NicSource, NicSpec, ServerDisk, ServerFirmware, ServerSpec, render_server,
 };

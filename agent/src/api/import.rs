@@ -17,13 +17,14 @@ use uuid::Uuid;
 use super::{
     Api,
     convert::states::Wire as _,
+    text,
     validate::{self, Checked},
 };
 use crate::{
     cancel::Cancel,
     core::{
         errors::chain,
-        image::{ImageFormat, ImageRecord},
+        image::{ImageFormat, ImageRecord, Understood},
         reason::{Reason, Refusal},
     },
     dispatch::refused,
@@ -63,10 +64,15 @@ impl Wanted {
                 ));
             }
         };
+        let properties = validate::properties("spec.properties", spec.properties)?;
+        Understood::read(&properties).map_err(|error| {
+            let rule = format!("{}, and is {:?}", error.rule, text::echo(&error.value));
+            Refusal::field(format!("spec.properties[{}]", error.name), rule)
+        })?;
         Ok(Self {
             id,
             format: ImageFormat::from_wire("spec.format", spec.format)?,
-            properties: validate::properties("spec.properties", spec.properties)?,
+            properties,
             sha256,
             size: spec.size_bytes,
             name: spec.name,

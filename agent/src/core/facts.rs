@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use salvor_domain_templates::Domain;
 use uuid::Uuid;
 
-use super::{image::ImageRecord, layout::Layout, state::PowerState};
+use super::{backing::References, image::ImageRecord, layout::Layout, state::PowerState};
 
 /// The host.
 #[derive(Debug, Clone)]
@@ -48,11 +48,20 @@ pub struct DomainFacts {
     pub nvram_present: bool,
     /// What was attached to the running domain and not to its definition, in words; only for a rescue.
     pub live_only: Vec<String>,
-    /// Virtual sizes of its disks in bytes, by target, or why they cannot be told. Nothing that a guest
-    /// wrote is opened as anything but what the definition says. Only for a rescue with overlays.
-    pub disk_sizes: BTreeMap<String, Result<u64, String>>,
+    /// What a look at its disks showed, by target, or why it cannot be told. Nothing that a guest wrote
+    /// is opened as anything but what the definition says. Only for a rescue with overlays.
+    pub disks: BTreeMap<String, Result<DiskLook, String>>,
     /// Why the agent could not write to a disk, by target. Only for a rescue that protects disks.
     pub unwritable: BTreeMap<String, String>,
+}
+
+/// What a look at a disk shows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskLook {
+    /// Virtual size in bytes.
+    pub size: u64,
+    /// The other files that belong to it.
+    pub references: References,
 }
 
 /// What runs in the live domain and is not in its persistent definition: disks by their targets, network
@@ -117,4 +126,7 @@ pub struct Facts {
     pub saved_xml: Option<String>,
     /// For a commit of overlays onto files: the room for each, by the overlay's path.
     pub commit_space: BTreeMap<String, CommitSpace>,
+    /// For a commit of overlays: the other files that the disk under each refers to now, or why that
+    /// cannot be told, by the overlay's path.
+    pub commit_references: BTreeMap<String, Result<References, String>>,
 }

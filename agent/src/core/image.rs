@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Records of images.
+//! Records of images, and what their properties mean.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::state::named_states;
+use super::{
+    record::{RescueBus, RescueDevice},
+    state::named_states,
+};
 
 named_states! {
     /// Formats of images. Nothing else is accepted.
@@ -50,4 +53,107 @@ pub struct ImageRecord {
     pub properties: BTreeMap<String, String>,
     /// When it was imported, in milliseconds since the Unix epoch.
     pub created_at_ms: i64,
+}
+
+/// A property that is understood has a value that is not.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the image's property {name} is {value:?}; it {rule}")]
+pub struct PropertyError {
+    /// The property.
+    pub name: &'static str,
+    /// Its value.
+    pub value: String,
+    /// What it has to be.
+    pub rule: &'static str,
+}
+
+/// The properties that mean something here, with Glance's names. All others are kept and ignored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Understood {
+    /// `hw_rescue_bus`.
+    pub rescue_bus: Option<RescueBus>,
+    /// `hw_rescue_device`.
+    pub rescue_device: Option<RescueDevice>,
+    /// `os_admin_user`: whose password is set; `root` without it.
+    pub admin_user: String,
+}
+
+impl Understood {
+    /// Reads an image's properties.
+    ///
+    /// # Errors
+    /// [`PropertyError`] for the first one that breaks its rule.
+    pub fn read(properties: &BTreeMap<String, String>) -> Result<Self, PropertyError> {
+        let read = |name: &'static str| properties.get(name);
+        let wrong = |name, value: &String, rule| PropertyError {
+            name,
+            value: value.clone(),
+            rule,
+        };
+        let (bus, device, user) = ("hw_rescue_bus", "hw_rescue_device", "os_admin_user");
+        Ok(Self {
+            rescue_bus: read(bus)
+                .map(|value| {
+                    RescueBus::from_name(value)
+                        .ok_or_else(|| wrong(bus, value, "must be virtio, scsi, usb, sata or ide"))
+                })
+                .transpose()?,
+            rescue_device: read(device)
+                .map(|value| {
+                    RescueDevice::from_name(value)
+                        .ok_or_else(|| wrong(device, value, "must be disk or cdrom"))
+                })
+                .transpose()?,
+            admin_user: match read(user) {
+                None => "root".to_owned(),
+                Some(name) if is_user(name) => name.clone(),
+                Some(name) => return Err(wrong(user, name, USER_RULE)),
+            },
+        })
+    }
+}
+
+/// What [`is_user`] wants.
+pub const USER_RULE: &str =
+    "must be 1 to 32 of the characters A-Z a-z 0-9 _ - and begin with a letter or _";
+
+/// A name that a Unix system takes for a user, and that cannot begin a new line or field.
+#[must_use]
+pub fn is_user(name: &str) -> bool {
+    let mut bytes = name.bytes();
+    name.len() <= 32
+        && bytes
+            .next()
+            .is_some_and(|first| first.is_ascii_alphabetic() || first == b'_')
+        && bytes.all(|byte| byte.is_ascii_alphanumeric() || b"_-".contains(&byte))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn read(name: &str, value: &str) -> Result<Understood, PropertyError> {
+        Understood::read(&BTreeMap::from([(name.to_owned(), value.to_owned())]))
+    }
+
+    #[test]
+    fn what_is_understood_has_rules_and_what_is_not_has_none() {
+        assert_eq!(read("os_admin_user", "_a-1").unwrap().admin_user, "_a-1");
+        assert_eq!(read("os_distro", "\u{1f600} x").unwrap().admin_user, "root");
+        let long = "a".repeat(33);
+        for (name, wrong) in [
+            ("hw_rescue_bus", "floppy"),
+            ("hw_rescue_device", "tape"),
+            ("os_admin_user", ""),
+            ("os_admin_user", "a:b"),
+            ("os_admin_user", "-a"),
+            ("os_admin_user", "1a"),
+            ("os_admin_user", &long),
+        ] {
+            let error = read(name, wrong).unwrap_err();
+            assert_eq!((error.name, error.value.as_str()), (name, wrong));
+        }
+    }
 }

@@ -12,6 +12,7 @@
 
 pub mod action;
 pub mod admission;
+pub mod backing;
 pub mod errors;
 pub mod facts;
 pub mod image;

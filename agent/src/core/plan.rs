@@ -12,6 +12,7 @@ use uuid::Uuid;
 
 use super::{
     action::{Shutdown, Verb},
+    backing::References,
     password::CryptHash,
     reason::Warning,
     record::{DiskSummary, NicSummary, PasswordDelivery, RescueRecord, ServerRecord},
@@ -87,6 +88,9 @@ pub enum Step {
         backing: String,
         /// Format of that: recorded, never probed.
         backing_format: String,
+        /// The other files that it refers to: more are not followed.
+        #[serde(default)]
+        backing_references: References,
         /// Virtual size in bytes.
         size: u64,
     },
@@ -139,6 +143,9 @@ pub enum Step {
         base: String,
         /// Format of that: recorded, never probed.
         base_format: String,
+        /// The other files that it refers to: more are not followed.
+        #[serde(default)]
+        base_references: References,
     },
     /// What a discarded overlay holds is gone: the disk under it is about to change, and must not be
     /// mixed with it if the plan is taken back after that.
@@ -173,6 +180,8 @@ pub enum Step {
         #[serde(default)]
         fresh: bool,
     },
+    /// Memory that was saved of the domain goes: it is of a definition that is no longer its own.
+    DropSavedMemory,
     /// The guest agent sets a password.
     SetUserPassword {
         /// The user.
@@ -216,6 +225,7 @@ impl Step {
             Self::DefineDomain { .. } => "DefineDomain",
             Self::UndefineDomain { .. } => "UndefineDomain",
             Self::StartDomain { .. } => "StartDomain",
+            Self::DropSavedMemory => "DropSavedMemory",
             Self::SetUserPassword { .. } => "SetUserPassword",
             Self::RemoveFolder { .. } => "RemoveFolder",
             Self::ReleaseImage { .. } => "ReleaseImage",
@@ -263,6 +273,7 @@ impl Step {
             } => "restore the server's definition".to_owned(),
             Self::UndefineDomain { .. } => "remove the domain's definition".to_owned(),
             Self::StartDomain { .. } => "start the guest".to_owned(),
+            Self::DropSavedMemory => "forget memory that was saved of the rescue".to_owned(),
             Self::SetUserPassword { user, .. } => {
                 format!("have the guest agent set the password of {user}")
             }
@@ -296,7 +307,9 @@ impl Step {
             Self::PowerOff { shutdown, .. } => shutdown.timeout_ms.saturating_add(120_000),
             // A big overlay on a slow disk.
             Self::CommitOverlay { .. } => 6 * 3_600_000,
-            Self::DefineDomain { .. } | Self::UndefineDomain { .. } => 60_000,
+            Self::DefineDomain { .. } | Self::UndefineDomain { .. } | Self::DropSavedMemory => {
+                60_000
+            }
             Self::StartDomain { .. } => 180_000,
             Self::SetUserPassword { .. } => 30_000,
         }
@@ -321,6 +334,7 @@ impl Step {
             | Self::EmptyOverlay { .. }
             | Self::DefineDomain { .. }
             | Self::UndefineDomain { .. }
+            | Self::DropSavedMemory
             | Self::SetUserPassword { .. }
             | Self::RemoveFolder { .. }
             | Self::ReleaseImage { .. }
@@ -350,6 +364,7 @@ impl Step {
             | Self::DefineDomain { .. }
             | Self::UndefineDomain { .. }
             | Self::StartDomain { .. }
+            | Self::DropSavedMemory
             | Self::SetUserPassword { .. }
             | Self::ReleaseImage { .. }
             | Self::DropSavedDefinition => Vec::new(),

@@ -58,6 +58,8 @@ named_states! {
         /// See [`Reason::explanation`].
         DomainChanged = "DOMAIN_CHANGED",
         /// See [`Reason::explanation`].
+        DiskChanged = "DISK_CHANGED",
+        /// See [`Reason::explanation`].
         OverlayDecisionNeeded = "OVERLAY_DECISION_NEEDED",
         /// See [`Reason::explanation`].
         NoOverlays = "NO_OVERLAYS",
@@ -221,7 +223,7 @@ impl Reason {
             Self::NoRescueImage => (
                 FailedPrecondition,
                 409,
-                "No rescue image was named, the server was made from none that is still here, and the host has no default. Name one.",
+                "No rescue image was named, the server was made from none that is still here, and the host has no default that can be used. Name one; the message says what is the matter with the default.",
             ),
             Self::SavedMemory => (
                 FailedPrecondition,
@@ -252,6 +254,11 @@ impl Reason {
                 FailedPrecondition,
                 409,
                 "Somebody else changed the domain's definition, and the action would have lost that. Look at the domain, then ask again.",
+            ),
+            Self::DiskChanged => (
+                FailedPrecondition,
+                409,
+                "The header of a disk names other files than when the action was planned or the rescue began. The message says which; nothing followed them.",
             ),
             Self::OverlayDecisionNeeded => (
                 InvalidArgument,

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::{
+    backing::References,
     reason::Reason,
     state::{PowerObservation, PowerState, Status, TaskState, VmState, named_states, status},
 };
@@ -156,6 +157,9 @@ pub struct Overlay {
     pub base: String,
     /// The original disk's format.
     pub base_format: String,
+    /// The other files that the original disk referred to before the rescue guest ran.
+    #[serde(default)]
+    pub base_references: References,
 }
 
 /// A rescue in force: everything that unrescue needs besides the saved definition.

@@ -2,28 +2,33 @@
 //! Gathers the facts that planners ask for, by reading only.
 
 use std::{
-    collections::BTreeMap, fs, future::Future, io, os::unix::fs::MetadataExt as _, path::Path,
+    collections::BTreeMap,
+    fs,
+    future::Future,
+    io,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
     time::Duration,
 };
 
-use nix::fcntl::OFlag;
 use salvor_domain_templates::{Disk, Domain, Firmware};
-use tokio::{fs::OpenOptions, task::spawn_blocking, time::timeout};
+use tokio::{task::spawn_blocking, time::timeout};
 use uuid::Uuid;
 
 use super::{Dispatcher, refused};
 use crate::{
     core::{
         action::Action,
+        backing::References,
         facts::{CommitSpace, DomainFacts, Facts, HostFacts, ImageFacts, live_only},
         image::ImageRecord,
-        planners::choose_image,
+        planners::{HostImage, choose_image},
         reason::{Reason, Refusal},
         record::{OverlayDisposition, Protection, ServerRecord},
     },
     engine::now_ms,
     hypervisor::{Definition, HypervisorError},
-    storage::{disk_size, files::free_space, image_path},
+    storage::{check_writable, files::free_space, image_path, look_at_disk},
 };
 
 /// A look at a file takes no longer than this: a file server that is away would hold it for ever.
@@ -44,11 +49,7 @@ impl Dispatcher {
         let image = match action {
             Action::Create(args) => Some(args.image),
             Action::Rescue(args) => match server {
-                Some(server) => Some(choose_image(
-                    server,
-                    args.image,
-                    self.default_rescue_image().await?,
-                )?),
+                Some(server) => Some(choose_image(server, args.image, &self.host_image().await?)?),
                 None => None,
             },
             Action::Adopt(_)
@@ -72,19 +73,23 @@ impl Dispatcher {
             Action::Release => None,
             _ => self.domain_facts(id, protection).await?,
         };
+        let committed = match action {
+            Action::Unrescue(args) if args.overlay == Some(OverlayDisposition::Commit) => server,
+            _ => None,
+        };
         Ok(Facts {
             plan: Uuid::new_v4(),
             host: self.host_facts()?,
             domain,
             image,
             saved_xml,
-            commit_space: match (action, server) {
-                (Action::Unrescue(args), Some(server))
-                    if args.overlay == Some(OverlayDisposition::Commit) =>
-                {
-                    commit_space(server).await
-                }
-                _ => BTreeMap::new(),
+            commit_space: match committed {
+                Some(server) => commit_space(server).await,
+                None => BTreeMap::new(),
+            },
+            commit_references: match committed {
+                Some(server) => commit_references(server).await,
+                None => BTreeMap::new(),
             },
         })
     }
@@ -134,7 +139,7 @@ impl Dispatcher {
             managed_save: status.managed_save,
             nvram_present: false,
             live_only: Vec::new(),
-            disk_sizes: BTreeMap::new(),
+            disks: BTreeMap::new(),
             unwritable: BTreeMap::new(),
         };
         // A definition that cannot be read is the planner's to refuse.
@@ -145,10 +150,12 @@ impl Dispatcher {
             nvram: Some(path), ..
         } = parsed.firmware()
         {
-            facts.nvram_present = within(tokio::fs::try_exists(&path)).await.map_err(|why| {
+            let nvram = path.clone();
+            let look = within(spawned(move || Path::new(&path).try_exists()));
+            facts.nvram_present = look.await.map_err(|why| {
                 Refusal::new(
                     Reason::StorageFailed,
-                    format!("the UEFI variables {path} cannot be looked for: {why}"),
+                    format!("the UEFI variables {nvram} cannot be looked for: {why}"),
                 )
             })?;
         }
@@ -197,42 +204,18 @@ impl Dispatcher {
         }))
     }
 
-    /// The configured rescue image, if it is here. One that is configured but missing is no reason to
-    /// refuse a request that does not need it, so it is only noted.
-    async fn default_rescue_image(&self) -> Result<Option<Uuid>, Refusal> {
-        let Some(wanted) = &self.settings.default_rescue_image else {
-            return Ok(None);
-        };
-        let images: Vec<ImageRecord> = self
-            .store
-            .images()
-            .await
-            .map_err(refused)?
-            .into_iter()
-            .map(|(image, _)| image)
-            .collect();
-        let mut found = images
-            .iter()
-            .filter(|image| image.name == *wanted || image.id.to_string() == *wanted);
-        match (found.next(), found.next()) {
-            (Some(image), None) => Ok(Some(image.id)),
-            (first, _) => {
-                let why = if first.is_some() {
-                    "several images have this name"
-                } else {
-                    "there is no such image"
-                };
-                tracing::warn!(image = %wanted, "rescue.default_image is not used: {why}");
-                Ok(None)
-            }
-        }
+    async fn host_image(&self) -> Result<HostImage, Refusal> {
+        let images = self.store.images().await.map_err(refused)?;
+        let images: Vec<ImageRecord> = images.into_iter().map(|(image, _)| image).collect();
+        let wanted = self.settings.default_rescue_image.as_deref();
+        Ok(HostImage::find(wanted, &images))
     }
 }
 
 /// What a look at a file shows, or why it cannot be told.
-async fn within<T>(look: impl Future<Output = io::Result<T>>) -> Result<T, String> {
+async fn within<T>(look: impl Future<Output = Result<T, String>>) -> Result<T, String> {
     match timeout(LOOK, look).await {
-        Ok(seen) => seen.map_err(|error| error.to_string()),
+        Ok(seen) => seen,
         Err(_) => Err(format!(
             "its storage did not answer within {} s",
             LOOK.as_secs()
@@ -242,33 +225,45 @@ async fn within<T>(look: impl Future<Output = io::Result<T>>) -> Result<T, Strin
 
 /// How large a disk is, and whether an overlay could be committed to it.
 async fn look_at(disk: &Disk, facts: &mut DomainFacts) {
-    let Some(path) = disk.path().map(Path::new) else {
+    let Some(path) = disk.path().map(PathBuf::from) else {
         return;
     };
-    let size = within(disk_size(path, disk.format.as_deref().unwrap_or("raw"))).await;
-    if size.is_ok() {
+    let format = disk.format.clone().unwrap_or_else(|| "raw".to_owned());
+    let look = within(spawned(move || look_at_disk(&path, &format))).await;
+    if look.is_ok() {
         try_to_write(disk, facts).await;
     }
-    facts.disk_sizes.insert(disk.target.clone(), size);
+    facts.disks.insert(disk.target.clone(), look);
 }
 
 /// Whether the agent can change a disk.
 async fn try_to_write(disk: &Disk, facts: &mut DomainFacts) {
-    if let Some(path) = disk.path().map(Path::new)
-        && let Err(why) = within(open_for_writing(path)).await
+    if let Some(path) = disk.path().map(PathBuf::from)
+        && let Err(why) = within(spawned(move || check_writable(&path))).await
     {
         facts.unwritable.insert(disk.target.clone(), why);
     }
 }
 
-/// Really opens it: access(2) does not know which devices the agent's unit may use. Writes nothing.
-async fn open_for_writing(path: &Path) -> io::Result<()> {
-    OpenOptions::new()
-        .write(true)
-        .custom_flags((OFlag::O_NONBLOCK | OFlag::O_NOCTTY).bits())
-        .open(path)
-        .await
-        .map(drop)
+/// Does what blocks on a thread that may.
+async fn spawned<T: Send + 'static, E: std::error::Error + Send + 'static>(
+    work: impl FnOnce() -> Result<T, E> + Send + 'static,
+) -> Result<T, String> {
+    match spawn_blocking(work).await {
+        Ok(done) => done.map_err(|error| error.to_string()),
+        Err(panicked) => Err(panicked.to_string()),
+    }
+}
+
+/// What the disk under each overlay refers to now.
+async fn commit_references(server: &ServerRecord) -> BTreeMap<String, Result<References, String>> {
+    let mut found = BTreeMap::new();
+    for overlay in server.rescue.iter().flat_map(|rescue| &rescue.overlays) {
+        let (base, format) = (PathBuf::from(&overlay.base), overlay.base_format.clone());
+        let look = within(spawned(move || look_at_disk(&base, &format))).await;
+        found.insert(overlay.path.clone(), look.map(|look| look.references));
+    }
+    found
 }
 
 /// The room for committing each overlay to its file. What cannot be told is left out: it only warns.
@@ -277,11 +272,7 @@ async fn commit_space(server: &ServerRecord) -> BTreeMap<String, CommitSpace> {
     let overlays = server.rescue.iter().flat_map(|rescue| &rescue.overlays);
     for overlay in overlays {
         let (path, base) = (overlay.path.clone(), overlay.base.clone());
-        let look = async {
-            spawn_blocking(move || space_for(Path::new(&path), Path::new(&base)))
-                .await
-                .map_err(io::Error::other)?
-        };
+        let look = spawned(move || space_for(Path::new(&path), Path::new(&base)));
         if let Ok(Some(space)) = within(look).await {
             spaces.insert(overlay.path.clone(), space);
         }
@@ -309,20 +300,9 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_hung_file_server_is_not_waited_for() {
-        let hung = std::future::pending::<io::Result<()>>();
+        let hung = std::future::pending::<Result<(), String>>();
         let why = within(hung).await.unwrap_err();
         assert_eq!(why, "its storage did not answer within 10 s");
-    }
-
-    #[tokio::test]
-    async fn what_cannot_be_written_is_told_without_changing_it() {
-        let folder = tempfile::tempdir().unwrap();
-        let disk = folder.path().join("disk");
-        fs::write(&disk, "content").unwrap();
-        open_for_writing(&disk).await.unwrap();
-        assert_eq!(fs::read(&disk).unwrap(), b"content");
-        // A folder is no disk, for root neither.
-        assert!(open_for_writing(folder.path()).await.is_err());
     }
 
     #[test]

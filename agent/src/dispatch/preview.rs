@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The dry run: what an action would do, without doing any of it.
 
+use salvor_domain_templates::without_secrets;
 use similar::TextDiff;
 
 use super::{Dispatcher, Target};
@@ -17,7 +18,7 @@ pub struct Preview {
     pub plan: Plan,
     /// Why it would be refused all the same: libvirt does not take the domain.
     pub refusal: Option<Refusal>,
-    /// How the domain's definition would change, as a unified diff without passwords.
+    /// How the domain's definition would change, as a unified diff without secrets.
     pub domain_diff: String,
 }
 
@@ -49,7 +50,7 @@ fn domain_diff(plan: &Plan) -> String {
             Step::UndefineDomain { before, .. } => (before.as_str(), ""),
             _ => continue,
         };
-        let (before, after) = (mask_passwords(before), mask_passwords(after));
+        let (before, after) = (shown(before), shown(after));
         diff.push_str(
             &TextDiff::from_lines(&before, &after)
                 .unified_diff()
@@ -61,50 +62,26 @@ fn domain_diff(plan: &Plan) -> String {
     diff
 }
 
-/// Replaces the values of `passwd` attributes, the only place where a definition has a password in
-/// clear (graphics; disk secrets are references).
-fn mask_passwords(xml: &str) -> String {
-    let mut masked = String::with_capacity(xml.len());
-    let mut rest = xml;
-    while let Some(at) = rest.find("passwd=") {
-        let (head, tail) = rest.split_at(at + "passwd=".len());
-        masked.push_str(head);
-        let Some(quote) = tail
-            .chars()
-            .next()
-            .filter(|quote| matches!(quote, '\'' | '"'))
-        else {
-            rest = tail;
-            continue;
-        };
-        let value = tail.get(1..).unwrap_or_default();
-        let end = value.find(quote).unwrap_or(value.len());
-        masked.push(quote);
-        masked.push_str("***");
-        rest = value.get(end..).unwrap_or_default();
+/// A definition as it may be shown.
+fn shown(xml: &str) -> String {
+    if xml.is_empty() {
+        return String::new();
     }
-    masked.push_str(rest);
-    masked
+    match without_secrets(xml) {
+        Ok(shown) => shown + "\n",
+        Err(error) => format!("(not shown: {error}, so nothing in it could be masked)\n"),
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::mask_passwords;
+    use super::shown;
 
     #[test]
     fn passwords_do_not_reach_a_diff() {
-        let xml = r#"<graphics type='vnc' passwd='s3cret' port='1'/><graphics passwd="o'ther"/>"#;
-        assert_eq!(
-            mask_passwords(xml),
-            r#"<graphics type='vnc' passwd='***' port='1'/><graphics passwd="***"/>"#
-        );
-    }
-
-    #[test]
-    fn a_definition_that_ends_within_a_password_is_masked_to_its_end() {
-        assert_eq!(
-            mask_passwords("<graphics passwd='s3cret"),
-            "<graphics passwd='***"
-        );
+        let xml = "<domain><graphics type='vnc' passwd='s3cret' port='1'/></domain>";
+        assert_eq!(shown(xml), xml.replace("s3cret", "***") + "\n");
+        assert_eq!(shown(""), "");
+        assert!(!shown("<domain><graphics passwd='s3cret").contains("s3cret"));
     }
 }

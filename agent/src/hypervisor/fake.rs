@@ -523,6 +523,16 @@ impl Hypervisor for FakeHypervisor {
         .await
     }
 
+    async fn drop_saved_memory(&self, id: Uuid) -> HypervisorResult<()> {
+        self.call("drop_saved_memory", &id.to_string(), |_, state| {
+            if let Some(domain) = state.domains.get_mut(&id) {
+                domain.managed_save = None;
+            }
+            Ok(())
+        })
+        .await
+    }
+
     async fn shutdown(&self, id: Uuid) -> HypervisorResult<()> {
         self.call("shutdown", &id.to_string(), |fake, state| {
             state.running("shutdown", id)?;

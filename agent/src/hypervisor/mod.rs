@@ -192,6 +192,7 @@ impl StuckCall {
             self.call,
             "virDomainDefineXML"
                 | "virDomainUndefineFlags"
+                | "virDomainManagedSaveRemove"
                 | "virDomainCreate"
                 | "virDomainDestroy"
         )
@@ -237,6 +238,9 @@ pub trait Hypervisor: Send + Sync + 'static {
 
     /// Starts the domain: with its saved memory, or with its persistent definition.
     async fn start(&self, id: Uuid, boot: Boot) -> HypervisorResult<()>;
+
+    /// Removes a managed save image. Without one, or without such a domain, it is success.
+    async fn drop_saved_memory(&self, id: Uuid) -> HypervisorResult<()>;
 
     /// Asks the guest to shut down (ACPI). Returns once asked, not once off.
     async fn shutdown(&self, id: Uuid) -> HypervisorResult<()>;

@@ -496,6 +496,20 @@ impl Hypervisor for Libvirt {
         .await
     }
 
+    async fn drop_saved_memory(&self, id: Uuid) -> HypervisorResult<()> {
+        let call = self.call_named("virDomainManagedSaveRemove").about(id);
+        self.call(Class::Mutate, call, move |connect| {
+            let Some(domain) = find(connect, id)? else {
+                return Ok(());
+            };
+            if domain.has_managed_save(0)? {
+                domain.managed_save_remove(0)?;
+            }
+            Ok(())
+        })
+        .await
+    }
+
     async fn shutdown(&self, id: Uuid) -> HypervisorResult<()> {
         self.ask_guest(id, "virDomainShutdownFlags", |domain| {
             match domain.shutdown_flags(sys::VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN) {

@@ -362,3 +362,25 @@ async fn snapshots_are_not_in_the_way_of_an_undefine() {
     libvirt.undefine(id).await.unwrap();
     assert_eq!(libvirt.domain(id).await, Ok(None));
 }
+
+#[tokio::test]
+async fn saved_memory_is_dropped_and_none_is_no_error() {
+    let libvirt = test_host().await;
+    let id = Uuid::new_v4();
+    libvirt.drop_saved_memory(id).await.unwrap();
+    libvirt.define(&xml(id)).await.unwrap();
+    libvirt.drop_saved_memory(id).await.unwrap();
+    libvirt.start(id, Boot::Resume).await.unwrap();
+    let call = libvirt.call_named("virDomainManagedSave");
+    libvirt
+        .call(Class::Mutate, call, move |connect| {
+            Ok(connect.lookup_domain_by_uuid(id)?.managed_save(0)?)
+        })
+        .await
+        .unwrap();
+    let saved = async || libvirt.domain(id).await.unwrap().unwrap().managed_save;
+    assert!(saved().await);
+    libvirt.drop_saved_memory(id).await.unwrap();
+    assert!(!saved().await);
+    libvirt.undefine(id).await.unwrap();
+}

@@ -11,13 +11,13 @@ use super::{
     files::{blocking, storage_reason},
 };
 use crate::{
-    core::{errors::chain, reason::Reason},
+    core::{backing::References, errors::chain, reason::Reason},
     engine::{StepContext, StepError, StepReport},
     storage::{
-        disk_size,
         inspect::Format,
-        overlay, owners,
+        look_at_disk, overlay, owners,
         qemu_img::{Disk, Job, QemuImgError},
+        references,
     },
 };
 
@@ -25,27 +25,28 @@ use crate::{
 const NO_SHORTER_DEADLINE: Duration = Duration::from_secs(6 * 3600);
 
 impl Steps {
-    pub(super) async fn create_overlay(
-        &self,
-        path: &str,
-        backing: &str,
-        backing_format: &str,
-        size: u64,
-    ) -> Applied {
-        let format = format(backing_format)?;
-        let (path, backing) = (self.own(path)?, PathBuf::from(backing));
-        // What is there already was made by this very plan, and nothing has used it yet, or is to go.
+    pub(super) async fn create_overlay(&self, path: &str, base: Base, size: u64) -> Applied {
+        let path = self.own(path)?;
+        // What is there already was made by this very plan: nothing has used it yet.
         blocking(move || {
-            overlay::create(&path, &backing, format, size)
+            base.check()?;
+            overlay::create(&path, &base.path, base.format, size)
                 .map_err(|error| StepError::new(storage_reason(&error), chain(&error)))
         })
         .await?;
         Ok(None)
     }
 
+    /// Whatever the disk under it refers to by now: it is not opened for this.
     pub(super) async fn empty_overlay(&self, path: &str, base: &str, base_format: &str) -> Applied {
-        let size = overlay_size(Path::new(path)).await?;
-        self.create_overlay(path, base, base_format, size).await
+        let format = format(base_format)?;
+        let (path, base) = (self.own(path)?, PathBuf::from(base));
+        blocking(move || {
+            overlay::create(&path, &base, format, overlay_size(&path)?)
+                .map_err(|error| StepError::new(storage_reason(&error), chain(&error)))
+        })
+        .await?;
+        Ok(None)
     }
 
     pub(super) async fn note_owners(&self, disks: &[String], note: &str) -> Applied {
@@ -74,33 +75,79 @@ impl Steps {
         &self,
         context: &StepContext<'_>,
         path: &str,
-        base: &str,
-        base_format: &str,
+        base: Base,
     ) -> Applied {
-        let path = Path::new(path);
+        let path = PathBuf::from(path);
+        let (path, base, size) = blocking(move || {
+            base.check()?;
+            let size = overlay_size(&path)?;
+            Ok((path, base, size))
+        })
+        .await?;
         let base = Disk {
-            path: Path::new(base),
-            format: format(base_format)?,
+            path: &base.path,
+            format: base.format,
         };
-        let size = overlay_size(path).await?;
         let job = Job {
             deadline: NO_SHORTER_DEADLINE,
             cancel: context.cancel.clone(),
             progress: Some(context.progress),
         };
-        self.qemu_img.commit(&job, path, base, size).await?;
+        self.qemu_img.commit(&job, &path, base, size).await?;
         Ok(None)
     }
 }
 
-/// The size of the disk that an overlay shows, in bytes.
-async fn overlay_size(path: &Path) -> Result<u64, StepError> {
-    disk_size(path, Format::Qcow2.name())
-        .await
+/// The size of the disk that an overlay shows, in bytes. It blocks.
+fn overlay_size(path: &Path) -> Result<u64, StepError> {
+    look_at_disk(path, Format::Qcow2.driver())
+        .map(|look| look.size)
         .map_err(|error| {
             let message = format!("the overlay {} cannot be read: {error}", path.display());
             StepError::new(Reason::StorageFailed, message)
         })
+}
+
+/// What stands under an overlay, as it was when that was planned.
+pub(super) struct Base {
+    path: PathBuf,
+    format: Format,
+    references: References,
+}
+
+impl Base {
+    pub(super) fn new(
+        path: &str,
+        format_name: &str,
+        references: &References,
+    ) -> Result<Self, StepError> {
+        Ok(Self {
+            path: PathBuf::from(path),
+            format: format(format_name)?,
+            references: references.clone(),
+        })
+    }
+
+    /// Does it still refer to the same files? Whatever opens it next follows its header. It blocks.
+    fn check(&self) -> Result<(), StepError> {
+        let path = self.path.display();
+        let now = references(&self.path, self.format).map_err(|error| {
+            StepError::new(
+                Reason::StorageFailed,
+                format!("{path} cannot be looked at: {error}"),
+            )
+        })?;
+        if now == self.references {
+            return Ok(());
+        }
+        let before = &self.references;
+        Err(StepError::new(
+            Reason::DiskChanged,
+            format!(
+                "{path} referred to {before} when this was planned and refers to {now} now; nothing followed it: look at it with qemu-img info"
+            ),
+        ))
+    }
 }
 
 fn format(name: &str) -> Result<Format, StepError> {

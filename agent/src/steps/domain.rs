@@ -278,6 +278,11 @@ impl Steps {
         Ok(())
     }
 
+    pub(super) async fn drop_saved_memory(&self, id: Uuid) -> Applied {
+        self.hypervisor.drop_saved_memory(id).await?;
+        Ok(None)
+    }
+
     pub(super) async fn set_user_password(
         &self,
         id: Uuid,

@@ -15,6 +15,7 @@ use std::{sync::Arc, time::Duration};
 use async_trait::async_trait;
 use uuid::Uuid;
 
+use disks::Base;
 pub use sweep::sweep;
 
 use crate::{
@@ -74,10 +75,11 @@ impl StepRunner for Steps {
                 path,
                 backing,
                 backing_format,
+                backing_references,
                 size,
             } => {
-                self.create_overlay(path, backing, backing_format, *size)
-                    .await
+                let base = Base::new(backing, backing_format, backing_references)?;
+                self.create_overlay(path, base, *size).await
             }
             Step::CopyFile { from, to } => self.copy_file(&context, from, to).await,
             Step::BuildConfigDrive { path, drive } => self.build_config_drive(path, drive).await,
@@ -90,7 +92,11 @@ impl StepRunner for Steps {
                 path,
                 base,
                 base_format,
-            } => self.commit_overlay(&context, path, base, base_format).await,
+                base_references,
+            } => {
+                let base = Base::new(base, base_format, base_references)?;
+                self.commit_overlay(&context, path, base).await
+            }
             Step::EmptyOverlay {
                 path,
                 base,
@@ -101,6 +107,7 @@ impl StepRunner for Steps {
             }
             Step::UndefineDomain { .. } => self.undefine(server).await,
             Step::StartDomain { mark, fresh } => self.start(server, *mark, boot(*fresh)).await,
+            Step::DropSavedMemory => self.drop_saved_memory(server).await,
             Step::SetUserPassword { user, hash } => {
                 self.set_user_password(server, user, hash).await
             }
@@ -146,6 +153,8 @@ impl StepRunner for Steps {
             }
             Step::UndefineDomain { before } => self.define_removed(server, before).await,
             Step::StartDomain { mark, .. } => self.stop_started(server, *mark).await,
+            // Where there was some, the guest boots again instead of going on.
+            Step::DropSavedMemory => Ok(()),
             // The password before is not known, and a rescue guest that takes another one is no worse.
             Step::SetUserPassword { .. } => Ok(()),
             // Clean-up is never taken back.
@@ -174,6 +183,7 @@ impl StepRunner for Steps {
             | Step::MarkCommitStarted
             | Step::CommitOverlay { .. }
             | Step::EmptyOverlay { .. }
+            | Step::DropSavedMemory
             | Step::SetUserPassword { .. }
             | Step::RemoveFolder { .. }
             | Step::ReleaseImage { .. }

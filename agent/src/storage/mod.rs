@@ -4,6 +4,7 @@
 //! ```text
 //!   inspect         may these foreign bytes be shown to QEMU's tools?
 //!   images          imported images: written once, hashed, inspected, then only read
+//!   disks           disks of guests, looked at
 //!   owners          to whom disks belong, noted and put back
 //!   overlay         empty qcow2 overlays
 //!   qemu_img        commits of overlays, under limits
@@ -15,12 +16,12 @@
 //! records and are never guessed from what a guest wrote.
 
 pub mod config_drive;
+mod disks;
 pub mod files;
 pub mod images;
 pub mod inspect;
 pub mod overlay;
 pub mod owners;
 pub mod qemu_img;
-mod sizes;
 
-pub use sizes::{disk_size, image_path};
+pub use disks::{LookError, check_writable, image_path, look_at_disk, references};

@@ -21,19 +21,17 @@ use std::path::{Path, PathBuf};
 
 use super::files::{DISK_MODE, FileError, cannot, replace_durable};
 use super::inspect::Format;
+use crate::core::backing::{LARGEST, check_name};
 
 /// 64 KiB, as qemu-img chooses.
 const CLUSTER_BITS: u32 = 16;
 const CLUSTER: u64 = 1 << CLUSTER_BITS;
-/// What one L1 entry stands for: a cluster of L2 entries, 8 bytes each.
+/// What one L1 entry stands for: a cluster of L2 entries, 8 bytes each. One refcount block counts the
+/// clusters of the largest L1 table.
 const PER_L1_ENTRY: u64 = CLUSTER / 8 * CLUSTER;
 const HEADER: u32 = 104;
 /// Header extension: the format of the backing file.
 const BACKING_FORMAT: u32 = 0xe279_2aca;
-/// QEMU keeps the name of a backing file in at most this many bytes.
-const LONGEST_NAME: usize = 1023;
-/// What the largest L1 table that QEMU takes, 32 MiB, stands for. One refcount block counts its clusters.
-const LARGEST: u64 = (32 << 20) / 8 * PER_L1_ENTRY;
 
 /// Why an overlay was not made.
 #[derive(Debug, thiserror::Error)]
@@ -113,23 +111,16 @@ fn header(name: &[u8], format: &str, size: u64, l1_entries: u64) -> Vec<u8> {
     header
 }
 
-/// The name as it is written into the header. QEMU reads `nbd:…` or `json:…` as protocols, but only
-/// where no slash comes before the colon.
+/// The name as it is written into the header.
 fn backing_name(backing: &Path) -> Result<&[u8], OverlayError> {
     let name = backing.as_os_str().as_bytes();
-    let rule = if !backing.is_absolute() {
-        "its path must be absolute"
-    } else if name.contains(&0) {
-        "its path must not contain a NUL byte"
-    } else if name.len() > LONGEST_NAME {
-        "its path has at most 1023 bytes"
-    } else {
-        return Ok(name);
-    };
-    Err(OverlayError::Backing {
-        path: backing.to_owned(),
-        rule,
-    })
+    match check_name(name) {
+        Ok(()) => Ok(name),
+        Err(rule) => Err(OverlayError::Backing {
+            path: backing.to_owned(),
+            rule,
+        }),
+    }
 }
 
 #[cfg(test)]

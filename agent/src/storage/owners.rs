@@ -13,7 +13,7 @@
 //! Everything here blocks. It knows nothing of rescues.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Write as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, UNIX_EPOCH};
@@ -22,7 +22,7 @@ use nix::fcntl::{AtFlags, OFlag};
 use nix::unistd::{Gid, Uid, fchownat};
 use serde::{Deserialize, Serialize};
 
-use super::files::{DISK_MODE, FileError, cannot, write_file_durable};
+use super::files::{DISK_MODE, FileError, cannot, replace_durable};
 
 /// To whom a file belonged.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,7 +70,9 @@ pub fn note(files: &[PathBuf], note: &Path) -> Result<(), FileError> {
     }
     let text =
         serde_json::to_vec(&owners).map_err(|error| cannot("written", note)(error.into()))?;
-    write_file_durable(note, &text, DISK_MODE)
+    replace_durable(note, DISK_MODE, |file, part| {
+        file.write_all(&text).map_err(cannot("written", part))
+    })
 }
 
 /// Puts back what is noted at `note`, if there is a note, and says of which files it could not, and

@@ -128,6 +128,45 @@ async fn an_image_is_sent_shown_and_deleted() {
 }
 
 #[tokio::test]
+async fn properties_that_are_understood_have_rules_and_all_others_are_kept() {
+    let agent = Agent::start().await;
+    for (name, value) in [
+        ("hw_rescue_bus", "xen"),
+        ("hw_rescue_device", "lun"),
+        ("os_admin_user", "root:x"),
+        ("os_admin_user", ""),
+    ] {
+        let mut odd = spec();
+        odd.properties = HashMap::from([(name.to_owned(), value.to_owned())]);
+        let (code, reason, details) =
+            refusal(send(&agent, vec![Part::Spec(odd), chunk(b"abc")]).await);
+        assert_eq!(
+            (code, reason.as_str()),
+            (Code::InvalidArgument, "INVALID_FIELD")
+        );
+        let violation = &details.bad_request().unwrap().field_violations[0];
+        assert_eq!(violation.field, format!("spec.properties[{name}]"));
+        assert!(
+            violation.description.starts_with("must be"),
+            "{violation:?}"
+        );
+    }
+    assert!(files(&agent).is_empty());
+    let mut spec = spec();
+    spec.properties = [
+        ("os_admin_user", "_admin-1"),
+        ("hw_machine_type", "no such thing"),
+    ]
+    .map(|(name, value)| (name.to_owned(), value.to_owned()))
+    .into();
+    let wanted = spec.properties.clone();
+    let image = send(&agent, vec![Part::Spec(spec), chunk(b"abc")])
+        .await
+        .unwrap();
+    assert_eq!(image.properties, wanted);
+}
+
+#[tokio::test]
 async fn an_import_that_fails_leaves_nothing() {
     let agent = Agent::start().await;
     let sum = v1::ImageSpec {

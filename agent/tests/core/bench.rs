@@ -8,13 +8,14 @@ use std::{
 
 use salvor_agent::core::{
     action::{Action, CreateArgs, NicArgs, NicConnection, RescueArgs, Shutdown, UnrescueArgs},
-    facts::{DomainFacts, Facts, HostFacts, ImageFacts},
+    backing::References,
+    facts::{DiskLook, DomainFacts, Facts, HostFacts, ImageFacts},
     image::{ImageFormat, ImageRecord},
     layout::Layout,
     password::CryptHash,
     plan::{Outcome, Plan, RescueChange, Step},
     planners::plan,
-    record::{Flavor, Origin, Protection, ServerRecord},
+    record::{Flavor, Origin, Overlay, Protection, RescueRecord, ServerRecord},
     state::{ObservationSource, PowerObservation, PowerState, VmState},
 };
 use salvor_domain_templates::{Templates, fixtures::ORIGINALS};
@@ -96,6 +97,18 @@ pub(crate) fn image(id: Uuid, name: &str, format: ImageFormat) -> ImageFacts {
     }
 }
 
+/// A disk of 10 GiB that stands on another file.
+pub(crate) fn look() -> DiskLook {
+    DiskLook {
+        size: 10 << 30,
+        references: References {
+            backing: Some("/under".to_owned()),
+            backing_format: Some("raw".to_owned()),
+            data_file: None,
+        },
+    }
+}
+
 pub(crate) fn domain(xml: &str, power: PowerState) -> DomainFacts {
     let parsed = salvor_domain_templates::Domain::parse(xml).unwrap();
     DomainFacts {
@@ -107,10 +120,10 @@ pub(crate) fn domain(xml: &str, power: PowerState) -> DomainFacts {
         persistent: true,
         managed_save: false,
         nvram_present: true,
-        disk_sizes: parsed
+        disks: parsed
             .disks()
             .iter()
-            .map(|disk| (disk.target.clone(), Ok(10 << 30)))
+            .map(|disk| (disk.target.clone(), Ok(look())))
             .collect(),
         live_only: Vec::new(),
         unwritable: BTreeMap::new(),
@@ -133,6 +146,7 @@ pub(crate) fn facts(domain: Option<DomainFacts>, image: Option<ImageFacts>) -> F
         image,
         saved_xml: None,
         commit_space: BTreeMap::new(),
+        commit_references: BTreeMap::new(),
     }
 }
 
@@ -206,6 +220,14 @@ pub(crate) fn created_xml(uefi: bool) -> Arc<str> {
     defined(&plan).into()
 }
 
+/// The disks under the overlays refer to what they did.
+pub(crate) fn same_references(
+    rescue: &RescueRecord,
+) -> BTreeMap<String, Result<References, String>> {
+    let same = |overlay: &Overlay| (overlay.path.clone(), Ok(overlay.base_references.clone()));
+    rescue.overlays.iter().map(same).collect()
+}
+
 /// A rescued server: its record, and the facts while the rescue runs.
 pub(crate) fn rescued(server: &ServerRecord, xml: &str, args: RescueArgs) -> (ServerRecord, Facts) {
     let rescue_image = image(RESCUE, "rescue", ImageFormat::Qcow2);
@@ -231,5 +253,6 @@ pub(crate) fn rescued(server: &ServerRecord, xml: &str, args: RescueArgs) -> (Se
     let mut after = facts(Some(domain(&defined(&plan), PowerState::Running)), None);
     after.plan = Uuid::from_u128(PLAN.as_u128() + 1);
     after.saved_xml = Some(xml.to_owned());
+    after.commit_references = same_references(rescue);
     (server, after)
 }

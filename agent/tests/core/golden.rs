@@ -6,6 +6,7 @@ use std::{fmt::Write as _, fs, path::PathBuf};
 
 use salvor_agent::core::{
     action::{Action, AdoptArgs, RescueArgs, Shutdown},
+    backing::References,
     facts::Facts,
     image::ImageFormat,
     plan::{Outcome, Plan, RescueChange, Step},
@@ -40,6 +41,12 @@ fn check(name: &str, text: &str) {
     );
 }
 
+fn refers(references: &References, detail: &mut impl FnMut(String)) {
+    if *references != References::default() {
+        detail(format!("which has {references}"));
+    }
+}
+
 /// A definition's name in a listing: what it holds shows in the golden files of the templates.
 fn short(xml: &str) -> String {
     let hash = format!("{:x}", Sha256::digest(xml));
@@ -71,11 +78,16 @@ fn listing(plan: &Plan) -> String {
             }
             Step::CreateOverlay {
                 backing_format,
+                backing_references,
                 size,
                 ..
             } => {
                 detail(format!("on {backing_format}, {size} bytes"));
+                refers(backing_references, &mut detail);
             }
+            Step::CommitOverlay {
+                base_references, ..
+            } => refers(base_references, &mut detail),
             Step::BuildConfigDrive { drive, .. } => detail(format!(
                 "instance {}, host {}, password of {}: {}",
                 drive.instance_id,
@@ -103,11 +115,11 @@ fn listing(plan: &Plan) -> String {
             Step::SetUserPassword { hash, .. } => detail(format!("{hash:?}")),
             Step::ReleaseImage { holder, .. } => detail(format!("from {holder}")),
             Step::MakeFolder { .. }
+            | Step::DropSavedMemory
             | Step::CopyFile { .. }
             | Step::NoteOwners { .. }
             | Step::PutOwnersBack { .. }
             | Step::MarkCommitStarted
-            | Step::CommitOverlay { .. }
             | Step::EmptyOverlay { .. }
             | Step::RemoveFolder { .. }
             | Step::DropSavedDefinition => {}

@@ -21,8 +21,8 @@ use salvor_domain_templates::{Domain, Role};
 use uuid::Uuid;
 
 use crate::bench::{
-    BASE, NOVA, RESCUE, create_args, domain, facts, fixture, image, rescue_args, templates,
-    unrescue_args,
+    BASE, NOVA, RESCUE, create_args, domain, facts, fixture, image, rescue_args, same_references,
+    templates, unrescue_args,
 };
 
 /// What a step can change.
@@ -89,6 +89,7 @@ impl Host {
                 }
                 self.running = Some(xml);
             }
+            Step::DropSavedMemory => assert_eq!(self.running, None),
             Step::SetUserPassword { .. } => assert!(self.running.is_some()),
             Step::RemoveFolder { path } => {
                 let inside = format!("{path}/");
@@ -135,6 +136,7 @@ impl Host {
             | Step::PutOwnersBack { .. }
             | Step::CommitOverlay { .. }
             | Step::EmptyOverlay { .. }
+            | Step::DropSavedMemory
             | Step::SetUserPassword { .. }
             | Step::RemoveFolder { .. }
             | Step::ReleaseImage { .. }
@@ -275,6 +277,11 @@ impl World {
         facts.plan = Uuid::from_u128(0x1000 + self.plans);
         facts.host.now_ms = self.clock;
         facts.saved_xml = self.host.saved.as_ref().map(|(_, xml)| xml.clone());
+        let rescue = self
+            .record
+            .as_ref()
+            .and_then(|record| record.rescue.as_ref());
+        facts.commit_references = rescue.map(same_references).unwrap_or_default();
         facts
     }
 
@@ -329,6 +336,7 @@ impl World {
                 Step::PowerOff { .. }
                     | Step::DefineDomain { .. }
                     | Step::UndefineDomain { .. }
+                    | Step::DropSavedMemory
                     | Step::StartDomain { .. }
                     | Step::CommitOverlay { .. }
                     | Step::EmptyOverlay { .. }

@@ -3,10 +3,11 @@
 
 use salvor_agent::core::{
     action::{Action, AdoptArgs, UnrescueArgs},
+    backing::References,
     facts::{CommitSpace, Facts, live_only},
     image::ImageFormat,
-    plan::{Plan, PlannedStep, Step},
-    planners::{choose_image, plan},
+    plan::{Plan, Step},
+    planners::{HostImage, choose_image, plan},
     reason::{Reason, Refusal, WarningName},
     record::{Origin, OverlayDisposition, Protection, RescueBus, RescueDevice, ServerRecord},
     state::{PowerState, VmState},
@@ -122,13 +123,21 @@ fn properties_of_an_image_that_mean_nothing_are_refused_before_the_guest_is_stop
     for (name, value, choices) in [
         ("hw_rescue_bus", "xen", "virtio, scsi, usb, sata or ide"),
         ("hw_rescue_device", "floppy", "disk or cdrom"),
+        ("os_admin_user", "root:x\n", "1 to 32 of the characters"),
     ] {
         let refusal = rescue_refused(|facts, _| {
             let properties = &mut facts.image.as_mut().unwrap().record.properties;
             properties.insert(name.to_owned(), value.to_owned());
         });
-        says(&refusal, Reason::InvalidField, &[name, value, choices]);
+        let value = format!("{value:?}");
+        says(&refusal, Reason::InvalidField, &[name, &value, choices]);
         assert_eq!(refusal.subject.unwrap().0, "image");
+        let mut base = image(BASE, "base", ImageFormat::Qcow2);
+        let properties = &mut base.record.properties;
+        properties.insert(name.to_owned(), value.clone());
+        let create = Action::Create(Box::new(create_args()));
+        let refusal = refused(None, &create, &facts(None, Some(base)));
+        says(&refusal, Reason::InvalidField, &[name, choices]);
     }
 }
 
@@ -209,8 +218,8 @@ fn disks_that_cannot_have_an_overlay_are_named() {
         &["its format is vmdk"],
     );
     let refusal = overlay(fixture("virt-manager"), &|facts| {
-        let sizes = &mut facts.domain.as_mut().unwrap().disk_sizes;
-        sizes.insert("vda".to_owned(), Err("no such file".to_owned()));
+        let disks = &mut facts.domain.as_mut().unwrap().disks;
+        disks.insert("vda".to_owned(), Err("no such file".to_owned()));
     });
     says(
         &refusal,
@@ -230,6 +239,41 @@ fn disks_that_cannot_have_an_overlay_are_named() {
             "ReadWritePaths",
         ],
     );
+}
+
+#[test]
+fn overlays_that_qemu_could_not_name_or_hold_are_refused_while_the_guest_runs() {
+    let own = "/var/lib/libvirt/images/fedora-workstation.qcow2";
+    let overlay = |path: &str, size: u64| {
+        let xml = fixture("virt-manager").replace(own, path);
+        let mut facts = rescue_facts(&xml);
+        let disks = &mut facts.domain.as_mut().unwrap().disks;
+        disks.get_mut("vda").unwrap().as_mut().unwrap().size = size;
+        let mut args = rescue_args();
+        args.protection = Protection::Overlay;
+        plan(
+            Some(&active()),
+            &Action::Rescue(Box::new(args)),
+            &facts,
+            templates(),
+        )
+    };
+    let path = |length: usize| format!("/{}", "a".repeat(length - 1));
+    overlay(&path(1023), 2 << 50).unwrap();
+    for (path, size, word) in [
+        (path(1024), 1 << 30, "1023 bytes"),
+        ("disk.qcow2".to_owned(), 1 << 30, "absolute"),
+        (own.to_owned(), (2 << 50) + 512, "bytes, and"),
+    ] {
+        let words = ["disk vda cannot have an overlay", word, "READ_ONLY"];
+        says(
+            &overlay(&path, size).unwrap_err(),
+            Reason::DomainUnsupported,
+            &words,
+        );
+    }
+    let refusal = rescue_refused(|facts, _| facts.image.as_mut().unwrap().path = path(1024));
+    says(&refusal, Reason::StorageFailed, &["state_dir", "1023"]);
 }
 
 #[test]
@@ -381,15 +425,42 @@ fn without_a_rescue_there_is_nothing_to_go_back_to() {
 #[test]
 fn the_image_of_a_rescue_is_the_named_one_else_the_servers_else_the_hosts() {
     let other = uuid::Uuid::from_u128(5);
+    let host = HostImage::Image(other);
     let (created, adopted) = (record(Origin::Created, VmState::Active), active());
-    assert_eq!(
-        choose_image(&created, Some(RESCUE), Some(other)),
-        Ok(RESCUE)
-    );
-    assert_eq!(choose_image(&created, None, Some(other)), Ok(BASE));
-    assert_eq!(choose_image(&adopted, None, Some(other)), Ok(other));
-    let refusal = choose_image(&adopted, None, None).unwrap_err();
-    says(&refusal, Reason::NoRescueImage, &["rescue.default_image"]);
+    assert_eq!(choose_image(&created, Some(RESCUE), &host), Ok(RESCUE));
+    assert_eq!(choose_image(&created, None, &host), Ok(BASE));
+    assert_eq!(choose_image(&adopted, None, &host), Ok(other));
+    // One that is wrong is no reason to refuse what does not need it.
+    let missing = HostImage::Missing(String::new());
+    assert_eq!(choose_image(&created, None, &missing), Ok(BASE));
+}
+
+#[test]
+fn a_host_without_a_usable_rescue_image_says_what_is_the_matter_with_it() {
+    let named = |id, name: &str| image(id, name, ImageFormat::Qcow2).record;
+    let images = [
+        named(BASE, "rescue"),
+        named(RESCUE, "rescue"),
+        named(uuid::Uuid::from_u128(5), "other"),
+    ];
+    let refusal = |wanted: Option<&str>| {
+        choose_image(&active(), None, &HostImage::find(wanted, &images)).unwrap_err()
+    };
+    let reason = Reason::NoRescueImage;
+    says(&refusal(None), reason, &["rescue.default_image is not set"]);
+    let words = [
+        "rescue.default_image is \"gone\"",
+        "no image of the store",
+        "import",
+    ];
+    says(&refusal(Some("gone")), reason, &words);
+    let ids = [BASE.to_string(), RESCUE.to_string()];
+    let words = ["several images", &ids[0], &ids[1], "set it to an id"];
+    says(&refusal(Some("rescue")), reason, &words);
+    for wanted in ["other", "00000000-0000-0000-0000-000000000005"] {
+        let found = HostImage::find(Some(wanted), &images);
+        assert_eq!(found, HostImage::Image(uuid::Uuid::from_u128(5)));
+    }
 }
 
 /// A definition with things that no protection of disks covers.
@@ -543,13 +614,74 @@ fn a_commit_that_may_not_fit_is_warned_of() {
         let space = CommitSpace { allocated: 2, free };
         facts.commit_space.insert(overlay.path.clone(), space);
         let plan = plan(Some(&server), &commit, &facts, templates()).unwrap();
-        let commits = |planned: &PlannedStep| matches!(planned.step, Step::CommitOverlay { .. });
-        assert!(plan.steps.iter().any(commits));
+        assert!(plan.steps.iter().any(|planned| {
+            matches!(&planned.step, Step::CommitOverlay { path, .. } if *path == overlay.path)
+        }));
         let found = warning(&plan, WarningName::SpaceMayRunOut);
         assert_eq!(
             found.is_some_and(|text| text.contains(&overlay.base)),
             warned
         );
+    }
+}
+
+#[test]
+fn overlays_are_not_committed_to_a_disk_that_names_other_files_than_before() {
+    let (mut server, facts) = with_overlays();
+    let commit = Action::Unrescue(UnrescueArgs {
+        overlay: Some(OverlayDisposition::Commit),
+        ..unrescue_args()
+    });
+    let overlay = server.rescue.as_ref().unwrap().overlays[0].clone();
+    assert_eq!(overlay.base_references.backing.as_deref(), Some("/under"));
+    plan(Some(&server), &commit, &facts, templates()).unwrap();
+    let with = |look| {
+        let mut facts = facts.clone();
+        facts.commit_references.insert(overlay.path.clone(), look);
+        facts
+    };
+    for now in [
+        References::default(),
+        References {
+            backing: Some("/etc/shadow".to_owned()),
+            ..overlay.base_references.clone()
+        },
+        References {
+            data_file: Some("/etc/shadow".to_owned()),
+            ..overlay.base_references.clone()
+        },
+    ] {
+        let refusal = refused(Some(&server), &commit, &with(Ok(now.clone())));
+        let words = [&overlay.base, "/under", &now.to_string(), "discard"];
+        says(&refusal, Reason::DiskChanged, &words);
+    }
+    let unknown = with(Err("no answer".to_owned()));
+    let refusal = refused(Some(&server), &commit, &unknown);
+    says(&refusal, Reason::StorageFailed, &["no answer", "discard"]);
+    // There is no discarding any more.
+    server.rescue.as_mut().unwrap().commit_started = true;
+    let refusal = refused(Some(&server), &commit, &unknown);
+    says(&refusal, Reason::StorageFailed, &["commit again"]);
+    assert!(!refusal.message.contains("discard"));
+}
+
+#[test]
+fn a_rescue_disk_may_outgrow_the_free_space_and_a_cd_cannot() {
+    for (format, device, warned) in [
+        (ImageFormat::Qcow2, None, true),
+        (ImageFormat::Iso, Some(RescueDevice::Disk), true),
+        (ImageFormat::Iso, None, false),
+        (ImageFormat::Raw, Some(RescueDevice::Cdrom), false),
+    ] {
+        let mut facts = rescue_facts(fixture("virt-manager"));
+        facts.image = Some(image(RESCUE, "rescue", format));
+        facts.image.as_mut().unwrap().record.virtual_size = facts.host.free_bytes + 1;
+        let mut args = rescue_args();
+        args.device = device;
+        let rescue = Action::Rescue(Box::new(args));
+        let plan = plan(Some(&active()), &rescue, &facts, templates()).unwrap();
+        let found = warning(&plan, WarningName::SpaceMayRunOut);
+        assert_eq!(found.is_some(), warned, "{format} {device:?}");
     }
 }
 

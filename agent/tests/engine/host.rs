@@ -425,7 +425,7 @@ fn hashes(folder: &Path) -> BTreeMap<String, String> {
     found
 }
 
-fn qemu(program: &str, arguments: &[&str]) {
+pub(crate) fn qemu(program: &str, arguments: &[&str]) {
     let output = Command::new(program).args(arguments).output().unwrap();
     assert!(
         output.status.success(),

@@ -9,6 +9,7 @@
 )]
 
 mod crash;
+mod disks;
 mod dispatch;
 mod gate;
 mod host;

@@ -81,6 +81,26 @@ async fn what_a_server_wrote_survives_the_commit_of_an_overlay_that_was_to_be_di
 }
 
 #[tokio::test]
+async fn memory_saved_of_a_rescue_does_not_outlast_it_where_the_server_stays_off() {
+    let host = Host::new();
+    let agent = with_server(&host, Arc::new(NoProbe)).await;
+    let original = host.look(&agent).await;
+    agent.succeed(ON, Action::Stop(AT_ONCE)).await;
+    agent.succeed(ON, rescue_action()).await;
+    host.fake.managed_save(SERVER);
+    let mut back = unrescue();
+    back.restore_power = true;
+    agent.succeed(ON, Action::Unrescue(back)).await;
+    let status = host.fake.domain(SERVER).await.unwrap().unwrap();
+    assert!(!status.managed_save, "{status:?}");
+    assert_eq!(status.power, PowerState::Shutdown);
+    // The next start is the server's own, and the next rescue is not refused for it.
+    agent.plan(ON, &rescue_action()).await;
+    agent.succeed(ON, Action::Start).await;
+    assert_eq!(host.look(&agent).await.live, original.live);
+}
+
+#[tokio::test]
 async fn memory_saved_of_a_server_comes_back_when_it_is_started() {
     let host = Host::new();
     let agent = with_server(&host, Arc::new(NoProbe)).await;
@@ -97,10 +117,16 @@ async fn a_start_that_brings_back_a_rescue_is_not_taken_for_the_server() {
     let agent = with_server(&host, Arc::new(NoProbe)).await;
     agent.succeed(ON, Action::Stop(AT_ONCE)).await;
     agent.succeed(ON, rescue_action()).await;
-    host.fake.managed_save(SERVER);
+    let rescue = host.look(&agent).await.inactive.unwrap();
     let mut back = unrescue();
     back.restore_power = true;
     agent.succeed(ON, Action::Unrescue(back)).await;
+    // Somebody runs the rescue once more, saves it and puts the server's definition back.
+    let own = host.look(&agent).await.inactive.unwrap();
+    host.fake.define(&rescue).await.unwrap();
+    host.fake.start(SERVER, Boot::Fresh).await.unwrap();
+    host.fake.managed_save(SERVER);
+    host.fake.define(&own).await.unwrap();
     let operation = agent.carry_out(ON, Action::Start).await;
     assert_eq!(operation.state, OperationState::Failed);
     assert_eq!(operation.error.unwrap().reason, Reason::LibvirtRefused);

@@ -10,8 +10,9 @@ use uuid::Uuid;
 use super::{Builder, disk_holder, summaries};
 use crate::core::{
     action::{CreateArgs, NicConnection, Verb},
+    backing::{References, check_name},
     facts::{Facts, ImageFacts},
-    image::ImageFormat,
+    image::{ImageFormat, Understood},
     plan::{ConfigDriveSpec, Mark, Phase, Plan, RescueChange, Step},
     reason::{Reason, Refusal, Warning, WarningName},
     record::{Origin, PasswordDelivery, ServerRecord},
@@ -39,6 +40,7 @@ pub(super) fn plan(
     }
     let image = image(facts)?;
     let size = disk_size(args, image)?;
+    let admin_user = properties(image)?.admin_user;
     check_space(facts, FILES_NEED)?;
     let xml = render_server(templates, &spec(args, facts, image)).map_err(|error| {
         Refusal::new(
@@ -68,7 +70,8 @@ pub(super) fn plan(
             ),
         });
     }
-    prepare(&mut builder, args, facts, image, size);
+    let drive = drive(args, admin_user);
+    prepare(&mut builder, drive, facts, image, size);
     builder.step(
         Phase::Switch,
         Step::DefineDomain {
@@ -163,48 +166,62 @@ fn spec(args: &CreateArgs, facts: &Facts, image: &ImageFacts) -> ServerSpec {
 }
 
 /// The files of the server.
-fn prepare(builder: &mut Builder, args: &CreateArgs, facts: &Facts, image: &ImageFacts, size: u64) {
+fn prepare(
+    builder: &mut Builder,
+    drive: ConfigDriveSpec,
+    facts: &Facts,
+    image: &ImageFacts,
+    size: u64,
+) {
     let layout = &facts.host.layout;
+    let id = builder.plan.server;
     builder.step(
         Phase::Prepare,
         Step::HoldImage {
             image: image.record.id,
             path: image.path.clone(),
             size: image.record.size,
-            holder: disk_holder(args.id),
+            holder: disk_holder(id),
         },
     );
     builder.step(
         Phase::Prepare,
         Step::MakeFolder {
-            path: layout.server(args.id),
+            path: layout.server(id),
         },
     );
     builder.step(
         Phase::Prepare,
         Step::CreateOverlay {
-            path: layout.disk(args.id),
+            path: layout.disk(id),
             backing: image.path.clone(),
             backing_format: image.record.format.driver().to_owned(),
+            // One that does was not imported.
+            backing_references: References::default(),
             size,
         },
     );
     builder.step(
         Phase::Prepare,
         Step::BuildConfigDrive {
-            path: layout.config_drive(args.id),
-            drive: Box::new(ConfigDriveSpec {
-                instance_id: args.id,
-                hostname: args.hostname.clone(),
-                name: args.name.clone(),
-                public_keys: args.public_keys.clone(),
-                password: Some(args.password.clone()),
-                password_user: admin_user(image),
-                user_data: args.user_data.clone(),
-                metadata: args.metadata.clone(),
-            }),
+            path: layout.config_drive(id),
+            drive: Box::new(drive),
         },
     );
+}
+
+/// What the config drive tells the new guest.
+fn drive(args: &CreateArgs, admin_user: String) -> ConfigDriveSpec {
+    ConfigDriveSpec {
+        instance_id: args.id,
+        hostname: args.hostname.clone(),
+        name: args.name.clone(),
+        public_keys: args.public_keys.clone(),
+        password: Some(args.password.clone()),
+        password_user: admin_user,
+        user_data: args.user_data.clone(),
+        metadata: args.metadata.clone(),
+    }
 }
 
 /// The image, which must be there with its file.
@@ -224,6 +241,15 @@ pub(super) fn image(facts: &Facts) -> Result<&ImageFacts, Refusal> {
             ),
         ));
     }
+    check_name(image.path.as_bytes()).map_err(|rule| {
+        Refusal::new(
+            Reason::StorageFailed,
+            format!(
+                "no disk can stand on {}: {rule}; choose a shorter state_dir",
+                image.path
+            ),
+        )
+    })?;
     Ok(image)
 }
 
@@ -255,14 +281,12 @@ pub(super) fn check_space(facts: &Facts, need: u64) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// Whose password it is: the image's `os_admin_user` (Nova's name), else root.
-pub(super) fn admin_user(image: &ImageFacts) -> String {
-    image
-        .record
-        .properties
-        .get("os_admin_user")
-        .cloned()
-        .unwrap_or_else(|| "root".to_owned())
+/// What the image's properties say. They were checked when it was imported, unless an older agent did that.
+pub(super) fn properties(image: &ImageFacts) -> Result<Understood, Refusal> {
+    Understood::read(&image.record.properties).map_err(|error| {
+        let id = image.record.id;
+        Refusal::field("image", format!("{id}: {error}; import it again"))
+    })
 }
 
 /// The domain of a created server: found by eye in a list, and never the name of somebody's domain.

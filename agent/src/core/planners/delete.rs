@@ -29,7 +29,8 @@ pub(super) fn plan(server: &ServerRecord, facts: &Facts) -> Plan {
     // Disks of an adopted server stay, and somebody may want them.
     let rescue = server.rescue.as_ref();
     if let Some(rescue) = rescue.filter(|_| server.origin == Origin::Adopted)
-        && let Some(step) = put_owners_back(rescue)
+        && let Some(step) =
+            put_owners_back(rescue, &facts.host.layout.rescue(server.id, rescue.plan))
     {
         builder.step(Phase::Switch, step);
     }

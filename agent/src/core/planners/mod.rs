@@ -24,7 +24,7 @@ use super::{
     state::VmState,
 };
 
-pub use rescue::choose_image;
+pub use rescue::{HostImage, choose_image};
 
 /// Plans an action that admission accepted.
 ///

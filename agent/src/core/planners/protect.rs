@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use salvor_domain_templates::{Disk, DiskChange, DiskDevice, DiskSource, Domain};
 
 use crate::core::{
+    backing::{LARGEST, check_name},
     facts::DomainFacts,
     plan::Step,
     reason::{Reason, Refusal, Warning, WarningName},
@@ -59,6 +60,9 @@ pub(super) fn overlays(
                 ));
             }
         };
+        if let Err(rule) = check_name(base.as_bytes()) {
+            return Err(refuse(rule));
+        }
         if disk.shareable {
             return Err(refuse("it is shared with other domains"));
         }
@@ -66,11 +70,17 @@ pub(super) fn overlays(
         if base_format != "raw" && base_format != "qcow2" {
             return Err(refuse(&format!("its format is {base_format}")));
         }
-        let size = match domain.disk_sizes.get(&disk.target) {
-            Some(Ok(size)) => *size,
+        let look = match domain.disks.get(&disk.target) {
+            Some(Ok(look)) => look,
             Some(Err(why)) => return Err(refuse(&format!("its size cannot be told ({why})"))),
             None => return Err(refuse("its size cannot be told")),
         };
+        if look.size > LARGEST {
+            return Err(refuse(&format!(
+                "it has {} bytes, and {LARGEST} are possible",
+                look.size
+            )));
+        }
         if let Some(why) = domain.unwritable.get(&disk.target) {
             return Err(refuse(&format!(
                 "{base} cannot be written by the agent ({why}), so repairs could not be committed to it; if salvord.service is in the way, add its folder to ReadWritePaths (a device to DeviceAllow) of the unit"
@@ -84,9 +94,10 @@ pub(super) fn overlays(
                     path,
                     base,
                     base_format,
+                    base_references: look.references.clone(),
                 },
             ),
-            size,
+            look.size,
         ));
     }
     Ok(overlays)
@@ -150,9 +161,9 @@ pub(super) fn note_owners(
 }
 
 /// Puts the owners back that the rescue noted.
-pub(super) fn put_owners_back(rescue: &RescueRecord) -> Option<Step> {
+pub(super) fn put_owners_back(rescue: &RescueRecord, folder: &str) -> Option<Step> {
     (rescue.protection != Protection::ReadWrite).then(|| Step::PutOwnersBack {
-        note: owners_note(&rescue.folder),
+        note: owners_note(folder),
     })
 }
 

@@ -11,16 +11,17 @@ use uuid::Uuid;
 
 use super::{
     Builder,
-    create::{admin_user, base_image, check_space, image},
+    create::{base_image, check_space, image, properties},
     need_domain,
     protect::{Overlays, changes, note_owners, overlays, owners_lost, unprotected},
     read_domain, rescue_holder,
 };
 use crate::core::{
     action::{RescueArgs, Verb},
+    backing::References,
     errors::chain,
     facts::{DomainFacts, Facts, ImageFacts},
-    image::ImageFormat,
+    image::{ImageFormat, ImageRecord, Understood},
     plan::{ConfigDriveSpec, Mark, Phase, Plan, RescueChange, Step},
     reason::{Reason, Refusal, Warning, WarningName},
     record::{
@@ -33,6 +34,36 @@ use crate::core::{
 /// What a rescue's files take at once: config drive, NVRAM and the tables of empty overlays.
 const FILES_NEED: u64 = 16 << 20;
 
+/// The host's rescue image: what the configuration says, and what the store has of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum HostImage {
+    /// `rescue.default_image` is not set.
+    NotSet,
+    /// It is set, and the store has no such image.
+    Missing(String),
+    /// It is set to a name that several images have.
+    Ambiguous(String, Vec<Uuid>),
+    /// It is this one.
+    Image(Uuid),
+}
+
+impl HostImage {
+    /// What `rescue.default_image` names, an id or a unique name, among the images of the store.
+    #[must_use]
+    pub fn find(wanted: Option<&str>, images: &[ImageRecord]) -> Self {
+        let Some(wanted) = wanted else {
+            return Self::NotSet;
+        };
+        let is_it = |image: &&ImageRecord| image.name == wanted || image.id.to_string() == wanted;
+        let found: Vec<Uuid> = images.iter().filter(is_it).map(|image| image.id).collect();
+        match found.as_slice() {
+            [] => Self::Missing(wanted.to_owned()),
+            [image] => Self::Image(*image),
+            _ => Self::Ambiguous(wanted.to_owned(), found),
+        }
+    }
+}
+
 /// Which image: the request's, else the one that the server was made from, else the host's default.
 ///
 /// # Errors
@@ -40,17 +71,32 @@ const FILES_NEED: u64 = 16 << 20;
 pub fn choose_image(
     server: &ServerRecord,
     requested: Option<Uuid>,
-    host_default: Option<Uuid>,
+    host: &HostImage,
 ) -> Result<Uuid, Refusal> {
-    requested.or(server.image_id).or(host_default).ok_or_else(|| {
-        Refusal::new(
-            Reason::NoRescueImage,
+    let wrong = match (requested.or(server.image_id), host) {
+        (Some(image), _) => return Ok(image),
+        (None, HostImage::Image(image)) => return Ok(*image),
+        (None, HostImage::NotSet) => {
+            "rescue.default_image is not set; name an image, or set it".to_owned()
+        }
+        (None, HostImage::Missing(name)) => format!(
+            "rescue.default_image is {name:?}, which is no image of the store; name an image, or import that one"
+        ),
+        (None, HostImage::Ambiguous(name, images)) => {
+            let ids: Vec<String> = images.iter().map(Uuid::to_string).collect();
             format!(
-                "no rescue image: none was named, server {} was made from none, and rescue.default_image is not set",
-                server.id
-            ),
-        )
-    })
+                "rescue.default_image is {name:?}, which is the name of several images ({}); name an image, or set it to an id",
+                ids.join(", ")
+            )
+        }
+    };
+    Err(Refusal::new(
+        Reason::NoRescueImage,
+        format!(
+            "no rescue image: none was named, server {} was made from none, and {wrong}",
+            server.id
+        ),
+    ))
 }
 
 /// What was decided about the rescue disk.
@@ -137,7 +183,8 @@ impl<'a> Rescue<'a> {
         check_domain(server, domain)?;
         check_space(facts, FILES_NEED)?;
         let parsed = read_domain(&domain.xml)?;
-        let choice = choose(server, args, image)?;
+        let properties = properties(image)?;
+        let choice = choose(server, args, image, &properties)?;
         let folder = facts.host.layout.rescue(server.id, facts.plan);
         Ok(Self {
             server,
@@ -153,7 +200,7 @@ impl<'a> Rescue<'a> {
                 RescueDevice::Disk => format!("{folder}/disk"),
             },
             config_drive: format!("{folder}/disk.config"),
-            password_user: admin_user(image),
+            password_user: properties.admin_user,
             parsed,
             choice,
             folder,
@@ -216,6 +263,8 @@ impl<'a> Rescue<'a> {
                 path: self.rescue_disk.clone(),
                 backing: self.image.path.clone(),
                 backing_format: image.format.driver().to_owned(),
+                // One that does was not imported.
+                backing_references: References::default(),
                 size: image.virtual_size,
             });
         }
@@ -224,6 +273,7 @@ impl<'a> Rescue<'a> {
                 path: overlay.path.clone(),
                 backing: overlay.base.clone(),
                 backing_format: overlay.base_format.clone(),
+                backing_references: overlay.base_references.clone(),
                 size: *size,
             });
         }
@@ -297,7 +347,8 @@ impl<'a> Rescue<'a> {
             });
         }
         let (may_need, free) = (image.virtual_size, self.facts.host.free_bytes);
-        if free < may_need {
+        // A CD is the image itself.
+        if self.choice.device == RescueDevice::Disk && free < may_need {
             warnings.push(Warning {
                 name: WarningName::SpaceMayRunOut,
                 message: format!(
@@ -385,36 +436,22 @@ fn check_domain(server: &ServerRecord, domain: &DomainFacts) -> Result<(), Refus
 }
 
 /// The request's words come first, then the image's properties, then what suits the image.
-fn choose(server: &ServerRecord, args: &RescueArgs, image: &ImageFacts) -> Result<Choice, Refusal> {
-    let properties = &image.record.properties;
-    let image_bus = match properties.get("hw_rescue_bus") {
-        None => None,
-        Some(name) => Some(RescueBus::from_name(name).ok_or_else(|| {
-            Refusal::field(
-                "image",
-                format!("its property hw_rescue_bus is {name:?}; it can be virtio, scsi, usb, sata or ide"),
-            )
-        })?),
-    };
-    let image_device = match properties.get("hw_rescue_device") {
-        None => None,
-        Some(name) => Some(RescueDevice::from_name(name).ok_or_else(|| {
-            Refusal::field(
-                "image",
-                format!("its property hw_rescue_device is {name:?}; it can be disk or cdrom"),
-            )
-        })?),
-    };
+fn choose(
+    server: &ServerRecord,
+    args: &RescueArgs,
+    image: &ImageFacts,
+    properties: &Understood,
+) -> Result<Choice, Refusal> {
     let iso = image.record.format == ImageFormat::Iso;
-    let device = args.device.or(image_device).unwrap_or(if iso {
+    let device = args.device.or(properties.rescue_device).unwrap_or(if iso {
         RescueDevice::Cdrom
     } else {
         RescueDevice::Disk
     });
     // A medium that cannot be moved about, or a system with the same filesystem ids as the original:
     // both are better kept apart from the original disks' places.
-    let apart = image_bus.is_some()
-        || image_device.is_some()
+    let apart = properties.rescue_bus.is_some()
+        || properties.rescue_device.is_some()
         || device == RescueDevice::Cdrom
         || server.image_id == Some(image.record.id);
     let mode = args.mode.unwrap_or(if apart {
@@ -422,7 +459,7 @@ fn choose(server: &ServerRecord, args: &RescueArgs, image: &ImageFacts) -> Resul
     } else {
         RescueMode::Classic
     });
-    let bus = args.bus.or(image_bus);
+    let bus = args.bus.or(properties.rescue_bus);
     if device == RescueDevice::Cdrom && bus == Some(RescueBus::Virtio) {
         return Err(Refusal::field(
             "bus",

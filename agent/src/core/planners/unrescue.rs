@@ -30,6 +30,7 @@ pub(super) fn plan(
     let commit = overlay_decision(server, args.overlay)?;
     if commit {
         check_commit(server, rescue, facts)?;
+        check_references(rescue, facts)?;
     }
     let mut builder = Builder::new(Verb::Unrescue, server.id, facts);
     if let Some(domain) = &facts.domain {
@@ -61,11 +62,12 @@ pub(super) fn plan(
                     path: overlay.path.clone(),
                     base: overlay.base.clone(),
                     base_format: overlay.base_format.clone(),
+                    base_references: overlay.base_references.clone(),
                 },
             );
         }
     }
-    if let Some(step) = put_owners_back(rescue) {
+    if let Some(step) = put_owners_back(rescue, &facts.host.layout.rescue(server.id, rescue.plan)) {
         builder.step(Phase::Switch, step);
     }
     builder.step(
@@ -97,6 +99,9 @@ pub(super) fn plan(
                 fresh: true,
             },
         );
+    } else {
+        // A start to come resumes what was saved, as it should; but not the rescue.
+        builder.step(Phase::Switch, Step::DropSavedMemory);
     }
     builder.step(
         Phase::CleanUp,
@@ -144,6 +149,40 @@ fn check_commit(
             domain.name, server.id
         ),
     ))
+}
+
+/// Does each disk still refer to the same files as before the rescue? A commit opens them, with the
+/// agent's rights: somebody else's words in a header must not choose them.
+fn check_references(rescue: &RescueRecord, facts: &Facts) -> Result<(), Refusal> {
+    for overlay in &rescue.overlays {
+        let refuse = |reason, what: &str| {
+            let advice = if rescue.commit_started {
+                "put its header right (qemu-img info, qemu-img rebase -u) and commit again"
+            } else {
+                "put its header right (qemu-img info, qemu-img rebase -u), or discard the overlays"
+            };
+            let base = &overlay.base;
+            Err(Refusal::new(
+                reason,
+                format!("overlay: {base} {what}; {advice}"),
+            ))
+        };
+        let before = &overlay.base_references;
+        match facts.commit_references.get(&overlay.path) {
+            Some(Ok(now)) if now == before => {}
+            Some(Ok(now)) => {
+                let what =
+                    format!("referred to {before} before the rescue and refers to {now} now");
+                return refuse(Reason::DiskChanged, &what);
+            }
+            Some(Err(why)) => {
+                let what = format!("cannot be looked at ({why})");
+                return refuse(Reason::StorageFailed, &what);
+            }
+            None => return refuse(Reason::StorageFailed, "was not looked at"),
+        }
+    }
+    Ok(())
 }
 
 /// Are the overlays to be committed?

@@ -23,6 +23,7 @@ mod tests;
 use std::path::Path;
 
 use super::files::{DISK_MODE, FileError, cannot, replace_durable};
+use crate::core::image::{USER_RULE, is_user};
 use crate::core::plan::ConfigDriveSpec;
 use sparse::Sparse;
 
@@ -44,9 +45,7 @@ pub enum ConfigDriveError {
     #[error("the administrator's password hash is not in the form that crypt(3) gives")]
     Hash,
     /// The administrator's name is none.
-    #[error(
-        "the administrator's name {user:?} must be 1 to 32 of the characters A-Z a-z 0-9 _ - and begin with a letter or _"
-    )]
+    #[error("the administrator's name {user:?} {USER_RULE}")]
     User {
         /// The name.
         user: String,
@@ -109,14 +108,4 @@ fn volume_id(spec: &ConfigDriveSpec) -> u32 {
 fn is_crypt(hash: &str) -> bool {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"$./=,-".contains(&byte);
     hash.starts_with('$') && hash.matches('$').count() >= 3 && hash.bytes().all(allowed)
-}
-
-/// A name that a Unix system takes for a user, and that cannot begin a new line or field.
-fn is_user(name: &str) -> bool {
-    let mut bytes = name.bytes();
-    name.len() <= 32
-        && bytes
-            .next()
-            .is_some_and(|first| first.is_ascii_alphabetic() || first == b'_')
-        && bytes.all(|byte| byte.is_ascii_alphanumeric() || b"_-".contains(&byte))
 }

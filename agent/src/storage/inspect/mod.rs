@@ -33,6 +33,8 @@ pub use crate::core::image::ImageFormat as Format;
 pub use magic::Container;
 use source::Source;
 
+use crate::core::facts::DiskLook;
+
 const GIB: u64 = 1 << 30;
 const TIB: u64 = 1 << 40;
 
@@ -301,6 +303,15 @@ pub fn detect(file: &File) -> Result<Format, Unsafe> {
         return Ok(Format::Raw);
     }
     Err(Unsafe::Unrecognised)
+}
+
+/// What the header of a qcow2 says that a guest uses, in a file or on a block device. Unlike an image,
+/// which [`inspect`] is for, it may be open in QEMU and may refer to other files: which they are, is told.
+///
+/// # Errors
+/// If it has no header that QEMU of today would open.
+pub fn qcow2_disk(file: &File) -> Result<DiskLook, Unsafe> {
+    qcow2::disk(&Source::disk(file)?)
 }
 
 fn plain(

@@ -5,7 +5,12 @@
 //! here does not fail there for its size.
 
 use super::source::{Source, field};
-use super::{Limits, Unsafe};
+use super::{Container, Limits, Unsafe, magic};
+use crate::core::{
+    backing::{LONGEST_NAME, References},
+    facts::DiskLook,
+    image::ImageFormat,
+};
 
 /// Header lengths: version 2 is fixed, version 3 says its own.
 const V2_HEADER: u32 = 72;
@@ -25,6 +30,7 @@ const RAW_DATA_FILE: u64 = 1 << 1;
 const EXTENSION_END: u32 = 0;
 const EXTENSION_DATA_FILE: u32 = 0x4441_5441;
 const EXTENSION_CRYPT: u32 = 0x0537_be77;
+const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
 
 /// Host offsets in L1 and L2 entries.
 const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
@@ -40,6 +46,7 @@ const SNAPSHOT_ENTRY: u64 = 40;
 struct Header {
     version: u32,
     backing_file_offset: u64,
+    backing_file_size: u32,
     cluster_bits: u32,
     size: u64,
     crypt_method: u32,
@@ -67,6 +74,21 @@ pub(super) fn inspect(source: &Source<'_>, limits: &Limits) -> Result<u64, Unsaf
     Ok(header.size)
 }
 
+/// Reads what the header of a disk says that a guest uses.
+pub(super) fn disk(source: &Source<'_>) -> Result<DiskLook, Unsafe> {
+    if magic::container(source)? != Some(Container::Qcow) {
+        let declared = ImageFormat::Qcow2;
+        return Err(Unsafe::NotAsDeclared { declared });
+    }
+    let header = Header::read(source)?;
+    header.check_usable()?;
+    header.check_shape()?;
+    Ok(DiskLook {
+        size: header.size,
+        references: header.references(source)?,
+    })
+}
+
 fn invalid(what: &'static str, value: impl Into<u64>) -> Unsafe {
     Unsafe::QcowHeader {
         what,
@@ -90,6 +112,7 @@ impl Header {
         Ok(Self {
             version,
             backing_file_offset: u64_at(&bytes, 8),
+            backing_file_size: u32_at(&bytes, 16),
             cluster_bits: u32_at(&bytes, 20),
             size: u64_at(&bytes, 24),
             crypt_method: u32_at(&bytes, 32),
@@ -120,6 +143,17 @@ impl Header {
         if self.incompatible & DATA_FILE != 0 || self.autoclear & RAW_DATA_FILE != 0 {
             return Err(Unsafe::DataFile);
         }
+        self.check_usable()?;
+        // A base image is opened read-only and so never repaired: its reference counts would stay
+        // wrong for as long as it lives.
+        if self.incompatible & DIRTY != 0 {
+            return Err(Unsafe::Dirty);
+        }
+        Ok(())
+    }
+
+    /// Nothing that cannot be read without knowing more.
+    fn check_usable(&self) -> Result<(), Unsafe> {
         let unknown = self.incompatible & !KNOWN;
         if unknown != 0 {
             return Err(Unsafe::UnknownFeatures { bits: unknown });
@@ -130,18 +164,48 @@ impl Header {
         if self.incompatible & CORRUPT != 0 {
             return Err(Unsafe::Corrupt);
         }
-        // A base image is opened read-only and so never repaired: its reference counts would stay
-        // wrong for as long as it lives.
-        if self.incompatible & DIRTY != 0 {
-            return Err(Unsafe::Dirty);
+        Ok(())
+    }
+
+    /// The sizes that everything else is found by.
+    fn check_shape(&self) -> Result<(), Unsafe> {
+        if !(9..=21).contains(&self.cluster_bits) {
+            return Err(invalid("cluster_bits", self.cluster_bits));
+        }
+        let length = self.header_length;
+        let aligned = length == V3_HEADER || length.is_multiple_of(8);
+        if self.version == 3
+            && (length < V3_HEADER || u64::from(length) > self.cluster() || !aligned)
+        {
+            return Err(invalid("header_length", length));
         }
         Ok(())
     }
 
-    fn check_fields(&self, limits: &Limits) -> Result<(), Unsafe> {
-        if !(9..=21).contains(&self.cluster_bits) {
-            return Err(invalid("cluster_bits", self.cluster_bits));
+    /// The other files that it names.
+    fn references(&self, source: &Source<'_>) -> Result<References, Unsafe> {
+        let mut references = References::default();
+        if self.incompatible & DATA_FILE != 0 || self.autoclear & RAW_DATA_FILE != 0 {
+            references.data_file = Some(String::new());
         }
+        self.extensions(source, |kind, offset, length| {
+            let place = match kind {
+                EXTENSION_DATA_FILE => &mut references.data_file,
+                EXTENSION_BACKING_FORMAT => &mut references.backing_format,
+                _ => return Ok(()),
+            };
+            *place = Some(name(source, offset, length)?);
+            Ok(())
+        })?;
+        if self.backing_file_offset != 0 {
+            let length = self.backing_file_size;
+            references.backing = Some(name(source, self.backing_file_offset, length)?);
+        }
+        Ok(references)
+    }
+
+    fn check_fields(&self, limits: &Limits) -> Result<(), Unsafe> {
+        self.check_shape()?;
         if self.incompatible & EXTENDED_L2 != 0 && self.cluster_bits < 14 {
             return Err(invalid(
                 "cluster_bits with extended L2 entries",
@@ -150,13 +214,6 @@ impl Header {
         }
         if self.refcount_order > 6 {
             return Err(invalid("refcount_order", self.refcount_order));
-        }
-        let length = self.header_length;
-        let aligned = length == V3_HEADER || length.is_multiple_of(8);
-        if self.version == 3
-            && (length < V3_HEADER || u64::from(length) > self.cluster() || !aligned)
-        {
-            return Err(invalid("header_length", length));
         }
         if self.compression > 1 {
             return Err(Unsafe::Compression {
@@ -187,8 +244,21 @@ impl Header {
         Ok(())
     }
 
-    /// Walks the extensions, which end with an end marker or with the first cluster.
     fn check_extensions(&self, source: &Source<'_>) -> Result<(), Unsafe> {
+        self.extensions(source, |kind, _, _| match kind {
+            EXTENSION_DATA_FILE => Err(Unsafe::DataFile),
+            EXTENSION_CRYPT => Err(Unsafe::Encrypted),
+            _ => Ok(()),
+        })
+    }
+
+    /// Walks the extensions, which end with an end marker or with the first cluster, and shows each: its
+    /// type, where its data begins, and its length.
+    fn extensions(
+        &self,
+        source: &Source<'_>,
+        mut show: impl FnMut(u32, u64, u32) -> Result<(), Unsafe>,
+    ) -> Result<(), Unsafe> {
         // QEMU writes the first cluster out in full only when something follows it.
         let end = self.cluster().min(source.size());
         let mut offset = u64::from(self.header_length);
@@ -196,15 +266,13 @@ impl Header {
             let head = source.read("a qcow2 header extension", offset, 8)?;
             let (kind, length) = (u32_at(&head, 0), u32_at(&head, 4));
             offset = offset.saturating_add(8);
-            match kind {
-                EXTENSION_END => return Ok(()),
-                EXTENSION_DATA_FILE => return Err(Unsafe::DataFile),
-                EXTENSION_CRYPT => return Err(Unsafe::Encrypted),
-                _ => {}
+            if kind == EXTENSION_END {
+                return Ok(());
             }
             if u64::from(length) > end.saturating_sub(offset) {
                 return Err(Unsafe::QcowExtension { kind, length });
             }
+            show(kind, offset, length)?;
             offset = offset.saturating_add(u64::from(length).next_multiple_of(8));
         }
         Ok(())
@@ -311,6 +379,16 @@ impl Header {
     fn l2_entries(&self) -> u64 {
         self.cluster() / self.l2_entry_size() as u64
     }
+}
+
+/// A name in the header, with what is no plain ASCII escaped.
+fn name(source: &Source<'_>, offset: u64, length: u32) -> Result<String, Unsafe> {
+    let bytes = length as usize;
+    if bytes > LONGEST_NAME {
+        return Err(invalid("the length of a name", length));
+    }
+    let bytes = source.read("a name in the qcow2 header", offset, bytes)?;
+    Ok(bytes.escape_ascii().to_string())
 }
 
 /// Reads past the end give 0; the callers check lengths first.

@@ -2,7 +2,7 @@
 //! Bounded reads from an open image: nothing past the end, nothing larger than asked for.
 
 use std::fs::File;
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Seek as _, SeekFrom};
 use std::os::unix::fs::FileExt;
 
 use super::Unsafe;
@@ -28,6 +28,14 @@ impl<'a> Source<'a> {
             file,
             size: metadata.len(),
         })
+    }
+
+    /// Like [`Self::open`], of a block device too.
+    pub(super) fn disk(mut file: &'a File) -> Result<Self, Unsafe> {
+        let size = file
+            .seek(SeekFrom::End(0))
+            .map_err(|source| Unsafe::Unreadable { offset: 0, source })?;
+        Ok(Self { file, size })
     }
 
     pub(super) fn size(&self) -> u64 {

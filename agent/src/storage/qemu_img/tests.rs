@@ -381,6 +381,7 @@ fn the_limit_of_a_commit_is_not_met_before_its_deadline() {
         path: String::new(),
         base: String::new(),
         base_format: String::new(),
+        base_references: Default::default(),
     };
     let limit = Limits::default().cpu_seconds * 1000;
     assert_eq!(limit, commit.deadline_ms());
