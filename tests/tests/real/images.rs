@@ -17,7 +17,7 @@ use uuid::Uuid;
 use crate::scene::{Scene, sha256};
 
 /// Imports a file of the host by its path.
-async fn by_path(scene: &mut Scene, path: &str, spec: ImageSpec) -> Result<Image, Status> {
+async fn by_path(scene: &mut Scene<'_>, path: &str, spec: ImageSpec) -> Result<Image, Status> {
     let request = ImportImageFromPathRequest {
         spec: Some(spec),
         path: path.into(),
@@ -43,13 +43,13 @@ fn spec(name: &str) -> ImageSpec {
     }
 }
 
-async fn listed(scene: &mut Scene) -> Vec<Image> {
+async fn listed(scene: &mut Scene<'_>) -> Vec<Image> {
     let request = ListImagesRequest::default();
     let answer = scene.client.images.list_images(request).await.unwrap();
     answer.into_inner().images
 }
 
-fn stored(scene: &Scene) -> Vec<PathBuf> {
+fn stored(scene: &Scene<'_>) -> Vec<PathBuf> {
     let folder = fs::read_dir(scene.agent.state_folder().join("images"));
     folder
         .into_iter()
