@@ -2,11 +2,13 @@
 //! Faults round a rescue: libvirtd dies, QEMU dies, the agent ends, the host reboots. Whatever happens,
 //! operations end in "done" or "as before", and records tell the truth, or that they do not know it.
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use salvor_proto::google::longrunning::CancelOperationRequest;
 use salvor_proto::v1::{
-    DiskProtection, GetHostRequest, OperationState, PowerState, StopServerRequest, VmState,
+    DiskProtection, GetHostRequest, OperationState, OverlayDisposition, PowerState,
+    StopServerRequest, UnrescuePower, VmState,
 };
 use salvor_tests::agent::AgentSettings;
 use salvor_tests::client::{Client, Ended, assert_refused};
@@ -15,7 +17,7 @@ use salvor_tests::run_folder::RunFolder;
 use salvor_tests::wait::SOON;
 use tonic::Code;
 
-use crate::actor::{FIXER, tiny};
+use crate::actor::{Actor, FIXER, tiny};
 use crate::scene::{Scene, power_of};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -450,4 +452,67 @@ async fn a_rescue_that_a_reboot_cut_off_is_carried_on() {
     assert_eq!(ended.metadata.recoveries, 1);
     scene.assert_rescued(&actor, &operation, mark, None).await;
     scene.unrescue_actor(&actor).await;
+}
+
+/// Has a stop fail and so does taking it back: the server is in ERROR, its guest is off.
+async fn into_error(scene: &mut Scene<'_>, actor: &Actor) {
+    let twice = "stop:before-commit:fail,stop:before-revert:0:fail";
+    scene.restart_with(twice).await;
+    let ended = scene.client.stop(actor.id, None).await;
+    assert_eq!(ended.metadata.state(), OperationState::Failed, "{ended:#?}");
+    scene.restart_with("").await;
+    let broken = scene.client.get(actor.id).await;
+    Client::assert_settled(&broken, VmState::Error);
+    assert_eq!(broken.status, "ERROR");
+    let fault = broken.fault.unwrap();
+    assert_eq!(
+        (fault.step.as_str(), fault.reason.as_str()),
+        ("PowerOff", "ROLLBACK_FAILED")
+    );
+    assert_eq!(actor.number(), None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_in_error_is_rescued_repaired_and_comes_back_without_its_fault() {
+    let folder = RunFolder::for_this_test();
+    let host = TestHost::shared();
+    let settings = AgentSettings::default();
+    let (actor, mut scene) =
+        Scene::with_actor(host, folder.path(), &tiny("broken"), settings).await;
+    into_error(&mut scene, &actor).await;
+    let fault = scene.client.get(actor.id).await.fault;
+
+    // A rescue that fails leaves it as it was: in ERROR, with the fault of the stop.
+    scene.restart_with("rescue:before-commit:fail").await;
+    let operation = scene.begin_rescue(&actor).await;
+    scene.client.wait(&operation).await.error();
+    let broken = scene.client.get(actor.id).await;
+    Client::assert_settled(&broken, VmState::Error);
+    assert_eq!((broken.fault, broken.rescue), (fault, None));
+    assert_eq!(
+        actor.libvirt.inactive_xml(actor.id).unwrap(),
+        actor.definition
+    );
+    assert_eq!(actor.number(), None);
+    assert_eq!(scene.files_of(actor.id), Vec::<PathBuf>::new());
+    actor.remove_mark();
+
+    // The whole way: RESCUED without a fault, the repair made, ACTIVE with the repair, booted.
+    scene.restart_with("").await;
+    scene.rescue_actor(&actor).await;
+    scene.unrescue_actor(&actor).await;
+
+    // Its guest was off when it was rescued, and off it is again where that is asked for.
+    into_error(&mut scene, &actor).await;
+    scene.rescue_actor(&actor).await;
+    let mut request = actor.unrescue_request(OverlayDisposition::Unspecified);
+    request.power = UnrescuePower::Restore.into();
+    let stopped = scene.client.unrescue(request).await.done().server.unwrap();
+    Client::assert_settled(&stopped, VmState::Stopped);
+    assert_eq!((stopped.fault, stopped.rescue), (None, None));
+    assert_eq!(actor.number(), None);
+    assert!(actor.is_marked(), "the repair is lost");
+    let mark = actor.console().mark();
+    scene.client.start(actor.id).await.done();
+    scene.assert_original(&actor, mark, None).await;
 }

@@ -81,6 +81,19 @@ impl<'h> Scene<'h> {
         self.client = Client::new(self.agent.channel());
     }
 
+    /// Kills the agent and starts it again with these failpoints (see the agent's `engine/probe.rs`).
+    pub(crate) async fn restart_with(&mut self, failpoints: &str) {
+        self.agent.kill_9();
+        self.start_with(failpoints).await;
+    }
+
+    /// Starts the agent, which has ended, with these failpoints.
+    pub(crate) async fn start_with(&mut self, failpoints: &str) {
+        self.agent
+            .change_settings(|settings| settings.env("SALVOR_FAILPOINT", failpoints));
+        self.restart().await;
+    }
+
     /// A domain name that no other test uses.
     pub(crate) fn unique(name: &str) -> String {
         format!("{name}-{:.8}", Uuid::new_v4().simple().to_string())

@@ -31,7 +31,7 @@ async fn all_cases(stage: &mut Stage) -> Vec<Case> {
     let mut all = Vec::new();
     for script in Script::ALL {
         stage.actor.remove_mark();
-        stage.start_agent("").await;
+        stage.scene.start_with("").await;
         if script.verb() == "unrescue" {
             let mark = stage.actor.console().mark();
             stage.rescue(Script::StableOverlay).await;

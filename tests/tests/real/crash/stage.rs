@@ -35,18 +35,6 @@ impl Stage {
         Self { actor, scene }
     }
 
-    pub(super) async fn start_agent(&mut self, failpoints: &str) {
-        self.scene
-            .agent
-            .change_settings(|settings| settings.env("SALVOR_FAILPOINT", failpoints));
-        self.scene.restart().await;
-    }
-
-    pub(super) async fn restart_agent(&mut self) {
-        self.scene.agent.kill_9();
-        self.start_agent("").await;
-    }
-
     pub(super) async fn submit(&mut self, action: &Action) -> Result<Operation, Status> {
         let servers = &mut self.scene.client.servers;
         let operation = match action.clone() {
@@ -82,7 +70,7 @@ impl Stage {
 
     /// Brings a server in ERROR back.
     pub(super) async fn repair(&mut self, script: Script) {
-        self.restart_agent().await;
+        self.scene.restart_with("").await;
         let server = self.scene.client.get(self.actor.id).await;
         let (mark, number) = (self.actor.console().mark(), self.actor.number());
         if server.rescue.is_some() {
@@ -97,7 +85,7 @@ impl Stage {
             self.scene.client.start(self.actor.id).await.done();
         }
         // What a failed roll-back left of files goes at the next start.
-        self.restart_agent().await;
+        self.scene.restart_with("").await;
         self.scene.assert_original(&self.actor, mark, number).await;
     }
 
@@ -105,7 +93,7 @@ impl Stage {
     pub(super) async fn play(&mut self, case: &Case) -> OperationState {
         let script = case.script;
         self.actor.remove_mark();
-        self.start_agent(&case.failpoints()).await;
+        self.scene.start_with(&case.failpoints()).await;
         let rescue = match script {
             Script::ClassicReadWrite | Script::StableOverlay => None,
             Script::Discard | Script::Commit => {
@@ -122,7 +110,7 @@ impl Stage {
         match case.cut {
             Cut::Kill | Cut::FailAndKill => {
                 assert_eq!(self.scene.agent.wait_end(SOON), "signal 9");
-                self.start_agent("").await;
+                self.scene.start_with("").await;
             }
             Cut::Fail | Cut::FailTwice | Cut::FailCleanUp => {}
         }
@@ -149,7 +137,7 @@ impl Stage {
                     ended.metadata.warnings.iter().any(left_behind),
                     "{ended:#?}"
                 );
-                self.restart_agent().await;
+                self.scene.restart_with("").await;
             }
         }
 
@@ -159,7 +147,7 @@ impl Stage {
             |step: &OperationStep| step.phase == "prepare" && step.kind != "SaveDefinition";
         if case.cut == Cut::FailTwice && stuck.is_some_and(untouched) {
             // No guest was touched: it is as before, and the next start takes what is left behind.
-            self.restart_agent().await;
+            self.scene.restart_with("").await;
             self.check_as_before(&ended, rescue.as_ref(), script, mark, number)
                 .await;
         } else if case.cut == Cut::FailTwice {
@@ -245,7 +233,7 @@ impl Stage {
             self.actor.is_marked();
         }
         // Without failpoints.
-        self.restart_agent().await;
+        self.scene.restart_with("").await;
         self.unrescue(script, script == Script::Commit).await;
     }
 }
