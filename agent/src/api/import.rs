@@ -374,7 +374,9 @@ fn file_refused(error: FileError) -> Refusal {
     let reason = match &error {
         FileError::Cancelled { .. } => Reason::Cancelled,
         error if error.is_full() => Reason::NoSpace,
-        FileError::Io { .. } | FileError::Name { .. } => Reason::StorageFailed,
+        FileError::Io { .. } | FileError::Full { .. } | FileError::Name { .. } => {
+            Reason::StorageFailed
+        }
     };
     Refusal::new(reason, chain(&error))
 }

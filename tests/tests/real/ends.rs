@@ -3,16 +3,18 @@
 //! disk is full.
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use salvor_proto::google::longrunning::{CancelOperationRequest, Operation};
 use salvor_proto::v1::{
-    DiskProtection, GuestStop, OperationState, OverlayDisposition, StepState, StopServerRequest,
-    VmState,
+    DiskProtection, GuestStop, OperationState, OverlayDisposition, PlanActionRequest, StepState,
+    StopServerRequest, VmState, plan_action_request::Action,
 };
 use salvor_tests::agent::AgentSettings;
 use salvor_tests::client::{Client, assert_refused, reason};
+use salvor_tests::console::Console;
 use salvor_tests::host::TestHost;
 use salvor_tests::run_folder::RunFolder;
 use salvor_tests::wait::SOON;
@@ -236,13 +238,21 @@ async fn what_does_not_end_in_time_for_a_drain_is_carried_on_by_the_next_start()
     Client::assert_settled(&ended.done().server.unwrap(), VmState::Stopped);
 }
 
+/// How long the guest has been up, in the BIOS's ticks, of which it makes 18 a second.
+fn ticks(console: &mut Console) -> u16 {
+    let mark = console.mark();
+    console.send("t");
+    let line = console.wait_line(mark, "TINY-TICK ", SOON);
+    u16::from_str_radix(line.rsplit(' ').next().unwrap(), 16).unwrap()
+}
+
 /// A small file system on the host, as the machine sees it: the host's mounts are its own.
 struct SmallDisk {
     outside: PathBuf,
 }
 
 impl SmallDisk {
-    fn mount(host: &TestHost, at: &Path, options: &str) {
+    fn mount(host: &TestHost, at: &Path, options: &str) -> Self {
         fs::create_dir_all(at).unwrap();
         let log = at.with_extension("mount.log");
         let arguments = ["-t", "tmpfs", "-o", options, "tmpfs", at.to_str().unwrap()];
@@ -258,13 +268,19 @@ impl SmallDisk {
             "{}",
             fs::read_to_string(&log).unwrap()
         );
+        Self {
+            outside: host.inside(at),
+        }
     }
 
-    /// The folder `inside` as a process of the host has it.
-    fn of(scene: &Scene<'_>, inside: &Path) -> Self {
-        let pid = scene.agent.machine_pid().unwrap();
-        let outside = PathBuf::from(format!("/proc/{pid}/root{}", inside.display()));
-        Self { outside }
+    /// Takes every byte that is left.
+    fn use_up_bytes(&self) -> PathBuf {
+        let path = self.outside.join("filler");
+        let mut filler = fs::File::create(&path).unwrap();
+        for size in [1 << 20, 1 << 12, 1] {
+            while filler.write(&vec![1; size]).is_ok_and(|count| count > 0) {}
+        }
+        path
     }
 
     /// Makes empty files until no more can be made but `spare`.
@@ -289,12 +305,11 @@ async fn a_disk_that_is_full_leaves_the_guest_untouched_and_no_file_behind() {
     let folder = RunFolder::for_this_test();
     let host = TestHost::start(folder.path());
     let state = folder.join("small");
-    SmallDisk::mount(&host, &state, "size=64m,nr_inodes=200");
+    let disk = SmallDisk::mount(&host, &state, "size=64m,nr_inodes=200");
     let settings = AgentSettings::default()
         .set("state_dir", state.to_str().unwrap())
         .set("storage.reserve", "0B");
     let (actor, mut scene) = Scene::with_actor(&host, folder.path(), &tiny("full"), settings).await;
-    let disk = SmallDisk::of(&scene, &state);
     let servers = disk.outside.join("servers");
     let number = actor.number();
 
@@ -350,4 +365,82 @@ async fn a_disk_that_is_full_leaves_the_guest_untouched_and_no_file_behind() {
     }
     println!("no space at: {failed_at:?}");
     assert!(failed_at.len() >= 3, "{failed_at:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_fills_up_during_the_preparation_is_told_of_and_the_guest_runs_on() {
+    let folder = RunFolder::for_this_test();
+    let host = TestHost::start(folder.path());
+    let servers = folder.join("state/servers");
+    let disk = SmallDisk::mount(&host, &servers, "size=32m");
+    let settings = AgentSettings::default().set("storage.reserve", "0B");
+    let (actor, mut scene) =
+        Scene::with_actor(&host, folder.path(), &tiny("filling"), settings).await;
+    let number = actor.number();
+    let mut console = Console::of(&actor.libvirt, actor.id);
+    let mut up = ticks(&mut console);
+
+    let request = actor.rescue_request(DiskProtection::Overlay);
+    let plan = PlanActionRequest {
+        action: Some(Action::Rescue(request)),
+    };
+    let plan = scene.client.servers.plan_action(plan).await.unwrap();
+    let writes = |kind: &str| matches!(kind, "CreateOverlay" | "BuildConfigDrive");
+    let steps = plan.into_inner().steps;
+    let steps: Vec<(usize, String)> = steps
+        .into_iter()
+        .map(|step| step.kind)
+        .enumerate()
+        .collect();
+    let of_files: Vec<_> = steps.iter().filter(|(_, kind)| writes(kind)).collect();
+    assert_eq!(of_files.len(), 3, "{steps:?}");
+    for (index, kind) in of_files {
+        // The agent dies before the step, and while it is away somebody takes all the room there is.
+        scene
+            .restart_with(&format!("rescue:before-step:{index}:kill"))
+            .await;
+        let request = actor.rescue_request(DiskProtection::Overlay);
+        let mark = actor.console().mark();
+        // It may die before it has answered.
+        let _ = scene.client.servers.rescue_server(request.clone()).await;
+        assert_eq!(scene.agent.wait_end(SOON), "signal 9");
+        let filler = disk.use_up_bytes();
+        scene.start_with("").await;
+        let (_, ended) = scene.client.rescue(request).await;
+
+        assert_eq!(ended.metadata.state(), OperationState::Failed, "{ended:#?}");
+        let error = ended.error();
+        println!("no room at step {index} ({kind}): {}", error.message);
+        assert_eq!(error.code, Code::ResourceExhausted as i32, "{ended:#?}");
+        let step = &ended.metadata.steps[*index];
+        assert_eq!((&step.kind, &step.message), (kind, &error.message));
+        for part in [servers.to_str().unwrap(), "it takes ", " bytes", " free"] {
+            assert!(error.message.contains(part), "{}", error.message);
+        }
+        // The guest was neither touched nor held up.
+        assert_eq!(actor.number(), number, "the guest was touched");
+        let now = ticks(&mut console);
+        assert!(now > up, "the guest was restarted: {up} ticks, then {now}");
+        up = now;
+        fs::remove_file(filler).unwrap();
+        scene.assert_original(&actor, mark, number).await;
+        assert_eq!(files_below(&disk.outside), Vec::<PathBuf>::new());
+    }
+
+    // Too little to begin with is refused at once, with the place, the need and what there is.
+    let filler = disk.outside.join("filler");
+    fs::write(&filler, vec![1; 24 << 20]).unwrap();
+    let refused = scene
+        .client
+        .servers
+        .rescue_server(actor.rescue_request(DiskProtection::Overlay))
+        .await;
+    let refused = assert_refused(refused, Code::ResourceExhausted, "NO_SPACE");
+    let place = servers.to_str().unwrap();
+    for part in [place, "needs 16777216 bytes", "has 8388608"] {
+        assert!(refused.message().contains(part), "{}", refused.message());
+    }
+    assert!(ticks(&mut console) > up);
+    fs::remove_file(filler).unwrap();
+    scene.rescue_actor(&actor).await;
 }

@@ -29,7 +29,7 @@ use std::path::Path;
 
 use uuid::Uuid;
 
-use super::files::{DISK_MODE, FileError, cannot, replace_durable};
+use super::files::{DISK_MODE, FileError, cannot, replace_durable, unwritten};
 use crate::core::plan::ConfigDriveSpec;
 pub use metadata::host_name;
 use sparse::Sparse;
@@ -100,11 +100,11 @@ pub fn build(path: &Path, spec: &ConfigDriveSpec) -> Result<(), ConfigDriveError
     let files = metadata::files(spec);
     let mut disk = Sparse::new(VOLUME);
     replace_durable(path, DISK_MODE, |file, part| {
-        fat::write(&mut disk, volume_id(spec), &files)
-            .and_then(|()| file.set_len(VOLUME))
+        fat::write(&mut disk, volume_id(spec), &files).map_err(cannot("made", part))?;
+        file.set_len(VOLUME)
             .and_then(|()| disk.write_to(file))
             .and_then(|()| write_marker(file, spec.plan))
-            .map_err(cannot("written", part))
+            .map_err(unwritten(part, disk.held() + TRAILER as u64))
     })?;
     Ok(())
 }
