@@ -502,9 +502,8 @@ fn a_commit_that_may_not_fit_is_warned_of() {
         let space = CommitSpace { allocated: 2, free };
         facts.commit_space.insert(overlay.path.clone(), space);
         let plan = plan(Some(&server), &commit, &facts, templates()).unwrap();
-        assert!(plan.steps.iter().any(|planned| {
-            matches!(planned.step, Step::CommitOverlay { size, .. } if size == 10 << 30)
-        }));
+        let commits = |step: &Step| matches!(step, Step::CommitOverlay { .. });
+        assert!(plan.steps.iter().any(|planned| commits(&planned.step)));
         let found = warning(&plan, WarningName::SpaceMayRunOut);
         assert_eq!(
             found.is_some_and(|text| text.contains(&overlay.base)),
