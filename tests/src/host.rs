@@ -223,8 +223,14 @@ impl TestHost {
     /// The QEMU of a domain, if it runs.
     #[track_caller]
     pub fn qemu(&self, domain: Uuid) -> Option<HostProcess> {
-        match self.order(&Order::WithArgument(domain.to_string())) {
-            Answer::Pids(pids) => pids.first().copied().map(HostProcess),
+        self.with_argument(&domain.to_string()).first().copied()
+    }
+
+    /// The processes of the host that have this text as an argument of their command line.
+    #[track_caller]
+    pub fn with_argument(&self, text: &str) -> Vec<HostProcess> {
+        match self.order(&Order::WithArgument(text.to_owned())) {
+            Answer::Pids(pids) => pids.into_iter().map(HostProcess).collect(),
             other => panic!("pid 1 answered {other:?}"),
         }
     }

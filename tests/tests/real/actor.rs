@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Servers whose every byte is known, for tests of faults: a tiny guest on a disk of its own, a rescue
-//! image that marks that disk, and the checks of how things must be when an operation has ended.
+//! image that marks that disk, and the checks of how things must be when an operation has ended. Most are
+//! domains that the agent adopted; [`Actor::made`] are servers that it made itself.
 
 use std::fs;
 use std::io::{Seek, SeekFrom, Write};
@@ -8,20 +9,21 @@ use std::path::{Path, PathBuf};
 
 use salvor_proto::google::longrunning::Operation;
 use salvor_proto::v1::{
-    DiskProtection, ImageFormat, OverlayDisposition, PowerState, RescueServerRequest,
-    UnrescueServerRequest, VmState,
+    CreateServerRequest, DiskProtection, Firmware, Flavor, ImageFormat, OverlayDisposition,
+    PowerState, RescueServerRequest, UnrescueServerRequest, VmState,
 };
 use salvor_tests::agent::AgentSettings;
 use salvor_tests::client::Client;
 use salvor_tests::console::{Console, Mark};
 use salvor_tests::domain::DomainXml;
-use salvor_tests::guests::{Format, TinyGuest, mark_of};
+use salvor_tests::guests::{Format, TinyGuest};
 use salvor_tests::host::TestHost;
 use salvor_tests::libvirt::Libvirt;
+use salvor_tests::tool;
 use salvor_tests::wait::{SOON, try_wait};
 use uuid::Uuid;
 
-use crate::scene::{Scene, files_below, seconds};
+use crate::scene::{AT_ONCE, Scene, files_below, seconds};
 
 /// The name of the rescue image, and of the guest in it.
 pub(crate) const FIXER: &str = "fixer";
@@ -33,16 +35,30 @@ pub(crate) const FIXED: &str = "by-fixer";
 const MARK_AT: usize = 5 * 512;
 const MARK_LENGTH: usize = 32;
 
-/// A domain with a tiny guest on a raw disk. An IDE disk: of all buses that is the one whose disks a BIOS
-/// shows to the rescue guest although they have no place in the boot order.
+/// What an actor is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Kind {
+    /// A domain with a tiny guest on a raw disk. An IDE disk: of all buses that is the one whose disks a
+    /// BIOS shows to the rescue guest although they have no place in the boot order.
+    Adopted,
+    /// Made by the agent. The rescue guest does not see its virtio disk.
+    Made,
+    /// The same with UEFI, whose firmware finds nothing that it could boot: it runs, no guest comes up.
+    MadeUefi,
+}
+
+/// A server with a tiny guest.
 #[derive(Debug)]
 pub(crate) struct Actor {
+    pub(crate) kind: Kind,
     pub(crate) id: Uuid,
     pub(crate) name: String,
     pub(crate) libvirt: Libvirt,
     pub(crate) disk: PathBuf,
-    /// The disk as it was made.
+    /// What is on the disk as it was made.
     original: Vec<u8>,
+    /// The files that the agent keeps for it while no rescue is in force.
+    files: Vec<PathBuf>,
     /// The definition as libvirt prints it.
     pub(crate) definition: String,
     console: Console,
@@ -61,7 +77,9 @@ impl Actor {
         let libvirt = host.libvirt();
         let id = libvirt.define(&xml).unwrap();
         Self {
+            kind: Kind::Adopted,
             id,
+            files: Vec::new(),
             name: guest.name.clone(),
             original: fs::read(&disk).unwrap(),
             definition: libvirt.inactive_xml(id).unwrap(),
@@ -81,6 +99,82 @@ impl Actor {
         actor
     }
 
+    /// A server that the agent makes, and that runs.
+    pub(crate) async fn made(scene: &mut Scene<'_>, name: &str, kind: Kind) -> Self {
+        let image = scene.folder.join("base.raw");
+        let guest = tiny(name);
+        guest.build(&image, Format::Raw);
+        let base = scene.import(name, Format::Raw, &image).await;
+        let (firmware, memory_mib) = match kind {
+            Kind::MadeUefi => (Firmware::Uefi, 96),
+            Kind::Made | Kind::Adopted => (Firmware::Bios, 16),
+        };
+        let flavor = Flavor {
+            vcpus: 1,
+            memory_mib,
+            disk_gib: 0,
+        };
+        let request = CreateServerRequest {
+            name: name.into(),
+            image: base.id,
+            flavor: Some(flavor),
+            firmware: firmware.into(),
+            ..CreateServerRequest::default()
+        };
+        let (answer, ended) = scene.client.create(request).await;
+        ended.done();
+        let id = answer.server_id.parse().unwrap();
+        scene.remove_at_end(id);
+        let libvirt = scene.libvirt.clone();
+        let actor = Self {
+            kind,
+            id,
+            name: name.into(),
+            disk: scene
+                .agent
+                .state_folder()
+                .join(format!("servers/{id}/disk")),
+            original: fs::read(&image).unwrap(),
+            files: scene.files_of(id),
+            definition: libvirt.inactive_xml(id).unwrap(),
+            console: Console::of(&libvirt, id),
+            libvirt,
+        };
+        actor.wait_ready(Mark::START, name);
+        actor
+    }
+
+    /// What is on the disk now, or on an overlay of it. What a running guest wrote may not be there yet.
+    pub(crate) fn content(&self, disk: &Path) -> Vec<u8> {
+        if self.kind == Kind::Adopted && disk == self.disk {
+            return fs::read(disk).unwrap();
+        }
+        let raw = tempfile::NamedTempFile::new().unwrap();
+        tool!(
+            "qemu-img",
+            "convert",
+            "-U",
+            "-f",
+            "qcow2",
+            "-O",
+            "raw",
+            disk,
+            raw.path()
+        );
+        fs::read(raw.path()).unwrap()
+    }
+
+    /// Marks the disk as the rescue guest would, by way of the overlay that a rescue has put over it. No
+    /// guest runs meanwhile.
+    pub(crate) fn mark_overlay(&self, overlay: &Path) {
+        let mut mark = FIXED.as_bytes().to_vec();
+        mark.resize(MARK_LENGTH, 0);
+        let (file, at) = (tempfile::NamedTempFile::new().unwrap(), MARK_AT);
+        fs::write(&file, mark).unwrap();
+        let write = format!("write -s {} {at} {MARK_LENGTH}", file.path().display());
+        tool!("qemu-io", "-f", "qcow2", "-c", write, overlay);
+    }
+
     /// What the guest says. The rescue guest says it in the same place.
     pub(crate) fn console(&self) -> &Console {
         &self.console
@@ -94,7 +188,7 @@ impl Actor {
     /// Whether the rescue guest marked the disk. Panics if anything else on it changed.
     #[track_caller]
     pub(crate) fn is_marked(&self) -> bool {
-        let now = fs::read(&self.disk).unwrap();
+        let now = self.content(&self.disk);
         assert_eq!(now.len(), self.original.len(), "the disk has another size");
         assert!(
             now[..MARK_AT] == self.original[..MARK_AT]
@@ -102,7 +196,8 @@ impl Actor {
             "the disk of {} changed where nobody wrote",
             self.name
         );
-        match mark_of(&self.disk).as_str() {
+        let mark = now[MARK_AT..MARK_AT + MARK_LENGTH].trim_ascii_end();
+        match String::from_utf8_lossy(mark).trim_end_matches('\0') {
             "" => false,
             FIXED => true,
             other => panic!("the disk of {} has the mark {other:?}", self.name),
@@ -124,9 +219,12 @@ impl Actor {
         Some(line["TINY-READY ".len()..].to_owned())
     }
 
-    /// Waits until the guest `name` was the last to come up behind `mark`.
+    /// Waits until the guest `name` was the last to come up behind `mark`, where guests come up.
     #[track_caller]
     pub(crate) fn wait_ready(&self, mark: Mark, name: &str) {
+        if self.kind == Kind::MadeUefi {
+            return;
+        }
         let found = try_wait(SOON, || {
             (self.last_ready(mark).as_deref() == Some(name)).then_some(())
         });
@@ -137,6 +235,14 @@ impl Actor {
         );
     }
 
+    /// How long the guest gets to shut down: a firmware does not listen.
+    fn patience(&self) -> Option<prost_types::Duration> {
+        match self.kind {
+            Kind::Adopted | Kind::Made => seconds(20),
+            Kind::MadeUefi => AT_ONCE,
+        }
+    }
+
     /// The request to rescue the server with the image that marks its disk.
     pub(crate) fn rescue_request(&self, protection: DiskProtection) -> RescueServerRequest {
         RescueServerRequest {
@@ -144,7 +250,7 @@ impl Actor {
             server: self.id.to_string(),
             image: Some(FIXER.into()),
             disk_protection: protection.into(),
-            shutdown_timeout: seconds(20),
+            shutdown_timeout: self.patience(),
             ..RescueServerRequest::default()
         }
     }
@@ -155,7 +261,7 @@ impl Actor {
             request_id: Uuid::new_v4().to_string(),
             server: self.id.to_string(),
             overlay: overlay.into(),
-            shutdown_timeout: seconds(20),
+            shutdown_timeout: self.patience(),
             ..UnrescueServerRequest::default()
         }
     }
@@ -186,7 +292,7 @@ impl<'h> Scene<'h> {
     }
 
     /// Imports the rescue image whose guest marks the first other disk as soon as it is up.
-    async fn import_fixer(&mut self) {
+    pub(crate) async fn import_fixer(&mut self) {
         let file = self.folder.join("fixer.raw");
         tiny(FIXER).fixing().build(&file, Format::Raw);
         self.client
@@ -254,7 +360,7 @@ impl<'h> Scene<'h> {
         }
         assert_eq!(
             files_below(&self.agent.state_folder().join("servers")),
-            Vec::<PathBuf>::new(),
+            actor.files,
             "files are left behind"
         );
         assert_eq!(

@@ -147,3 +147,54 @@ pub(super) fn cases(script: Script, steps: usize, before_commit: usize) -> Vec<C
     }
     cases
 }
+
+/// The cases of a plan with these steps that differ for a server that the agent made: those round the steps
+/// that are about files, which now lie beside the server's own, and about its definition. With
+/// `firmware_only`, those of them that a firmware of its own makes differ again.
+pub(super) fn cases_of_files(
+    script: Script,
+    steps: &[(String, bool)],
+    firmware_only: bool,
+) -> Vec<Case> {
+    let mut cases = Vec::new();
+    let mut add = |cut: Cut, points: Vec<String>| {
+        cases.push(Case {
+            script,
+            cut,
+            points,
+        });
+    };
+    for (index, (kind, cleans_up)) in steps.iter().enumerate() {
+        if steps[..index].iter().any(|(before, _)| before == kind) {
+            continue;
+        }
+        let before = format!("before-step:{index}");
+        let after = format!("after-step:{index}:kill");
+        let undo = format!("before-revert:{index}");
+        let back = |then: String| vec!["before-commit:fail".to_owned(), then];
+        match kind.as_str() {
+            "MakeFolder" | "CreateOverlay" | "CommitOverlay" if firmware_only => {}
+            "MakeFolder" | "CreateOverlay" | "CopyFile" => {
+                add(Cut::Kill, vec![after]);
+                add(Cut::FailAndKill, back(format!("{undo}:kill")));
+            }
+            "CommitOverlay" => {
+                add(Cut::Kill, vec![format!("{before}:kill")]);
+                add(Cut::Kill, vec![after]);
+                add(Cut::Fail, vec![format!("{before}:fail")]);
+            }
+            "DefineDomain" => {
+                add(Cut::Kill, vec![after]);
+                add(Cut::FailAndKill, back(format!("{undo}:kill")));
+                add(Cut::FailTwice, back(format!("{undo}:fail")));
+            }
+            "RemoveFolder" if *cleans_up => {
+                add(Cut::Kill, vec![format!("{before}:kill")]);
+                add(Cut::Kill, vec![after]);
+                add(Cut::FailCleanUp, vec![format!("{before}:fail")]);
+            }
+            _ => {}
+        }
+    }
+    cases
+}

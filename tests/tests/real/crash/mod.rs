@@ -7,6 +7,7 @@
 //! The same over all verbs on a hypervisor in memory is in the agent's own tests.
 
 mod cases;
+mod commit;
 mod stage;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -15,13 +16,13 @@ use std::fs;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use salvor_proto::v1::PlanActionRequest;
+use salvor_proto::v1::OperationState;
 use salvor_tests::run_folder::{RunFolder, target_folder};
 
-use cases::{Case, Script, cases};
+use cases::{Case, Script, cases, cases_of_files};
 use stage::Stage;
 
-use crate::actor::FIXER;
+use crate::actor::Kind;
 
 /// So many cases run at once, each on a domain and with an agent of its own.
 const WORKERS: usize = 4;
@@ -33,41 +34,44 @@ async fn all_cases(stage: &mut Stage) -> Vec<Case> {
         stage.actor.remove_mark();
         stage.scene.start_with("").await;
         if script.verb() == "unrescue" {
-            let mark = stage.actor.console().mark();
-            stage.rescue(Script::StableOverlay).await;
-            stage.actor.wait_ready(mark, FIXER);
+            stage.rescue_with_repair().await;
         }
         let (mark, number) = (stage.actor.console().mark(), stage.actor.number());
         let action = script.action(&stage.actor);
-        let plan = PlanActionRequest {
-            action: Some(action.clone()),
-        };
-        let planned = stage
-            .scene
-            .client
-            .servers
-            .plan_action(plan)
-            .await
-            .unwrap()
-            .into_inner();
-        assert!(planned.accepted, "{planned:#?}");
+        let planned = stage.steps(&action).await;
         let operation = stage.submit(&action).await.unwrap();
         let ended = stage.scene.client.wait(&operation).await;
         ended.done();
         let done: Vec<_> = ended.metadata.steps.iter().map(|step| &step.kind).collect();
-        let foreseen: Vec<_> = planned.steps.iter().map(|step| &step.kind).collect();
+        let foreseen: Vec<_> = planned.iter().map(|(kind, _)| kind).collect();
         assert_eq!(done, foreseen, "PlanAction foretold another plan");
         stage.check_done(script, &operation, mark, number).await;
         stage.scene.agent.kill_9();
-        let steps = ended.metadata.steps.len();
-        let before_commit = planned
-            .steps
-            .iter()
-            .filter(|step| step.phase != "clean-up")
-            .count();
-        println!("{script:?}: {steps} steps: {foreseen:?}");
-        all.extend(cases(script, steps, before_commit));
+        let before_commit = planned.iter().filter(|(_, cleans_up)| !cleans_up).count();
+        println!("{script:?}: {} steps: {foreseen:?}", planned.len());
+        all.extend(cases(script, planned.len(), before_commit));
     }
+    all
+}
+
+/// The cases of a server that the agent made.
+async fn made_cases(folder: &RunFolder, kind: Kind) -> Vec<Case> {
+    let mut stage = Stage::made(folder, &format!("{kind:?}-plans").to_lowercase(), kind).await;
+    let firmware_only = kind == Kind::MadeUefi;
+    let (there, back) = if firmware_only {
+        (Script::ClassicReadWrite, Script::Discard)
+    } else {
+        (Script::StableOverlay, Script::Commit)
+    };
+    stage.scene.start_with("").await;
+    let steps = stage.steps(&there.action(&stage.actor)).await;
+    let mut all = cases_of_files(there, &steps, firmware_only);
+    stage.rescue(Script::StableOverlay).await;
+    let steps = stage.steps(&back.action(&stage.actor)).await;
+    all.extend(cases_of_files(back, &steps, firmware_only));
+    stage.unrescue(Script::Discard, false).await;
+    stage.scene.agent.kill_9();
+    stage.delete().await;
     all
 }
 
@@ -76,6 +80,16 @@ fn runtime() -> tokio::runtime::Runtime {
         .enable_all()
         .build()
         .unwrap()
+}
+
+/// Only the cases that are asked for.
+fn chosen(all: Vec<Case>) -> VecDeque<Case> {
+    let only = std::env::var("SALVOR_CRASH_CASE").ok();
+    let is_it = |case: &Case| {
+        only.as_ref()
+            .is_none_or(|only| case.failpoints().contains(only))
+    };
+    all.into_iter().filter(is_it).collect()
 }
 
 #[test]
@@ -87,14 +101,8 @@ fn rescue_and_unrescue_cut_off_anywhere_end_done_or_as_before() {
         let all = all_cases(&mut stage).await;
         (stage, all)
     });
-    let only = std::env::var("SALVOR_CRASH_CASE").ok();
-    let chosen = |case: &Case| {
-        only.as_ref()
-            .is_none_or(|only| case.failpoints().contains(only))
-    };
-    let queue: VecDeque<Case> = all.into_iter().filter(chosen).collect();
-    let queue = Mutex::new(queue);
-    let played = Mutex::new(BTreeMap::<(Script, &'static str), usize>::new());
+    let queue = Mutex::new(chosen(all));
+    let played = Played::default();
     std::thread::scope(|scope| {
         let mut first = Some(first);
         for worker in 0..WORKERS {
@@ -110,30 +118,55 @@ fn rescue_and_unrescue_cut_off_anywhere_end_done_or_as_before() {
                         let Some(case) = queue.lock().unwrap().pop_front() else {
                             return;
                         };
-                        let told = Told(&case, worker);
+                        let told = Told(&case, format!("worker {worker}"));
                         let state = stage.play(&case).await;
                         drop(told);
-                        *played
-                            .lock()
-                            .unwrap()
-                            .entry((case.script, state.as_str_name()))
-                            .or_default() += 1;
+                        played.count(&case, state);
                     }
                 });
             });
         }
     });
-    report(&played.into_inner().unwrap(), begun.elapsed());
+    played.report("crash-cases-real.txt", "real crash cases", begun.elapsed());
+}
+
+#[test]
+fn a_made_servers_files_survive_whatever_cuts_off_its_rescue_and_unrescue() {
+    let folder = RunFolder::for_this_test();
+    let begun = Instant::now();
+    let played = Played::default();
+    std::thread::scope(|scope| {
+        for kind in [Kind::Made, Kind::MadeUefi] {
+            let (folder, played) = (&folder, &played);
+            scope.spawn(move || {
+                runtime().block_on(async {
+                    let cases = chosen(made_cases(folder, kind).await);
+                    for (number, case) in cases.iter().enumerate() {
+                        let name = format!("{kind:?}-{number}").to_lowercase();
+                        let told = Told(case, name.clone());
+                        // A new one each time: what was committed cannot be taken off again.
+                        let mut stage = Stage::made(folder, &name, kind).await;
+                        let state = stage.play(case).await;
+                        stage.delete().await;
+                        drop(told);
+                        played.count(case, state);
+                    }
+                });
+            });
+        }
+    });
+    let what = "real crash cases of made servers";
+    played.report("crash-cases-real-made.txt", what, begun.elapsed());
 }
 
 /// Says which case it was when one fails.
-struct Told<'a>(&'a Case, usize);
+struct Told<'a>(&'a Case, String);
 
 impl Drop for Told<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
             eprintln!(
-                "worker {} failed at {:?} {}",
+                "{} failed at {:?} {}",
                 self.1,
                 self.0.script,
                 self.0.failpoints()
@@ -142,20 +175,25 @@ impl Drop for Told<'_> {
     }
 }
 
-fn report(played: &BTreeMap<(Script, &'static str), usize>, took: Duration) {
-    for ((script, state), count) in played {
-        println!("  {script:?} {state}: {count}");
+/// How many cases of which script ended how.
+#[derive(Default)]
+struct Played(Mutex<BTreeMap<(Script, &'static str), usize>>);
+
+impl Played {
+    fn count(&self, case: &Case, state: OperationState) {
+        let key = (case.script, state.as_str_name());
+        *self.0.lock().unwrap().entry(key).or_default() += 1;
     }
-    let total: usize = played.values().sum();
-    let line = format!("real crash cases: {total}");
-    println!("{line} in {:.0} s", took.as_secs_f64());
-    let mut text = String::new();
-    for ((script, state), count) in played {
-        let _ = writeln!(text, "{script:?} {state}: {count}");
+
+    fn report(&self, file: &str, what: &str, took: Duration) {
+        let played = self.0.lock().unwrap();
+        let mut text = String::new();
+        for ((script, state), count) in played.iter() {
+            let _ = writeln!(text, "  {script:?} {state}: {count}");
+        }
+        let total: usize = played.values().sum();
+        let _ = writeln!(text, "{what}: {total}");
+        println!("{text}in {:.0} s", took.as_secs_f64());
+        fs::write(target_folder().join(file), text).unwrap();
     }
-    fs::write(
-        target_folder().join("crash-cases-real.txt"),
-        text + &line + "\n",
-    )
-    .unwrap();
 }

@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A server to play cases with, and how it must be after one.
 
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use salvor_proto::google::longrunning::Operation;
 use salvor_proto::v1::{
-    OperationState, OperationStep, StepState, VmState, plan_action_request::Action,
+    OperationState, OperationStep, PlanActionRequest, PowerState, StepState, VmState,
+    plan_action_request::Action,
 };
 use salvor_tests::agent::AgentSettings;
 use salvor_tests::client::{Client, Ended};
@@ -16,8 +19,8 @@ use salvor_tests::wait::SOON;
 use tonic::Status;
 
 use super::cases::{Case, Cut, Script};
-use crate::actor::{Actor, FIXER, tiny};
-use crate::scene::Scene;
+use crate::actor::{Actor, FIXER, Kind, tiny};
+use crate::scene::{Scene, files_below};
 
 /// A domain and an agent to play cases with. Between cases the server is ACTIVE, and the agent is down.
 pub(super) struct Stage {
@@ -33,6 +36,41 @@ impl Stage {
         let (actor, mut scene) = Scene::with_actor(host, &folder, &tiny(name), settings).await;
         scene.agent.kill_9();
         Self { actor, scene }
+    }
+
+    /// The same with a server that the agent makes.
+    pub(super) async fn made(folder: &RunFolder, name: &str, kind: Kind) -> Self {
+        let host = TestHost::shared();
+        let folder = folder.join(name);
+        let mut scene = Scene::on(host, &folder, AgentSettings::default()).await;
+        scene.import_fixer().await;
+        let actor = Actor::made(&mut scene, name, kind).await;
+        scene.agent.kill_9();
+        Self { actor, scene }
+    }
+
+    /// Deletes a server that the agent made, and looks for what is left of it.
+    pub(super) async fn delete(mut self) {
+        self.scene.start_with("").await;
+        self.scene.client.delete(self.actor.id).await.done();
+        assert!(self.scene.libvirt.state(self.actor.id).is_err());
+        let servers = self.scene.agent.state_folder().join("servers");
+        assert_eq!(files_below(&servers), Vec::<PathBuf>::new());
+        assert_eq!(self.scene.references(&self.actor.name).await, 0);
+    }
+
+    /// The steps of what a script does, as a dry run tells them: their kinds, and which clean up.
+    pub(super) async fn steps(&mut self, action: &Action) -> Vec<(String, bool)> {
+        let plan = PlanActionRequest {
+            action: Some(action.clone()),
+        };
+        let planned = self.scene.client.servers.plan_action(plan).await.unwrap();
+        let planned = planned.into_inner();
+        assert!(planned.accepted, "{planned:#?}");
+        let steps = planned.steps.into_iter();
+        steps
+            .map(|step| (step.kind, step.phase == "clean-up"))
+            .collect()
     }
 
     pub(super) async fn submit(&mut self, action: &Action) -> Result<Operation, Status> {
@@ -57,6 +95,27 @@ impl Stage {
         let ended = self.scene.client.wait(&operation).await;
         ended.done();
         ended
+    }
+
+    /// Rescues with overlays, and sees to it that there is a repair in them.
+    pub(super) async fn rescue_with_repair(&mut self) -> Operation {
+        let mark = self.actor.console().mark();
+        let rescue = self.rescue(Script::StableOverlay).await;
+        self.actor.wait_ready(mark, FIXER);
+        if self.actor.kind != Kind::Adopted {
+            // The rescue guest does not see the disk.
+            let id = self.actor.id;
+            self.scene.libvirt.destroy(id).unwrap();
+            self.scene.wait_power(id, PowerState::Shutdown).await;
+            let mut files = self.scene.files_of(id).into_iter();
+            let overlay = files.find(|file| file.extension().is_some_and(|e| e == "overlay"));
+            self.actor.mark_overlay(&overlay.unwrap());
+            let mark = self.actor.console().mark();
+            self.scene.libvirt.start(id).unwrap();
+            self.actor.wait_ready(mark, FIXER);
+            self.scene.wait_power(id, PowerState::Running).await;
+        }
+        rescue.operation
     }
 
     /// Brings a server that is RESCUED back; checks that it is, and that its disk is `marked`.
@@ -92,16 +151,13 @@ impl Stage {
     /// Plays one case, from ACTIVE to ACTIVE.
     pub(super) async fn play(&mut self, case: &Case) -> OperationState {
         let script = case.script;
-        self.actor.remove_mark();
+        if self.actor.kind == Kind::Adopted {
+            self.actor.remove_mark();
+        }
         self.scene.start_with(&case.failpoints()).await;
         let rescue = match script {
             Script::ClassicReadWrite | Script::StableOverlay => None,
-            Script::Discard | Script::Commit => {
-                let mark = self.actor.console().mark();
-                let rescue = self.rescue(Script::StableOverlay).await;
-                self.actor.wait_ready(mark, FIXER);
-                Some(rescue.operation)
-            }
+            Script::Discard | Script::Commit => Some(self.rescue_with_repair().await),
         };
 
         let (mark, number) = (self.actor.console().mark(), self.actor.number());
@@ -182,9 +238,16 @@ impl Stage {
                 self.scene
                     .assert_rescued(&self.actor, operation, mark, number)
                     .await;
-                let said = self.actor.console().since(mark);
-                assert!(said.contains("TINY-MARKED "), "{said}");
-                let marked = script == Script::ClassicReadWrite;
+                let mut marked = false;
+                match self.actor.kind {
+                    Kind::Adopted => {
+                        let said = self.actor.console().since(mark);
+                        assert!(said.contains("TINY-MARKED "), "{said}");
+                        marked = script == Script::ClassicReadWrite;
+                    }
+                    Kind::Made => {}
+                    Kind::MadeUefi => self.check_variables(),
+                }
                 assert_eq!(self.actor.is_marked(), marked);
                 self.unrescue(script, marked).await;
             }
@@ -193,6 +256,23 @@ impl Stage {
                 assert_eq!(self.actor.is_marked(), script == Script::Commit);
             }
         }
+    }
+
+    /// The rescue has a copy of the server's UEFI variables, and leaves the server's own alone.
+    fn check_variables(&self) {
+        let live = self.actor.libvirt.live_xml(self.actor.id).unwrap();
+        let files = self.scene.files_of(self.actor.id);
+        let variables: Vec<_> = files
+            .iter()
+            .filter(|file| file.ends_with("nvram.fd"))
+            .collect();
+        let [own, copy] = variables.as_slice() else {
+            panic!("{variables:?}");
+        };
+        assert!(live.contains(copy.to_str().unwrap()), "{live}");
+        assert!(!live.contains(own.to_str().unwrap()), "{live}");
+        let size = |file: &Path| fs::metadata(file).unwrap().len();
+        assert_eq!(size(own), size(copy));
     }
 
     pub(super) async fn check_as_before(
