@@ -223,8 +223,14 @@ impl TestHost {
     /// The QEMU of a domain, if it runs.
     #[track_caller]
     pub fn qemu(&self, domain: Uuid) -> Option<HostProcess> {
-        match self.order(&Order::WithArgument(domain.to_string())) {
-            Answer::Pids(pids) => pids.first().copied().map(HostProcess),
+        self.with_argument(&domain.to_string()).first().copied()
+    }
+
+    /// The processes of the host that have this text as an argument of their command line.
+    #[track_caller]
+    pub fn with_argument(&self, text: &str) -> Vec<HostProcess> {
+        match self.order(&Order::WithArgument(text.to_owned())) {
+            Answer::Pids(pids) => pids.into_iter().map(HostProcess).collect(),
             other => panic!("pid 1 answered {other:?}"),
         }
     }
@@ -332,13 +338,7 @@ impl TestHost {
 
     /// The pid of a program on the host as the machine numbers it, for `/proc`.
     pub fn machine_pid(&self, process: HostProcess) -> Option<u32> {
-        let state = self.state();
-        let outer = state.boot.as_ref()?.outer.id();
-        let init: u32 = fs::read_to_string(format!("/proc/{outer}/task/{outer}/children"))
-            .ok()?
-            .trim()
-            .parse()
-            .ok()?;
+        let init = self.init()?;
         let namespace = |pid: u32| fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
         let ours = namespace(init)?;
         fs::read_dir("/proc").ok()?.flatten().find_map(|entry| {
@@ -350,6 +350,20 @@ impl TestHost {
             let same = inside.split_whitespace().last()? == process.0.to_string();
             (same && namespace(pid)? == ours).then_some(pid)
         })
+    }
+
+    /// A path of the host as the machine reaches it, with what was mounted on the host after it came up.
+    #[track_caller]
+    pub fn inside(&self, path: &Path) -> PathBuf {
+        let init = self.init().expect("the host is up");
+        PathBuf::from(format!("/proc/{init}/root{}", path.display()))
+    }
+
+    /// The host's first process, as the machine numbers it.
+    fn init(&self) -> Option<u32> {
+        let outer = self.state().boot.as_ref()?.outer.id();
+        let children = format!("/proc/{outer}/task/{outer}/children");
+        fs::read_to_string(children).ok()?.trim().parse().ok()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -172,6 +172,11 @@ impl Libvirt {
         self.domain(id, |domain| Ok(known(domain.info()?.state)))
     }
 
+    /// libvirt's number of a running domain: another one after every start.
+    pub fn number(&self, id: Uuid) -> LibvirtResult<Option<u32>> {
+        self.domain(id, |domain| Ok(domain.id()))
+    }
+
     /// Waits until a domain is in the given state.
     #[track_caller]
     pub fn wait_state(&self, id: Uuid, state: DomainState, within: Duration) {

@@ -380,7 +380,7 @@ fn file_refused(error: FileError) -> Refusal {
     let reason = match &error {
         FileError::Cancelled { .. } => Reason::Cancelled,
         error if error.is_full() => Reason::NoSpace,
-        FileError::Io { .. } => Reason::StorageFailed,
+        FileError::Io { .. } | FileError::Full { .. } => Reason::StorageFailed,
     };
     Refusal::new(reason, chain(&error))
 }

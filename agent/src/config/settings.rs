@@ -207,7 +207,8 @@ settings! {
 
     /// Disks and images.
     storage: StorageConfig {
-        /// How much must stay free on the file system of `state_dir`. What would go below is refused.
+        /// How much must stay free where `state_dir` has its `servers`, and where it has its `images`. What would
+        /// go below is refused.
         reserve: ByteSize = ByteSize::from_mib(256), Size { min: ByteSize::from_bytes(0), max: ByteSize::from_gib(1 << 20) };
 
         /// The largest image, as a file and as the disk that it describes.

@@ -17,7 +17,7 @@ pub struct HostFacts {
     pub virt_type: String,
     /// CPU architecture.
     pub arch: String,
-    /// Free bytes on the filesystem of the state folder.
+    /// Free bytes on the filesystem that servers' files are made on.
     pub free_bytes: u64,
     /// Bytes that must stay free.
     pub reserve_bytes: u64,

@@ -96,11 +96,12 @@ impl Dispatcher {
 
     fn host_facts(&self) -> Result<HostFacts, Refusal> {
         let settings = &self.settings;
-        let state_dir = settings.layout.state_dir();
-        let free_bytes = free_space(Path::new(state_dir)).map_err(|error| {
+        // What servers need may be on a file system of its own.
+        let servers = settings.layout.servers();
+        let free_bytes = free_space(Path::new(&servers)).map_err(|error| {
             Refusal::new(
                 Reason::StorageFailed,
-                format!("the free space of {state_dir} cannot be told: {error}"),
+                format!("the free space of {servers} cannot be told: {error}"),
             )
         })?;
         Ok(HostFacts {

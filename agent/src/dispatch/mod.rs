@@ -42,7 +42,7 @@ pub struct Settings {
     pub layout: Layout,
     /// Domain type of new domains: `kvm` or `qemu`.
     pub virt_type: String,
-    /// Bytes that must stay free on the filesystem of the state folder.
+    /// Bytes that must stay free on the filesystem that servers' files are made on.
     pub reserve_bytes: u64,
     /// Rescues end by themselves after this time in milliseconds; 0 never.
     pub rescue_timeout_ms: u64,

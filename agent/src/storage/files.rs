@@ -11,7 +11,9 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{ErrorKind, Read, Seek as _, SeekFrom};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::fs::{
+    DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _,
+};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -49,6 +51,22 @@ pub enum FileError {
         #[source]
         source: std::io::Error,
     },
+    /// There is no room for it.
+    #[error(
+        "{} could not be written: it takes {needed} bytes, and its file system has {free} free",
+        path.display()
+    )]
+    Full {
+        /// The file.
+        path: PathBuf,
+        /// What all of it takes.
+        needed: u64,
+        /// What was free there before it was begun.
+        free: u64,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
     /// The work was no longer wanted.
     #[error("the work on {} was cancelled", path.display())]
     Cancelled {
@@ -61,9 +79,15 @@ impl FileError {
     /// Is the file system (or a quota) full?
     #[must_use]
     pub fn is_full(&self) -> bool {
-        matches!(self, Self::Io { source, .. }
-            if matches!(source.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded))
+        matches!(self, Self::Io { source, .. } | Self::Full { source, .. } if is_full(source))
     }
+}
+
+fn is_full(error: &std::io::Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded
+    )
 }
 
 /// Makes a [`FileError`] of an [`std::io::Error`], for `map_err`.
@@ -76,6 +100,26 @@ pub(super) fn cannot(
         action,
         path,
         source,
+    }
+}
+
+/// The same for a file that is being written and takes `needed` bytes as a whole: where there is no
+/// room for it, the error says so.
+pub(super) fn unwritten(part: &Path, needed: u64) -> impl FnOnce(std::io::Error) -> FileError {
+    let path = part.to_owned();
+    move |source| {
+        if !is_full(&source) {
+            return cannot("written", &path)(source);
+        }
+        // What there is of it already goes with it, in blocks of 512 bytes.
+        let written = fs::metadata(&path).map_or(0, |part| part.blocks().saturating_mul(512));
+        let free = free_space(&path).unwrap_or(0).saturating_add(written);
+        FileError::Full {
+            path,
+            needed,
+            free,
+            source,
+        }
     }
 }
 
@@ -234,7 +278,8 @@ pub(super) fn copy_contents(
 ) -> Result<(), FileError> {
     let failed = || cannot("copied", path);
     let (mut from, mut to) = (from, to);
-    let size = from.metadata().map_err(failed())?.len();
+    let metadata = from.metadata().map_err(failed())?;
+    let (size, needed) = (metadata.len(), metadata.blocks().saturating_mul(512));
     to.set_len(size).map_err(failed())?;
     let mut offset = 0;
     while let Some((start, end)) = next_data(from, offset, size).map_err(failed())? {
@@ -249,7 +294,8 @@ pub(super) fn copy_contents(
             }
             // The standard library uses copy_file_range here, which shares blocks where it can.
             let length = COPY_CHUNK.min(end - offset);
-            let copied = std::io::copy(&mut Read::take(from, length), &mut to).map_err(failed())?;
+            let copied = std::io::copy(&mut Read::take(from, length), &mut to)
+                .map_err(unwritten(path, needed))?;
             if copied == 0 {
                 // The source became shorter than it was.
                 return Err(failed()(ErrorKind::UnexpectedEof.into()));
@@ -346,7 +392,7 @@ pub(super) fn hex(bytes: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+    #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
     use std::io::Write as _;
     use std::os::unix::fs::{FileExt as _, MetadataExt as _};
@@ -469,6 +515,26 @@ mod tests {
             "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
         );
         assert_eq!(total, 3);
+    }
+
+    #[test]
+    fn an_error_of_a_full_file_system_says_what_was_needed_and_what_there_was() {
+        let dir = tempfile::tempdir().unwrap();
+        let part = dir.path().join("disk.part");
+        fs::write(&part, [1; 4096]).unwrap();
+        let full = unwritten(&part, 12_345)(Errno::ENOSPC.into());
+        assert!(full.is_full());
+        let FileError::Full { needed, free, .. } = &full else {
+            panic!("{full:?}");
+        };
+        assert_eq!(*needed, 12_345);
+        assert!(*free >= 4096, "what was written of it counts as free");
+        let text = full.to_string();
+        let parts = [part.to_str().unwrap(), "12345 bytes", &free.to_string()];
+        assert!(parts.iter().all(|part| text.contains(part)), "{text}");
+
+        let other = unwritten(&part, 1)(Errno::EIO.into());
+        assert!(!other.is_full() && matches!(other, FileError::Io { .. }));
     }
 
     #[test]

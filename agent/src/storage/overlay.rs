@@ -19,7 +19,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
-use super::files::{DISK_MODE, FileError, cannot, replace_durable};
+use super::files::{DISK_MODE, FileError, replace_durable, unwritten};
 use super::inspect::Format;
 use crate::core::backing::{LARGEST, check_name};
 
@@ -75,7 +75,7 @@ pub fn create(path: &Path, backing: &Path, format: Format, size: u64) -> Result<
             .and_then(|()| file.write_all_at(&header, 0))
             .and_then(|()| file.write_all_at(&(2 * CLUSTER).to_be_bytes(), CLUSTER))
             .and_then(|()| file.write_all_at(&refcounts, 2 * CLUSTER))
-            .map_err(cannot("written", part))
+            .map_err(unwritten(part, clusters * CLUSTER))
     })?;
     Ok(())
 }

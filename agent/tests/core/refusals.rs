@@ -102,7 +102,7 @@ fn without_space_nothing_begins() {
     says(
         &refusal,
         Reason::NoSpace,
-        &["storage.reserve", "/var/lib/salvor"],
+        &["storage.reserve", "/var/lib/salvor/servers"],
     );
     let mut tight = facts(None, Some(image(BASE, "base", ImageFormat::Qcow2)));
     tight.host.free_bytes = tight.host.reserve_bytes + 1;

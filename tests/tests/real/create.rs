@@ -5,9 +5,8 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 
 use salvor_proto::v1::{
-    CreateServerRequest, DeleteImageRequest, Firmware, Flavor, GetImageRequest, Image,
-    NetworkInterfaceSpec, RescueMode, RescueServerRequest, ServerOrigin, VmState,
-    network_interface_spec::Connection,
+    CreateServerRequest, DeleteImageRequest, Firmware, Flavor, Image, NetworkInterfaceSpec,
+    RescueMode, RescueServerRequest, ServerOrigin, VmState, network_interface_spec::Connection,
 };
 use salvor_tests::agent::AgentSettings;
 use salvor_tests::client::{Client, assert_refused};
@@ -33,14 +32,6 @@ fn server_from(image: &Image, memory_mib: u64) -> CreateServerRequest {
         }),
         ..CreateServerRequest::default()
     }
-}
-
-async fn references(scene: &mut Scene, image: &Image) -> u32 {
-    let request = GetImageRequest {
-        image: image.id.clone(),
-    };
-    let answer = scene.client.images.get_image(request).await.unwrap();
-    answer.into_inner().image.unwrap().references
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -75,7 +66,7 @@ async fn a_server_made_of_a_qcow2_or_raw_image_boots_knows_who_it_is_and_leaves_
         scene.remove_at_end(id);
         Client::assert_settled(&server, VmState::Active);
         assert_eq!(server.origin(), ServerOrigin::Created);
-        assert_eq!(references(&mut scene, &image).await, 1);
+        assert_eq!(scene.references(&image.id).await, 1);
 
         let mut console = scene.console(id);
         console.wait_line(Mark::START, "GUEST ready name=made", BOOT);
@@ -105,7 +96,7 @@ async fn a_server_made_of_a_qcow2_or_raw_image_boots_knows_who_it_is_and_leaves_
         assert!(scene.libvirt.state(id).is_err(), "the domain is gone");
         assert_eq!(scene.files_of(id), Vec::<PathBuf>::new());
         assert!(scene.client.list().await.is_empty());
-        assert_eq!(references(&mut scene, &image).await, 0);
+        assert_eq!(scene.references(&image.id).await, 0);
         assert_eq!(sha256(&stored), sum, "nobody wrote to the image");
     }
 }
@@ -181,7 +172,7 @@ async fn a_rescue_with_the_servers_own_image_is_stable_warned_of_and_boots_the_r
     assert_eq!(rescue.mode(), RescueMode::Stable);
     assert_eq!(rescue.image_id, image.id);
     assert_eq!(answer.warnings[0].name, "RESCUE_IMAGE_IS_SERVER_IMAGE");
-    assert_eq!(references(&mut scene, &image).await, 2);
+    assert_eq!(scene.references(&image.id).await, 2);
     console.wait_line(mark, "TINY-READY made", SOON);
     // It marks the disk that it booted from.
     console.send("m");
@@ -199,7 +190,7 @@ async fn a_rescue_with_the_servers_own_image_is_stable_warned_of_and_boots_the_r
     );
     assert_eq!(scene.libvirt.inactive_xml(id).unwrap(), definition);
     assert_eq!(scene.files_of(id), files);
-    assert_eq!(references(&mut scene, &image).await, 1);
+    assert_eq!(scene.references(&image.id).await, 1);
 }
 
 // gap 11: the server's own config drive does not hide the rescue's.
@@ -289,7 +280,7 @@ async fn a_rescued_server_that_is_deleted_leaves_neither_files_nor_references() 
     scene.assert_no_rescue_left(id);
     assert!(scene.libvirt.state(id).is_err());
     for image in [&base, &resc] {
-        assert_eq!(references(&mut scene, image).await, 0);
+        assert_eq!(scene.references(&image.id).await, 0);
     }
 }
 

@@ -3,43 +3,44 @@
 //! disk is full.
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use salvor_proto::google::longrunning::{CancelOperationRequest, Operation};
 use salvor_proto::v1::{
-    DiskProtection, GuestStop, OperationState, OverlayDisposition, StepState, StopServerRequest,
-    VmState,
+    DiskProtection, GuestStop, OperationState, OverlayDisposition, PlanActionRequest, StepState,
+    StopServerRequest, VmState, plan_action_request::Action,
 };
 use salvor_tests::agent::AgentSettings;
 use salvor_tests::client::{Client, assert_refused, reason};
+use salvor_tests::console::Console;
 use salvor_tests::host::TestHost;
 use salvor_tests::run_folder::RunFolder;
 use salvor_tests::wait::SOON;
 use tonic::{Code, Status};
 use uuid::Uuid;
 
-use super::stage::{
-    Actor, Play, files_below, rescue, rescue_of, set_up, tiny, unrescue, unrescue_of, wait_step,
-};
+use crate::actor::{Actor, tiny};
+use crate::scene::{Scene, files_below};
 
-async fn begin_stop(play: &mut Play<'_>, server: Uuid, within: Duration) -> Operation {
+async fn begin_stop(scene: &mut Scene<'_>, server: Uuid, within: Duration) -> Operation {
     let request = StopServerRequest {
         server: server.to_string(),
         shutdown_timeout: Some(within.try_into().unwrap()),
         ..StopServerRequest::default()
     };
-    let answer = play.client.servers.stop_server(request).await.unwrap();
+    let answer = scene.client.servers.stop_server(request).await.unwrap();
     answer.into_inner().operation.unwrap()
 }
 
 /// Begins to rescue or to unrescue; the guest is given no time. One that was asked to shut down may do so
 /// after a cancel as well: the request cannot be taken back.
-async fn begin_at_once(play: &mut Play<'_>, actor: &Actor, rescue: bool) -> Operation {
+async fn begin_at_once(scene: &mut Scene<'_>, actor: &Actor, rescue: bool) -> Operation {
     let at_once = Some(prost_types::Duration::default());
-    let servers = &mut play.client.servers;
+    let servers = &mut scene.client.servers;
     let operation = if rescue {
-        let mut request = rescue_of(actor, DiskProtection::ReadWrite);
+        let mut request = actor.rescue_request(DiskProtection::ReadWrite);
         request.shutdown_timeout = at_once;
         servers
             .rescue_server(request)
@@ -48,7 +49,7 @@ async fn begin_at_once(play: &mut Play<'_>, actor: &Actor, rescue: bool) -> Oper
             .into_inner()
             .operation
     } else {
-        let mut request = unrescue_of(actor, OverlayDisposition::Unspecified);
+        let mut request = actor.unrescue_request(OverlayDisposition::Unspecified);
         request.shutdown_timeout = at_once;
         servers
             .unrescue_server(request)
@@ -60,10 +61,11 @@ async fn begin_at_once(play: &mut Play<'_>, actor: &Actor, rescue: bool) -> Oper
     operation.unwrap()
 }
 
-async fn cancel(play: &mut Play<'_>, operation: &Operation) -> Result<(), Status> {
+async fn cancel(scene: &mut Scene<'_>, operation: &Operation) -> Result<(), Status> {
     let name = operation.name.clone();
     let request = CancelOperationRequest { name };
-    play.client
+    scene
+        .client
         .operations
         .cancel_operation(request)
         .await
@@ -75,20 +77,22 @@ async fn a_stop_that_is_cancelled_leaves_the_guest_running() {
     let folder = RunFolder::for_this_test();
     let host = TestHost::shared();
     let guest = tiny("undecided").deaf();
-    let (actor, mut play) = set_up(host, &folder, &guest, AgentSettings::default()).await;
+    let (actor, mut scene) =
+        Scene::with_actor(host, folder.path(), &guest, AgentSettings::default()).await;
     let (mark, number) = (actor.console().mark(), actor.number());
-    let operation = begin_stop(&mut play, actor.id, Duration::from_secs(600)).await;
+    let operation = begin_stop(&mut scene, actor.id, Duration::from_secs(600)).await;
     actor.console().wait_line(mark, "TINY-POWERBUTTON", SOON);
     let since = Instant::now();
-    cancel(&mut play, &operation).await.unwrap();
-    let ended = play.client.wait(&operation).await;
+    cancel(&mut scene, &operation).await.unwrap();
+    let ended = scene.client.wait(&operation).await;
     println!("a stop was cancelled in {:?}", since.elapsed());
     assert_eq!(ended.metadata.state(), OperationState::Cancelled);
     assert_eq!(ended.error().code, Code::Cancelled as i32);
     assert!(since.elapsed() < Duration::from_secs(30));
-    play.assert_original(&actor, mark, number).await;
+    scene.assert_original(&actor, mark, number).await;
     assert_refused(
-        play.client
+        scene
+            .client
             .operations
             .cancel_operation(CancelOperationRequest {
                 name: operation.name,
@@ -97,15 +101,19 @@ async fn a_stop_that_is_cancelled_leaves_the_guest_running() {
         Code::FailedPrecondition,
         "NOT_CANCELLABLE",
     );
-    actor.libvirt.remove(actor.id);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn rescue_and_unrescue_can_be_cancelled_in_every_phase() {
     let folder = RunFolder::for_this_test();
     let host = TestHost::shared();
-    let (actor, mut play) =
-        set_up(host, &folder, &tiny("cancelled"), AgentSettings::default()).await;
+    let (actor, mut scene) = Scene::with_actor(
+        host,
+        folder.path(),
+        &tiny("cancelled"),
+        AgentSettings::default(),
+    )
+    .await;
     let mut ends = Vec::new();
     for kind in [
         "HoldImage",
@@ -116,44 +124,44 @@ async fn rescue_and_unrescue_can_be_cancelled_in_every_phase() {
         "StartDomain",
     ] {
         let (mark, number) = (actor.console().mark(), actor.number());
-        let operation = begin_at_once(&mut play, &actor, true).await;
-        wait_step(&mut play.client, &operation, kind).await;
-        let asked = cancel(&mut play, &operation).await;
-        let state = play.client.wait(&operation).await.metadata.state();
+        let operation = begin_at_once(&mut scene, &actor, true).await;
+        scene.wait_step(&operation, kind).await;
+        let asked = cancel(&mut scene, &operation).await;
+        let state = scene.client.wait(&operation).await.metadata.state();
         ends.push(("rescue", kind, state));
         match state {
             OperationState::Cancelled => {
                 asked.unwrap();
-                play.assert_original(&actor, mark, number).await;
+                scene.assert_original(&actor, mark, number).await;
             }
             // It came too late, and nothing else.
             OperationState::Done => {
-                play.assert_rescued(&actor, &operation, mark, number).await;
-                unrescue(&mut play, &actor).await;
+                scene.assert_rescued(&actor, &operation, mark, number).await;
+                scene.unrescue_actor(&actor).await;
             }
             other => panic!("{other:?}"),
         }
         actor.remove_mark();
     }
     for kind in ["PowerOff", "DefineDomain", "StartDomain", "RemoveFolder"] {
-        let rescued = rescue(&mut play, &actor).await;
+        let rescued = scene.rescue_actor(&actor).await;
         let (mark, number) = (actor.console().mark(), actor.number());
-        let operation = begin_at_once(&mut play, &actor, false).await;
-        wait_step(&mut play.client, &operation, kind).await;
-        let asked = cancel(&mut play, &operation).await;
-        let state = play.client.wait(&operation).await.metadata.state();
+        let operation = begin_at_once(&mut scene, &actor, false).await;
+        scene.wait_step(&operation, kind).await;
+        let asked = cancel(&mut scene, &operation).await;
+        let state = scene.client.wait(&operation).await.metadata.state();
         ends.push(("unrescue", kind, state));
         match state {
             OperationState::Cancelled => {
                 asked.unwrap();
-                play.assert_rescued(&actor, &rescued, mark, number).await;
-                unrescue(&mut play, &actor).await;
+                scene.assert_rescued(&actor, &rescued, mark, number).await;
+                scene.unrescue_actor(&actor).await;
             }
             OperationState::Done => {
                 if let Err(refused) = asked {
                     assert_eq!(reason(&refused), "NOT_CANCELLABLE");
                 }
-                play.assert_original(&actor, mark, number).await;
+                scene.assert_original(&actor, mark, number).await;
                 assert!(actor.is_marked(), "the repair is lost");
             }
             other => panic!("{other:?}"),
@@ -166,7 +174,6 @@ async fn rescue_and_unrescue_can_be_cancelled_in_every_phase() {
         .filter(|(_, _, state)| *state == OperationState::Cancelled)
         .count();
     assert!(cancelled >= 4, "hardly a cancel came in time: {ends:?}");
-    actor.libvirt.remove(actor.id);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -174,16 +181,17 @@ async fn an_agent_that_is_asked_to_end_lets_a_running_stop_end_and_takes_no_new_
     let folder = RunFolder::for_this_test();
     let host = TestHost::shared();
     let guest = tiny("draining").deaf();
-    let (actor, mut play) = set_up(host, &folder, &guest, AgentSettings::default()).await;
+    let (actor, mut scene) =
+        Scene::with_actor(host, folder.path(), &guest, AgentSettings::default()).await;
     let mark = actor.console().mark();
-    let operation = begin_stop(&mut play, actor.id, Duration::from_secs(4)).await;
+    let operation = begin_stop(&mut scene, actor.id, Duration::from_secs(4)).await;
     actor.console().wait_line(mark, "TINY-POWERBUTTON", SOON);
-    play.agent.sigterm();
+    scene.agent.sigterm();
     // It may take a moment until it has heard.
     let deadline = Instant::now() + SOON;
     loop {
-        let request = rescue_of(&actor, DiskProtection::ReadWrite);
-        let refused = play.client.servers.rescue_server(request).await;
+        let request = actor.rescue_request(DiskProtection::ReadWrite);
+        let refused = scene.client.servers.rescue_server(request).await;
         let refused = refused.unwrap_err();
         if reason(&refused) == "DRAINING" {
             assert_eq!(refused.code(), Code::Unavailable);
@@ -194,16 +202,15 @@ async fn an_agent_that_is_asked_to_end_lets_a_running_stop_end_and_takes_no_new_
             "new work is not refused: {refused:?}"
         );
     }
-    assert_eq!(play.client.get(actor.id).await.task_state, "powering-off");
-    assert_eq!(play.agent.wait_end(SOON), "exit 0");
+    assert_eq!(scene.client.get(actor.id).await.task_state, "powering-off");
+    assert_eq!(scene.agent.wait_end(SOON), "exit 0");
 
-    play.restart().await;
-    let ended = play.client.wait(&operation).await;
+    scene.restart().await;
+    let ended = scene.client.wait(&operation).await;
     let stopped = ended.done();
     assert_eq!(ended.metadata.recoveries, 0, "it was not let end");
     assert_eq!(stopped.guest_stop(), GuestStop::Forced);
     Client::assert_settled(&stopped.server.unwrap(), VmState::Stopped);
-    actor.libvirt.remove(actor.id);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -212,12 +219,12 @@ async fn what_does_not_end_in_time_for_a_drain_is_carried_on_by_the_next_start()
     let host = TestHost::shared();
     let guest = tiny("left").deaf();
     let settings = AgentSettings::default().set("drain.timeout", "500ms");
-    let (actor, mut play) = set_up(host, &folder, &guest, settings).await;
+    let (actor, mut scene) = Scene::with_actor(host, folder.path(), &guest, settings).await;
     let mark = actor.console().mark();
-    let operation = begin_stop(&mut play, actor.id, Duration::from_secs(4)).await;
+    let operation = begin_stop(&mut scene, actor.id, Duration::from_secs(4)).await;
     actor.console().wait_line(mark, "TINY-POWERBUTTON", SOON);
     let since = Instant::now();
-    assert_eq!(play.agent.sigterm_and_wait(SOON), "exit 0");
+    assert_eq!(scene.agent.sigterm_and_wait(SOON), "exit 0");
     assert!(
         since.elapsed() < Duration::from_secs(4),
         "{:?}",
@@ -225,11 +232,18 @@ async fn what_does_not_end_in_time_for_a_drain_is_carried_on_by_the_next_start()
     );
     assert!(actor.number().is_some(), "the stop has ended already");
 
-    play.restart().await;
-    let ended = play.client.wait(&operation).await;
+    scene.restart().await;
+    let ended = scene.client.wait(&operation).await;
     assert_eq!(ended.metadata.recoveries, 1);
     Client::assert_settled(&ended.done().server.unwrap(), VmState::Stopped);
-    actor.libvirt.remove(actor.id);
+}
+
+/// How long the guest has been up, in the BIOS's ticks, of which it makes 18 a second.
+fn ticks(console: &mut Console) -> u16 {
+    let mark = console.mark();
+    console.send("t");
+    let line = console.wait_line(mark, "TINY-TICK ", SOON);
+    u16::from_str_radix(line.rsplit(' ').next().unwrap(), 16).unwrap()
 }
 
 /// A small file system on the host, as the machine sees it: the host's mounts are its own.
@@ -238,7 +252,7 @@ struct SmallDisk {
 }
 
 impl SmallDisk {
-    fn mount(host: &TestHost, at: &Path, options: &str) {
+    fn mount(host: &TestHost, at: &Path, options: &str) -> Self {
         fs::create_dir_all(at).unwrap();
         let log = at.with_extension("mount.log");
         let arguments = ["-t", "tmpfs", "-o", options, "tmpfs", at.to_str().unwrap()];
@@ -254,13 +268,19 @@ impl SmallDisk {
             "{}",
             fs::read_to_string(&log).unwrap()
         );
+        Self {
+            outside: host.inside(at),
+        }
     }
 
-    /// The folder `inside` as a process of the host has it.
-    fn of(play: &Play<'_>, inside: &Path) -> Self {
-        let pid = play.agent.machine_pid().unwrap();
-        let outside = PathBuf::from(format!("/proc/{pid}/root{}", inside.display()));
-        Self { outside }
+    /// Takes every byte that is left.
+    fn use_up_bytes(&self) -> PathBuf {
+        let path = self.outside.join("filler");
+        let mut filler = fs::File::create(&path).unwrap();
+        for size in [1 << 20, 1 << 12, 1] {
+            while filler.write(&vec![1; size]).is_ok_and(|count| count > 0) {}
+        }
+        path
     }
 
     /// Makes empty files until no more can be made but `spare`.
@@ -285,22 +305,21 @@ async fn a_disk_that_is_full_leaves_the_guest_untouched_and_no_file_behind() {
     let folder = RunFolder::for_this_test();
     let host = TestHost::start(folder.path());
     let state = folder.join("small");
-    SmallDisk::mount(&host, &state, "size=64m,nr_inodes=200");
+    let disk = SmallDisk::mount(&host, &state, "size=64m,nr_inodes=200");
     let settings = AgentSettings::default()
         .set("state_dir", state.to_str().unwrap())
         .set("storage.reserve", "0B");
-    let (actor, mut play) = set_up(&host, &folder, &tiny("full"), settings).await;
-    let disk = SmallDisk::of(&play, &state);
+    let (actor, mut scene) = Scene::with_actor(&host, folder.path(), &tiny("full"), settings).await;
     let servers = disk.outside.join("servers");
     let number = actor.number();
 
     // Not enough to begin with: refused at once.
     let filler = disk.outside.join("filler");
     fs::write(&filler, vec![0; 56 << 20]).unwrap();
-    let refused = play
+    let refused = scene
         .client
         .servers
-        .rescue_server(rescue_of(&actor, DiskProtection::Overlay))
+        .rescue_server(actor.rescue_request(DiskProtection::Overlay))
         .await;
     let refused = assert_refused(refused, Code::ResourceExhausted, "NO_SPACE");
     println!("{}", refused.message());
@@ -311,15 +330,16 @@ async fn a_disk_that_is_full_leaves_the_guest_untouched_and_no_file_behind() {
     for spare in 0.. {
         let fillers = disk.use_up_files(spare);
         let (mark, before) = (actor.console().mark(), actor.number());
-        let (answer, ended) = play
+        let (answer, ended) = scene
             .client
-            .rescue(rescue_of(&actor, DiskProtection::Overlay))
+            .rescue(actor.rescue_request(DiskProtection::Overlay))
             .await;
         for filler in fillers {
             fs::remove_file(filler).unwrap();
         }
         if ended.metadata.state() == OperationState::Done {
-            play.assert_rescued(&actor, &answer.operation.unwrap(), mark, before)
+            scene
+                .assert_rescued(&actor, &answer.operation.unwrap(), mark, before)
                 .await;
             break;
         }
@@ -335,7 +355,7 @@ async fn a_disk_that_is_full_leaves_the_guest_untouched_and_no_file_behind() {
         failed_at.push(step.kind.clone());
         assert_eq!(actor.number(), number, "the guest was touched");
         assert_eq!(actor.last_ready(mark), None, "the guest was restarted");
-        play.assert_original(&actor, mark, number).await;
+        scene.assert_original(&actor, mark, number).await;
         assert_eq!(
             files_below(&servers),
             Vec::<PathBuf>::new(),
@@ -345,4 +365,82 @@ async fn a_disk_that_is_full_leaves_the_guest_untouched_and_no_file_behind() {
     }
     println!("no space at: {failed_at:?}");
     assert!(failed_at.len() >= 3, "{failed_at:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_fills_up_during_the_preparation_is_told_of_and_the_guest_runs_on() {
+    let folder = RunFolder::for_this_test();
+    let host = TestHost::start(folder.path());
+    let servers = folder.join("state/servers");
+    let disk = SmallDisk::mount(&host, &servers, "size=32m");
+    let settings = AgentSettings::default().set("storage.reserve", "0B");
+    let (actor, mut scene) =
+        Scene::with_actor(&host, folder.path(), &tiny("filling"), settings).await;
+    let number = actor.number();
+    let mut console = Console::of(&actor.libvirt, actor.id);
+    let mut up = ticks(&mut console);
+
+    let request = actor.rescue_request(DiskProtection::Overlay);
+    let plan = PlanActionRequest {
+        action: Some(Action::Rescue(request)),
+    };
+    let plan = scene.client.servers.plan_action(plan).await.unwrap();
+    let writes = |kind: &str| matches!(kind, "CreateOverlay" | "BuildConfigDrive");
+    let steps = plan.into_inner().steps;
+    let steps: Vec<(usize, String)> = steps
+        .into_iter()
+        .map(|step| step.kind)
+        .enumerate()
+        .collect();
+    let of_files: Vec<_> = steps.iter().filter(|(_, kind)| writes(kind)).collect();
+    assert_eq!(of_files.len(), 3, "{steps:?}");
+    for (index, kind) in of_files {
+        // The agent dies before the step, and while it is away somebody takes all the room there is.
+        scene
+            .restart_with(&format!("rescue:before-step:{index}:kill"))
+            .await;
+        let request = actor.rescue_request(DiskProtection::Overlay);
+        let mark = actor.console().mark();
+        // It may die before it has answered.
+        let _ = scene.client.servers.rescue_server(request.clone()).await;
+        assert_eq!(scene.agent.wait_end(SOON), "signal 9");
+        let filler = disk.use_up_bytes();
+        scene.start_with("").await;
+        let (_, ended) = scene.client.rescue(request).await;
+
+        assert_eq!(ended.metadata.state(), OperationState::Failed, "{ended:#?}");
+        let error = ended.error();
+        println!("no room at step {index} ({kind}): {}", error.message);
+        assert_eq!(error.code, Code::ResourceExhausted as i32, "{ended:#?}");
+        let step = &ended.metadata.steps[*index];
+        assert_eq!((&step.kind, &step.message), (kind, &error.message));
+        for part in [servers.to_str().unwrap(), "it takes ", " bytes", " free"] {
+            assert!(error.message.contains(part), "{}", error.message);
+        }
+        // The guest was neither touched nor held up.
+        assert_eq!(actor.number(), number, "the guest was touched");
+        let now = ticks(&mut console);
+        assert!(now > up, "the guest was restarted: {up} ticks, then {now}");
+        up = now;
+        fs::remove_file(filler).unwrap();
+        scene.assert_original(&actor, mark, number).await;
+        assert_eq!(files_below(&disk.outside), Vec::<PathBuf>::new());
+    }
+
+    // Too little to begin with is refused at once, with the place, the need and what there is.
+    let filler = disk.outside.join("filler");
+    fs::write(&filler, vec![1; 24 << 20]).unwrap();
+    let refused = scene
+        .client
+        .servers
+        .rescue_server(actor.rescue_request(DiskProtection::Overlay))
+        .await;
+    let refused = assert_refused(refused, Code::ResourceExhausted, "NO_SPACE");
+    let place = servers.to_str().unwrap();
+    for part in [place, "needs 16777216 bytes", "has 8388608"] {
+        assert!(refused.message().contains(part), "{}", refused.message());
+    }
+    assert!(ticks(&mut console) > up);
+    fs::remove_file(filler).unwrap();
+    scene.rescue_actor(&actor).await;
 }

@@ -2,7 +2,6 @@
 //! One sick guest stays one sick guest: while the QEMU of one server is frozen and calls about it hang,
 //! everything else is as fast as before, and the frozen one can be destroyed.
 
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use salvor_proto::google::longrunning::Operation;
@@ -17,7 +16,8 @@ use salvor_tests::run_folder::RunFolder;
 use salvor_tests::wait::SOON;
 use uuid::Uuid;
 
-use super::stage::{Actor, Play, begin_rescue, begin_unrescue, set_up, tiny};
+use crate::actor::{Actor, FIXER, tiny};
+use crate::scene::Scene;
 
 /// So many calls and actions make a median.
 const READS: usize = 200;
@@ -41,40 +41,34 @@ fn median(mut samples: Vec<Duration>) -> Duration {
     samples[samples.len() / 2]
 }
 
-async fn measure(
-    play: &mut Play<'_>,
-    host: &TestHost,
-    folder: &Path,
-    well: &Actor,
-    round: &str,
-) -> Figures {
+async fn measure(scene: &mut Scene<'_>, well: &Actor, round: &str) -> Figures {
     let (mut get, mut list) = (Vec::new(), Vec::new());
     for _ in 0..READS {
         let begun = Instant::now();
-        play.client.get(well.id).await;
+        scene.client.get(well.id).await;
         get.push(begun.elapsed());
         let begun = Instant::now();
-        play.client.list().await;
+        scene.client.list().await;
         list.push(begun.elapsed());
     }
     let (mut rescue, mut unrescue, mut delete) = (Vec::new(), Vec::new(), Vec::new());
     for action in 0..ACTIONS {
         let (mark, begun) = (well.console().mark(), Instant::now());
-        let operation = begin_rescue(play, well).await;
-        play.client.wait(&operation).await.done();
+        let operation = scene.begin_rescue(well).await;
+        scene.client.wait(&operation).await.done();
         rescue.push(begun.elapsed());
-        well.wait_ready(mark, super::stage::FIXER);
+        well.wait_ready(mark, FIXER);
 
         let (mark, begun) = (well.console().mark(), Instant::now());
-        let operation = begin_unrescue(play, well).await;
-        play.client.wait(&operation).await.done();
+        let operation = scene.begin_unrescue(well).await;
+        scene.client.wait(&operation).await.done();
         unrescue.push(begun.elapsed());
         well.wait_ready(mark, &well.name);
 
-        let doomed = Actor::running(host, folder, &tiny(&format!("doomed-{round}-{action}")));
-        play.client.adopt(doomed.id).await;
+        let guest = tiny(&format!("doomed-{round}-{action}"));
+        let doomed = scene.another_actor(&guest).await;
         let begun = Instant::now();
-        let ended = begin_delete(play, doomed.id).await;
+        let ended = begin_delete(scene, doomed.id).await;
         ended.done();
         delete.push(begun.elapsed());
     }
@@ -87,28 +81,28 @@ async fn measure(
     }
 }
 
-async fn begin_delete(play: &mut Play<'_>, server: Uuid) -> Ended {
+async fn begin_delete(scene: &mut Scene<'_>, server: Uuid) -> Ended {
     let request = DeleteServerRequest {
         server: server.to_string(),
         ..Default::default()
     };
-    let answer = play
+    let answer = scene
         .client
         .servers
         .delete_server(request)
         .await
         .unwrap()
         .into_inner();
-    play.client.wait(&answer.operation.unwrap()).await
+    scene.client.wait(&answer.operation.unwrap()).await
 }
 
-async fn begin_graceful_stop(play: &mut Play<'_>, server: Uuid) -> Operation {
+async fn begin_graceful_stop(scene: &mut Scene<'_>, server: Uuid) -> Operation {
     let request = StopServerRequest {
         server: server.to_string(),
         shutdown_timeout: Some(Duration::from_secs(600).try_into().unwrap()),
         ..Default::default()
     };
-    let answer = play
+    let answer = scene
         .client
         .servers
         .stop_server(request)
@@ -118,8 +112,8 @@ async fn begin_graceful_stop(play: &mut Play<'_>, server: Uuid) -> Operation {
     answer.operation.unwrap()
 }
 
-async fn stuck_calls(play: &mut Play<'_>) -> Vec<StuckCall> {
-    let host = play
+async fn stuck_calls(scene: &mut Scene<'_>) -> Vec<StuckCall> {
+    let host = scene
         .client
         .hosts
         .get_host(GetHostRequest {})
@@ -130,10 +124,10 @@ async fn stuck_calls(play: &mut Play<'_>) -> Vec<StuckCall> {
 }
 
 /// Waits until the host tells of stuck calls, or tells of none.
-async fn wait_stuck(play: &mut Play<'_>, some: bool) -> Vec<StuckCall> {
+async fn wait_stuck(scene: &mut Scene<'_>, some: bool) -> Vec<StuckCall> {
     let deadline = Instant::now() + SOON;
     loop {
-        let stuck = stuck_calls(play).await;
+        let stuck = stuck_calls(scene).await;
         if stuck.is_empty() != some {
             return stuck;
         }
@@ -149,22 +143,26 @@ async fn wait_stuck(play: &mut Play<'_>, some: bool) -> Vec<StuckCall> {
 async fn a_frozen_guest_delays_nobody_and_can_be_destroyed() {
     let folder = RunFolder::for_this_test();
     let host = TestHost::start(folder.path());
-    let (well, mut play) = set_up(&host, &folder, &tiny("well"), AgentSettings::default()).await;
+    let (well, mut scene) = Scene::with_actor(
+        &host,
+        folder.path(),
+        &tiny("well"),
+        AgentSettings::default(),
+    )
+    .await;
     let mut frozen = Vec::new();
     for name in ["frozen-0", "frozen-1"] {
-        let actor = Actor::running(&host, folder.path(), &tiny(name));
-        play.client.adopt(actor.id).await;
-        frozen.push(actor);
+        frozen.push(scene.another_actor(&tiny(name)).await);
     }
-    let healthy = measure(&mut play, &host, folder.path(), &well, "healthy").await;
+    let healthy = measure(&mut scene, &well, "healthy").await;
     println!("healthy: {healthy:?}");
 
     let mut stops = Vec::new();
     for actor in &frozen {
         host.freeze_qemu(actor.id);
-        stops.push(begin_graceful_stop(&mut play, actor.id).await);
+        stops.push(begin_graceful_stop(&mut scene, actor.id).await);
     }
-    let sick = measure(&mut play, &host, folder.path(), &well, "sick").await;
+    let sick = measure(&mut scene, &well, "sick").await;
     println!("two frozen, their stops hang: {sick:?}");
     for (what, before, now) in [
         ("get", healthy.get, sick.get),
@@ -188,7 +186,7 @@ async fn a_frozen_guest_delays_nobody_and_can_be_destroyed() {
             "{what} was {before:?} and is {now:?}"
         );
     }
-    let stuck = wait_stuck(&mut play, true).await;
+    let stuck = wait_stuck(&mut scene, true).await;
     println!("{stuck:?}");
     for call in &stuck {
         assert!(
@@ -211,10 +209,10 @@ async fn a_frozen_guest_delays_nobody_and_can_be_destroyed() {
         server: first.id.to_string(),
         ..Default::default()
     };
-    let mut servers = play.client.servers.clone();
+    let mut servers = scene.client.servers.clone();
     let begun = Instant::now();
     let deleting = tokio::spawn(async move { servers.delete_server(request).await });
-    let meanwhile = measure(&mut play, &host, folder.path(), &well, "meanwhile").await;
+    let meanwhile = measure(&mut scene, &well, "meanwhile").await;
     println!("while a frozen one is deleted: {meanwhile:?}");
     assert!(meanwhile.get <= healthy.get + LIMIT && meanwhile.list <= healthy.list + LIMIT);
     let deleted = deleting
@@ -224,10 +222,10 @@ async fn a_frozen_guest_delays_nobody_and_can_be_destroyed() {
         .into_inner()
         .operation
         .unwrap();
-    play.client.wait(&deleted).await.done();
+    scene.client.wait(&deleted).await.done();
     println!("a frozen one was deleted in {:?}", begun.elapsed());
     assert_eq!(host.qemu(first.id), None);
-    let overtaken = play.client.wait(&stops[0]).await;
+    let overtaken = scene.client.wait(&stops[0]).await;
     assert_eq!(
         overtaken.metadata.state(),
         OperationState::Cancelled,
@@ -238,12 +236,13 @@ async fn a_frozen_guest_delays_nobody_and_can_be_destroyed() {
     let begun = Instant::now();
     let name = stops[1].name.clone();
     let cancel = salvor_proto::google::longrunning::CancelOperationRequest { name };
-    play.client
+    scene
+        .client
         .operations
         .cancel_operation(cancel)
         .await
         .unwrap();
-    let cancelled = play.client.wait(&stops[1]).await;
+    let cancelled = scene.client.wait(&stops[1]).await;
     assert_eq!(
         cancelled.metadata.state(),
         OperationState::Cancelled,
@@ -251,7 +250,7 @@ async fn a_frozen_guest_delays_nobody_and_can_be_destroyed() {
     );
     println!("a stop that hung was cancelled in {:?}", begun.elapsed());
     let begun = Instant::now();
-    let stopped = play
+    let stopped = scene
         .client
         .stop(second.id, Some(Duration::ZERO))
         .await
@@ -261,9 +260,9 @@ async fn a_frozen_guest_delays_nobody_and_can_be_destroyed() {
     Client::assert_settled(&stopped.server.unwrap(), VmState::Stopped);
     assert_eq!(host.qemu(second.id), None);
 
-    wait_stuck(&mut play, false).await;
+    wait_stuck(&mut scene, false).await;
     let mark = second.console().mark();
-    play.client.start(second.id).await.done();
+    scene.client.start(second.id).await.done();
     second.wait_ready(mark, &second.name);
 }
 
@@ -271,10 +270,16 @@ async fn a_frozen_guest_delays_nobody_and_can_be_destroyed() {
 async fn a_frozen_guest_that_is_asked_politely_is_ended_when_its_time_is_over() {
     let folder = RunFolder::for_this_test();
     let host = TestHost::start(folder.path());
-    let (actor, mut play) = set_up(&host, &folder, &tiny("stiff"), AgentSettings::default()).await;
+    let (actor, mut scene) = Scene::with_actor(
+        &host,
+        folder.path(),
+        &tiny("stiff"),
+        AgentSettings::default(),
+    )
+    .await;
     host.freeze_qemu(actor.id);
     let begun = Instant::now();
-    let stopped = play
+    let stopped = scene
         .client
         .stop(actor.id, Some(Duration::from_secs(12)))
         .await
@@ -285,5 +290,5 @@ async fn a_frozen_guest_that_is_asked_politely_is_ended_when_its_time_is_over() 
     );
     assert_eq!(stopped.guest_stop(), GuestStop::Forced);
     assert_eq!(host.qemu(actor.id), None);
-    wait_stuck(&mut play, false).await;
+    wait_stuck(&mut scene, false).await;
 }

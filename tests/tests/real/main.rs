@@ -10,6 +10,7 @@
     clippy::indexing_slicing
 )]
 
+mod actor;
 mod adopted;
 mod crash;
 mod create;
@@ -19,7 +20,6 @@ mod faults;
 mod firmware;
 mod frozen;
 mod fuzz;
-mod fuzz_calls;
 mod harness;
 mod images;
 mod password;
@@ -27,6 +27,5 @@ mod power;
 mod rescue;
 mod rescue_modes;
 mod scene;
-mod stage;
 mod timing;
 mod watch;

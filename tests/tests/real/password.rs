@@ -13,7 +13,7 @@ use uuid::Uuid;
 use crate::scene::{Scene, crypt, rescue_with, unrescue_of};
 
 /// A server with a tiny guest in a machine that is large enough for a Linux rescue.
-async fn server(scene: &mut Scene) -> Uuid {
+async fn server(scene: &mut Scene<'_>) -> Uuid {
     let disk = scene.disk("orig");
     TinyGuest::new("orig").build(&disk, Format::Qcow2);
     let name = Scene::unique("orig");
@@ -37,7 +37,7 @@ fn hash_of_root(console: &mut Console) -> String {
 
 /// Checks that a password is neither in the agent's files nor in its log.
 #[track_caller]
-fn assert_kept_nowhere(scene: &Scene, password: &str) {
+fn assert_kept_nowhere(scene: &Scene<'_>, password: &str) {
     let everything = scene.everything_kept();
     let found = everything
         .windows(password.len())

@@ -1,104 +1,55 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Adopt, start, stop and release, on real guests.
+//! Adopt, start and stop, and the plainest rescue there is, on real guests.
 
 use std::time::Duration;
 
-use salvor_proto::v1::{
-    GuestStop, ImageFormat, PowerState, RescueServerRequest, UnrescueServerRequest, VmState,
-};
-use salvor_tests::agent::{AgentSettings, TestAgent};
+use salvor_proto::v1::{GuestStop, PowerState, VmState};
+use salvor_tests::agent::AgentSettings;
 use salvor_tests::client::Client;
-use salvor_tests::console::{Console, Mark};
-use salvor_tests::domain::DomainXml;
-use salvor_tests::guests::{Format, TinyGuest};
+use salvor_tests::console::Mark;
+use salvor_tests::guests::TinyGuest;
 use salvor_tests::host::TestHost;
 use salvor_tests::run_folder::RunFolder;
 use salvor_tests::wait::SOON;
-use uuid::Uuid;
 
-/// Defines a domain with one tiny guest.
-fn define(host: &TestHost, folder: &RunFolder, guest: &TinyGuest) -> Uuid {
-    let disk = folder.join(format!("{}.qcow2", guest.name));
-    guest.build(&disk, Format::Qcow2);
-    let xml = DomainXml::tiny(&guest.name, &folder.join(format!("{}.console", guest.name)))
-        .disk(&disk, Format::Qcow2, "vda", "virtio", "root", Some(1))
-        .xml();
-    host.libvirt().define(&xml).unwrap()
-}
+use crate::actor::tiny;
+use crate::scene::Scene;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_adopted_domain_is_stopped_and_started_and_its_definition_stays() {
-    let folder = RunFolder::for_this_test();
-    let host = TestHost::shared();
-    let libvirt = host.libvirt();
-    let id = define(host, &folder, &TinyGuest::new("adopted"));
-    libvirt.start(id).unwrap();
-    Console::of(&libvirt, id).wait_line(Mark::START, "TINY-READY adopted", SOON);
-    let definition = libvirt.inactive_xml(id).unwrap();
+    let mut scene = Scene::new().await;
+    let xml = scene.tiny_xml(&TinyGuest::new("adopted"));
+    let id = scene.define(&xml);
+    scene.libvirt.start(id).unwrap();
+    let console = scene.console(id);
+    console.wait_line(Mark::START, "TINY-READY adopted", SOON);
+    let definition = scene.libvirt.inactive_xml(id).unwrap();
 
-    let agent = TestAgent::start(host, folder.path(), AgentSettings::default()).await;
-    let mut client = Client::new(agent.channel());
-    let server = client.adopt(id).await;
+    let server = scene.client.adopt(id).await;
     Client::assert_settled(&server, VmState::Active);
     assert_eq!(server.power.unwrap().state(), PowerState::Running);
 
-    let stopped = client.stop(id, None).await.done();
+    let stopped = scene.client.stop(id, None).await.done();
     assert_eq!(stopped.guest_stop(), GuestStop::ByItself);
     Client::assert_settled(&stopped.server.unwrap(), VmState::Stopped);
 
-    let started = client.start(id).await.done().server.unwrap();
+    let mark = console.mark();
+    let started = scene.client.start(id).await.done().server.unwrap();
     Client::assert_settled(&started, VmState::Active);
-    Console::of(&libvirt, id).wait_line(Mark::START, "TINY-READY adopted", SOON);
+    console.wait_line(mark, "TINY-READY adopted", SOON);
 
-    let forced = client.stop(id, Some(Duration::ZERO)).await.done();
+    let forced = scene.client.stop(id, Some(Duration::ZERO)).await.done();
     assert_eq!(forced.guest_stop(), GuestStop::Forced);
-    assert_eq!(libvirt.inactive_xml(id).unwrap(), definition);
-    libvirt.remove(id);
+    assert_eq!(scene.libvirt.inactive_xml(id).unwrap(), definition);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_repair_made_in_the_rescue_is_there_afterwards() {
     let folder = RunFolder::for_this_test();
+    let settings = AgentSettings::default();
     let host = TestHost::shared();
-    let libvirt = host.libvirt();
-    let id = define(host, &folder, &TinyGuest::new("patient"));
-    libvirt.start(id).unwrap();
-    Console::of(&libvirt, id).wait_line(Mark::START, "TINY-READY patient", SOON);
-    let definition = libvirt.inactive_xml(id).unwrap();
-
-    let agent = TestAgent::start(host, folder.path(), AgentSettings::default()).await;
-    let mut client = Client::new(agent.channel());
-    client.adopt(id).await;
-    let image = folder.join("rescue.qcow2");
-    TinyGuest::new("doctor").build(&image, Format::Qcow2);
-    client
-        .import(
-            "rescue",
-            ImageFormat::Qcow2,
-            &[],
-            std::fs::read(&image).unwrap(),
-        )
-        .await;
-
-    let (answer, ended) = client
-        .rescue(RescueServerRequest {
-            server: id.to_string(),
-            image: Some("rescue".into()),
-            ..RescueServerRequest::default()
-        })
-        .await;
-    assert_eq!(answer.admin_pass.len(), 12);
-    Client::assert_settled(&ended.done().server.unwrap(), VmState::Rescued);
-    Console::of(&libvirt, id).wait_line(Mark::START, "TINY-READY doctor", SOON);
-
-    let back = client
-        .unrescue(UnrescueServerRequest {
-            server: id.to_string(),
-            ..UnrescueServerRequest::default()
-        })
-        .await;
-    Client::assert_settled(&back.done().server.unwrap(), VmState::Active);
-    Console::of(&libvirt, id).wait_line(Mark::START, "TINY-READY patient", SOON);
-    assert_eq!(libvirt.inactive_xml(id).unwrap(), definition);
-    libvirt.remove(id);
+    let (actor, mut scene) =
+        Scene::with_actor(host, folder.path(), &tiny("patient"), settings).await;
+    scene.rescue_actor(&actor).await;
+    scene.unrescue_actor(&actor).await;
 }

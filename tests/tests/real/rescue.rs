@@ -109,7 +109,7 @@ async fn memory_saved_of_a_rescue_does_not_outlast_it() {
     console.wait_line(mark, "TINY-READY orig", SOON);
 }
 
-async fn rescue_and_restore_a_server_that_is_off(scene: &mut Scene, id: Uuid) {
+async fn rescue_and_restore_a_server_that_is_off(scene: &mut Scene<'_>, id: Uuid) {
     let definition = scene.libvirt.inactive_xml(id).unwrap();
     let image = scene.tiny_image("resc").await;
     let rescued = scene.rescue(rescue_with(id, &image)).await;
@@ -163,7 +163,7 @@ async fn a_second_rescue_is_refused_and_the_first_one_and_its_way_back_stay() {
     let rescued = scene.rescue(rescue_with(id, &image)).await;
     console.wait_line(mark, "TINY-READY resc", SOON);
     assert_eq!(scene.saved_definition(id).as_ref(), Some(&definition));
-    let (run, files) = (scene.run_number(id), scene.files_of(id));
+    let (run, files) = (scene.libvirt.number(id).unwrap(), scene.files_of(id));
     let mark = console.mark();
 
     let second = scene.client.servers.rescue_server(rescue_with(id, &other));
@@ -172,7 +172,7 @@ async fn a_second_rescue_is_refused_and_the_first_one_and_its_way_back_stay() {
     console.send("t");
     console.wait_line(mark, "TINY-TICK", SOON);
     assert!(!console.since(mark).contains("TINY-UP"));
-    assert_eq!(scene.run_number(id), run);
+    assert_eq!(scene.libvirt.number(id).unwrap(), run);
     assert_eq!(scene.files_of(id), files);
     assert_eq!(scene.saved_definition(id).as_ref(), Some(&definition));
     assert_eq!(scene.client.get(id).await.rescue, rescued.rescue);
@@ -259,7 +259,7 @@ async fn a_rescue_that_cannot_start_is_taken_back_and_the_server_runs_again() {
 }
 
 /// Checks that a refused rescue has not touched the server.
-async fn assert_untouched(scene: &mut Scene, id: Uuid, run: Option<u32>, mark: Mark) {
+async fn assert_untouched(scene: &mut Scene<'_>, id: Uuid, run: Option<u32>, mark: Mark) {
     let mut console = scene.console(id);
     let now = console.mark();
     console.send("t");
@@ -269,7 +269,7 @@ async fn assert_untouched(scene: &mut Scene, id: Uuid, run: Option<u32>, mark: M
         !console.since(mark).contains("TINY-POWERBUTTON"),
         "it was asked to stop"
     );
-    assert_eq!(scene.run_number(id), run);
+    assert_eq!(scene.libvirt.number(id).unwrap(), run);
     let server = scene.client.get(id).await;
     Client::assert_settled(&server, VmState::Active);
     assert!(server.rescue.is_none() && server.fault.is_none());
@@ -294,7 +294,7 @@ async fn a_rescue_that_cannot_be_is_refused_while_the_guest_runs_on_untouched() 
     let short = scene.tiny_image("short").await;
     fs::write(scene.stored_file(&short), "QFI").unwrap();
 
-    let run = scene.run_number(id);
+    let run = scene.libvirt.number(id).unwrap();
     let mark = scene.console(id).mark();
     let with = |image: &str| RescueServerRequest {
         image: Some(image.into()),
@@ -530,7 +530,7 @@ async fn a_dry_run_tells_what_a_rescue_would_do_and_does_none_of_it() {
     let id = scene.running(&xml, "TINY-READY orig").await;
     let definition = scene.libvirt.inactive_xml(id).unwrap();
     let image = scene.tiny_image("resc").await;
-    let (run, mark) = (scene.run_number(id), scene.console(id).mark());
+    let (run, mark) = (scene.libvirt.number(id).unwrap(), scene.console(id).mark());
     let dry = |request: RescueServerRequest| PlanActionRequest {
         action: Some(PlannedAction::Rescue(request)),
     };

@@ -102,7 +102,7 @@ const ORIGINALS: [(&str, &str, &str); 3] = [
 ];
 
 /// An original with three disks, and the files of its disks by serial number.
-fn original(scene: &Scene, medium: Medium) -> (DomainXml, BTreeMap<&'static str, PathBuf>) {
+fn original(scene: &Scene<'_>, medium: Medium) -> (DomainXml, BTreeMap<&'static str, PathBuf>) {
     let name = Scene::unique("orig");
     let mut xml = DomainXml::linux(&name, &scene.log("orig"))
         .device("<controller type='scsi' model='virtio-scsi'/>");
@@ -445,10 +445,10 @@ async fn overlays_are_never_committed_or_discarded_without_being_asked() {
             ..rescue_with(id, &image)
         };
         let rescued = scene.rescue(request).await;
-        let run = scene.run_number(id);
+        let run = scene.libvirt.number(id).unwrap();
         let answer = scene.client.servers.unrescue_server(unrescue(undecided));
         assert_refused(answer.await, Code::InvalidArgument, reason);
-        assert_eq!(scene.run_number(id), run);
+        assert_eq!(scene.libvirt.number(id).unwrap(), run);
         let server = scene.client.get(id).await;
         Client::assert_settled(&server, VmState::Rescued);
         assert_eq!(server.rescue, rescued.rescue);

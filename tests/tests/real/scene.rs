@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What tests of actions share: an agent with a client on a host, servers to act on, and looks at what
-//! is really there.
+//! What tests share: an agent with a client on a host, servers to act on, and looks at what is really
+//! there. [`crate::actor`] has servers whose every byte is known.
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rusqlite::{Connection, OpenFlags};
+use salvor_proto::google::longrunning::Operation;
 use salvor_proto::v1::{
-    DiskProtection, Image, ImageFormat, OverlayDisposition, RescueServerRequest, Server,
-    UnrescuePower, UnrescueServerRequest, VmState,
+    DiskProtection, GetImageRequest, Image, ImageFormat, OperationMetadata, OperationStep,
+    OverlayDisposition, PowerState, RescueServerRequest, Server, StepState, UnrescuePower,
+    UnrescueServerRequest, VmState,
 };
 use salvor_tests::agent::{AgentSettings, TestAgent};
 use salvor_tests::client::Client;
@@ -23,18 +25,19 @@ use salvor_tests::wait::{BOOT, SOON};
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
-/// An agent on the shared host, in a folder of the test's own. The domains it was told of go with it.
-pub(crate) struct Scene {
+/// An agent on a host, and a folder for what the test makes. The domains it was told of go with it.
+pub(crate) struct Scene<'h> {
     pub(crate) client: Client,
-    pub(crate) agent: TestAgent<'static>,
+    pub(crate) agent: TestAgent<'h>,
     pub(crate) libvirt: Libvirt,
-    pub(crate) host: &'static TestHost,
+    pub(crate) host: &'h TestHost,
     domains: Vec<Uuid>,
+    pub(crate) folder: PathBuf,
     // Last, so that it goes last.
-    pub(crate) folder: RunFolder,
+    own: Option<RunFolder>,
 }
 
-impl Drop for Scene {
+impl Drop for Scene<'_> {
     fn drop(&mut self) {
         for id in &self.domains {
             self.libvirt.remove(*id);
@@ -42,23 +45,53 @@ impl Drop for Scene {
     }
 }
 
-impl Scene {
+impl Scene<'static> {
+    /// On the shared host, in a folder of the test's own.
     pub(crate) async fn new() -> Self {
         Self::with(AgentSettings::default()).await
     }
 
+    /// The same with an agent that is configured otherwise.
     pub(crate) async fn with(settings: AgentSettings) -> Self {
         let folder = RunFolder::for_this_test();
-        let host = TestHost::shared();
-        let agent = TestAgent::start(host, folder.path(), settings).await;
+        let mut scene = Self::on(TestHost::shared(), folder.path(), settings).await;
+        scene.own = Some(folder);
+        scene
+    }
+}
+
+impl<'h> Scene<'h> {
+    /// On any host, in any folder. The agent's state and log are in it, too.
+    pub(crate) async fn on(host: &'h TestHost, folder: &Path, settings: AgentSettings) -> Self {
+        let agent = TestAgent::start(host, folder, settings).await;
         Self {
             client: Client::new(agent.channel()),
             agent,
             libvirt: host.libvirt(),
             host,
             domains: Vec::new(),
-            folder,
+            folder: folder.to_owned(),
+            own: None,
         }
+    }
+
+    /// Starts the agent again after it has ended, and waits until it serves and has reached libvirt.
+    pub(crate) async fn restart(&mut self) {
+        self.agent.restart().await;
+        self.client = Client::new(self.agent.channel());
+    }
+
+    /// Kills the agent and starts it again with these failpoints (see the agent's `engine/probe.rs`).
+    pub(crate) async fn restart_with(&mut self, failpoints: &str) {
+        self.agent.kill_9();
+        self.start_with(failpoints).await;
+    }
+
+    /// Starts the agent, which has ended, with these failpoints.
+    pub(crate) async fn start_with(&mut self, failpoints: &str) {
+        self.agent
+            .change_settings(|settings| settings.env("SALVOR_FAILPOINT", failpoints));
+        self.restart().await;
     }
 
     /// A domain name that no other test uses.
@@ -169,15 +202,49 @@ impl Scene {
         Console::of(&self.libvirt, id)
     }
 
-    /// The number that libvirt gave the running guest: another one after each start.
-    #[track_caller]
-    pub(crate) fn run_number(&self, id: Uuid) -> Option<u32> {
-        self.libvirt.domain(id, |domain| Ok(domain.id())).unwrap()
+    /// Waits until the record says so of the server's power, and returns the record.
+    pub(crate) async fn wait_power(&mut self, id: Uuid, power: PowerState) -> Server {
+        let what = format!("its power is {power:?}");
+        let is_so = |server: &Server| power_of(server) == power;
+        self.client.wait_server(id, &what, is_so).await
+    }
+
+    /// Waits until the operation has begun the step of this kind, or has ended.
+    pub(crate) async fn wait_step(
+        &mut self,
+        operation: &Operation,
+        kind: &str,
+    ) -> OperationMetadata {
+        let deadline = Instant::now() + SOON;
+        loop {
+            let (now, metadata) = self.client.operation(&operation.name).await;
+            let begun =
+                |step: &OperationStep| step.kind == kind && step.state() != StepState::Pending;
+            if now.done || metadata.steps.iter().any(begun) {
+                return metadata;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "{kind} does not begin: {metadata:#?}"
+            );
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// So many disks stand on an image.
+    pub(crate) async fn references(&mut self, image: &str) -> u32 {
+        let image = image.to_owned();
+        let answer = self
+            .client
+            .images
+            .get_image(GetImageRequest { image })
+            .await;
+        answer.unwrap().into_inner().image.unwrap().references
     }
 
     /// Files that the agent keeps for a server.
     pub(crate) fn files_of(&self, id: Uuid) -> Vec<PathBuf> {
-        files_under(
+        files_below(
             &self
                 .agent
                 .state_folder()
@@ -208,7 +275,7 @@ impl Scene {
     /// The file of an image in the agent's store.
     #[track_caller]
     pub(crate) fn stored_file(&self, image: &Image) -> PathBuf {
-        let files = files_under(&self.agent.state_folder().join("images"));
+        let files = files_below(&self.agent.state_folder().join("images"));
         let its = |file: &PathBuf| file.to_string_lossy().contains(&image.id);
         files.into_iter().find(its).unwrap()
     }
@@ -216,7 +283,7 @@ impl Scene {
     /// Every byte that the agent keeps or has logged.
     pub(crate) fn everything_kept(&self) -> Vec<u8> {
         let mut bytes = self.agent.log().into_bytes();
-        for file in files_under(&self.agent.state_folder()) {
+        for file in files_below(&self.agent.state_folder()) {
             bytes.extend(fs::read(&file).unwrap_or_default());
         }
         bytes
@@ -240,17 +307,25 @@ impl Scene {
     }
 }
 
-fn files_under(folder: &Path) -> Vec<PathBuf> {
+/// Every file below a folder.
+pub(crate) fn files_below(folder: &Path) -> Vec<PathBuf> {
     let mut files = Vec::new();
     for entry in fs::read_dir(folder).into_iter().flatten() {
         let entry = entry.unwrap();
         if entry.file_type().unwrap().is_dir() {
-            files.extend(files_under(&entry.path()));
+            files.extend(files_below(&entry.path()));
         } else {
             files.push(entry.path());
         }
     }
+    files.sort();
     files
+}
+
+/// What a record says of the server's power.
+pub(crate) fn power_of(server: &Server) -> PowerState {
+    let power = server.power.as_ref();
+    power.map_or(PowerState::Unspecified, |power| power.state())
 }
 
 /// No time for the guest to shut down.

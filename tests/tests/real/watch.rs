@@ -13,7 +13,8 @@ use salvor_tests::host::TestHost;
 use salvor_tests::run_folder::RunFolder;
 use salvor_tests::wait::SOON;
 
-use super::stage::{Actor, Play, begin_rescue, set_up, tiny, unrescue, wait_step};
+use crate::actor::{Actor, tiny};
+use crate::scene::Scene;
 
 /// What a watch told until it had caught up with `newest`, and the revision that it had caught up with.
 struct Told {
@@ -23,12 +24,12 @@ struct Told {
 }
 
 /// Watches from a revision on until the stream says that it has caught up with `newest` at least.
-async fn watch(play: &mut Play<'_>, after: Option<i64>, newest: i64) -> Told {
+async fn watch(scene: &mut Scene<'_>, after: Option<i64>, newest: i64) -> Told {
     let request = WatchEventsRequest {
         after_revision: after,
         servers: Vec::new(),
     };
-    let mut stream = play
+    let mut stream = scene
         .client
         .watches
         .watch_events(request)
@@ -58,8 +59,13 @@ async fn watch(play: &mut Play<'_>, after: Option<i64>, newest: i64) -> Told {
     }
 }
 
-async fn newest(play: &mut Play<'_>) -> i64 {
-    let host = play.client.hosts.get_host(GetHostRequest {}).await.unwrap();
+async fn newest(scene: &mut Scene<'_>) -> i64 {
+    let host = scene
+        .client
+        .hosts
+        .get_host(GetHostRequest {})
+        .await
+        .unwrap();
     host.into_inner().host.unwrap().revision
 }
 
@@ -68,12 +74,12 @@ fn revisions(events: &[Event]) -> Vec<i64> {
 }
 
 /// Watches until the stream breaks off.
-async fn watch_to_the_end(play: &Play<'_>, after: i64) -> tokio::task::JoinHandle<Vec<Event>> {
+async fn watch_to_the_end(scene: &Scene<'_>, after: i64) -> tokio::task::JoinHandle<Vec<Event>> {
     let request = WatchEventsRequest {
         after_revision: Some(after),
         servers: Vec::new(),
     };
-    let mut watches = play.client.watches.clone();
+    let mut watches = scene.client.watches.clone();
     let mut stream = watches.watch_events(request).await.unwrap().into_inner();
     tokio::spawn(async move {
         let mut events = Vec::new();
@@ -92,28 +98,34 @@ async fn watch_to_the_end(play: &Play<'_>, after: i64) -> tokio::task::JoinHandl
 async fn a_watch_that_is_taken_up_again_misses_nothing_and_tells_nothing_twice() {
     let folder = RunFolder::for_this_test();
     let host = TestHost::shared();
-    let (actor, mut play) = set_up(host, &folder, &tiny("watched"), AgentSettings::default()).await;
+    let (actor, mut scene) = Scene::with_actor(
+        host,
+        folder.path(),
+        &tiny("watched"),
+        AgentSettings::default(),
+    )
+    .await;
     let mut live: Vec<Event> = Vec::new();
     for kill in [true, false, true] {
         let after = live.last().map_or(0, |event| event.revision);
-        let watching = watch_to_the_end(&play, after).await;
-        let operation = begin_rescue(&mut play, &actor).await;
-        wait_step(&mut play.client, &operation, "DefineDomain").await;
+        let watching = watch_to_the_end(&scene, after).await;
+        let operation = scene.begin_rescue(&actor).await;
+        scene.wait_step(&operation, "DefineDomain").await;
         if kill {
-            play.agent.kill_9();
+            scene.agent.kill_9();
         } else {
-            assert_eq!(play.agent.sigterm_and_wait(SOON), "exit 0");
+            assert_eq!(scene.agent.sigterm_and_wait(SOON), "exit 0");
         }
         live.extend(tokio::time::timeout(SOON, watching).await.unwrap().unwrap());
-        play.restart().await;
-        play.client.wait(&operation).await.done();
-        unrescue(&mut play, &actor).await;
+        scene.restart().await;
+        scene.client.wait(&operation).await.done();
+        scene.unrescue_actor(&actor).await;
     }
     let after = live.last().map_or(0, |event| event.revision);
-    let newest = newest(&mut play).await;
-    live.extend(watch(&mut play, Some(after), newest).await.events);
+    let newest = newest(&mut scene).await;
+    live.extend(watch(&mut scene, Some(after), newest).await.events);
 
-    let all = watch(&mut play, Some(0), newest).await;
+    let all = watch(&mut scene, Some(0), newest).await;
     assert_eq!(all.gaps, []);
     let numbers = revisions(&all.events);
     assert!(
@@ -135,13 +147,12 @@ async fn a_watch_that_is_taken_up_again_misses_nothing_and_tells_nothing_twice()
         Some(Change::Server(server)) => Some(server),
         _ => None,
     });
-    let now = play.client.get(actor.id).await;
+    let now = scene.client.get(actor.id).await;
     let told = of_server.unwrap();
     assert_eq!(
         (told.revision, &told.status, &told.vm_state),
         (now.revision, &now.status, &now.vm_state)
     );
-    actor.libvirt.remove(actor.id);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -151,16 +162,19 @@ async fn revisions_that_are_no_longer_kept_are_told_as_a_gap() {
     let kept = Actor::define(host, folder.path(), &tiny("kept"));
     let busy = Actor::define(host, folder.path(), &tiny("busy"));
     let settings = AgentSettings::default().set("events.keep", 1000);
-    let mut play = Play::start(host, folder.path(), settings).await;
-    play.client.adopt(kept.id).await;
+    let mut scene = Scene::on(host, folder.path(), settings).await;
+    for actor in [&kept, &busy] {
+        scene.remove_at_end(actor.id);
+    }
+    scene.client.adopt(kept.id).await;
     // Adopting and releasing is the cheapest that makes events.
-    while newest(&mut play).await < 2500 {
-        play.client.adopt(busy.id).await;
-        release(&mut play, &busy).await;
+    while newest(&mut scene).await < 2500 {
+        scene.client.adopt(busy.id).await;
+        release(&mut scene, &busy).await;
     }
     // Nobody else is there to make events, but an observation may come late.
-    let newest = newest(&mut play).await;
-    let told = watch(&mut play, Some(1), newest).await;
+    let newest = newest(&mut scene).await;
+    let told = watch(&mut scene, Some(1), newest).await;
     let [gap] = told.gaps.as_slice() else {
         panic!("{:?}", told.gaps);
     };
@@ -177,41 +191,38 @@ async fn revisions_that_are_no_longer_kept_are_told_as_a_gap() {
     assert_eq!(server.id, kept.id.to_string());
 
     // From the oldest kept revision on, nothing is missing.
-    let told = watch(&mut play, Some(gap.oldest_revision - 1), newest).await;
+    let told = watch(&mut scene, Some(gap.oldest_revision - 1), newest).await;
     assert_eq!(told.gaps, []);
     assert_eq!(told.events[0].revision, gap.oldest_revision);
     assert!(told.caught_up >= newest);
 
     // A revision that never was is one of another store's.
-    let told = watch(&mut play, Some(newest + 1_000_000), newest).await;
+    let told = watch(&mut scene, Some(newest + 1_000_000), newest).await;
     assert_eq!(told.gaps.len(), 1);
-    for actor in [kept, busy] {
-        actor.libvirt.remove(actor.id);
-    }
 }
 
-async fn release(play: &mut Play<'_>, actor: &Actor) {
+async fn release(scene: &mut Scene<'_>, actor: &Actor) {
     let request = ReleaseServerRequest {
         server: actor.id.to_string(),
         ..Default::default()
     };
-    let answer = play
+    let answer = scene
         .client
         .servers
         .release_server(request)
         .await
         .unwrap()
         .into_inner();
-    play.client.wait(&answer.operation.unwrap()).await.done();
+    scene.client.wait(&answer.operation.unwrap()).await.done();
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_silent_stream_says_that_it_lives() {
     let folder = RunFolder::for_this_test();
     let host = TestHost::shared();
-    let mut play = Play::start(host, folder.path(), AgentSettings::default()).await;
+    let mut scene = Scene::on(host, folder.path(), AgentSettings::default()).await;
     let request = WatchEventsRequest::default();
-    let mut stream = play
+    let mut stream = scene
         .client
         .watches
         .watch_events(request)

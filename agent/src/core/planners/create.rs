@@ -272,7 +272,7 @@ pub(super) fn check_space(facts: &Facts, need: u64) -> Result<(), Refusal> {
             Reason::NoSpace,
             format!(
                 "{} needs {need} bytes besides the {} that must stay free (storage.reserve), and has {}",
-                host.layout.state_dir(),
+                host.layout.servers(),
                 host.reserve_bytes,
                 host.free_bytes
             ),

@@ -22,7 +22,7 @@ mod tests;
 
 use std::path::Path;
 
-use super::files::{DISK_MODE, FileError, cannot, replace_durable};
+use super::files::{DISK_MODE, FileError, cannot, replace_durable, unwritten};
 use crate::core::image::{USER_RULE, is_user};
 use crate::core::plan::ConfigDriveSpec;
 use sparse::Sparse;
@@ -88,10 +88,10 @@ pub fn build(path: &Path, spec: &ConfigDriveSpec) -> Result<(), ConfigDriveError
     let files = metadata::files(spec);
     let mut disk = Sparse::new(VOLUME);
     replace_durable(path, DISK_MODE, |file, part| {
-        fat::write(&mut disk, volume_id(spec), &files)
-            .and_then(|()| file.set_len(VOLUME))
+        fat::write(&mut disk, volume_id(spec), &files).map_err(cannot("made", part))?;
+        file.set_len(VOLUME)
             .and_then(|()| disk.write_to(file))
-            .map_err(cannot("written", part))
+            .map_err(unwritten(part, disk.held()))
     })?;
     Ok(())
 }

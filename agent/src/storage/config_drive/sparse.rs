@@ -41,6 +41,11 @@ impl Sparse {
         self.write_all(bytes)
     }
 
+    /// So many bytes are in it, in whole blocks.
+    pub(super) fn held(&self) -> u64 {
+        self.blocks.len() as u64 * BLOCK as u64
+    }
+
     /// Writes everything that is not zero into a file that is all zero.
     pub(super) fn write_to(&self, file: &File) -> Result<()> {
         for (number, block) in &self.blocks {

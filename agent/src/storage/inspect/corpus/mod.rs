@@ -212,6 +212,19 @@ fn an_iso_is_taken_as_iso_and_as_raw() {
 }
 
 #[test]
+fn an_iso_with_a_disk_image_on_it_is_an_iso() {
+    // Behind its descriptors, as a file of it would lie; one that names another file, at that.
+    let backed = qcow2_with(|image| {
+        put64(image, 8, 0x200);
+        put32(image, 16, 11);
+    });
+    let image = iso_with(|image| put(image, 0x9000, &backed));
+    let found = check(&image, Format::Iso).unwrap();
+    assert_eq!(found.virtual_size, image.len() as u64);
+    assert_eq!(detect(&file_of(&image)).unwrap(), Format::Iso);
+}
+
+#[test]
 fn volume_ids_never_carry_control_characters() {
     let image = iso_with(|image| put(image, 0x8000 + 40, b"A\x1b[31m\n\0\xffB"));
     let found = check(&image, Format::Iso).unwrap();

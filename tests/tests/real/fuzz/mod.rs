@@ -2,6 +2,9 @@
 //! Two thousand calls with random and hostile arguments, and bytes that are no calls at all: the agent
 //! answers each with a reason or not at all, and no server, domain, image or file changes.
 
+mod calls;
+mod values;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{Read as _, Write as _};
@@ -29,8 +32,11 @@ use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 use tonic_types::StatusExt as _;
 
-use super::fuzz_calls::{Call, Fuzz, Known};
-use super::stage::{Actor, FIXER, Play, files_below, rescue, set_up, tiny};
+use calls::Call;
+use values::{Fuzz, Known};
+
+use crate::actor::{Actor, FIXER, tiny};
+use crate::scene::{Scene, files_below};
 
 const CALLS: usize = 2_000;
 
@@ -120,15 +126,15 @@ struct World {
     files: Vec<PathBuf>,
 }
 
-async fn world(play: &mut Play<'_>, actors: &[&Actor]) -> World {
-    let mut servers = play.client.list().await;
+async fn world(scene: &mut Scene<'_>, actors: &[&Actor]) -> World {
+    let mut servers = scene.client.list().await;
     for server in &mut servers {
         let power = server.power.as_mut().unwrap();
         // When and how it was last seen may change, not what was seen.
         power.observe_time = None;
         power.source = 0;
     }
-    let images = play
+    let images = scene
         .client
         .images
         .list_images(ListImagesRequest::default())
@@ -138,7 +144,7 @@ async fn world(play: &mut Play<'_>, actors: &[&Actor]) -> World {
         page_size: 1000,
         ..Default::default()
     };
-    let operations = play
+    let operations = scene
         .client
         .operations
         .list_operations(operations)
@@ -146,7 +152,7 @@ async fn world(play: &mut Play<'_>, actors: &[&Actor]) -> World {
         .unwrap()
         .into_inner();
     let request = ListUnmanagedDomainsRequest {};
-    let unmanaged = play
+    let unmanaged = scene
         .client
         .hosts
         .list_unmanaged_domains(request)
@@ -168,7 +174,7 @@ async fn world(play: &mut Play<'_>, actors: &[&Actor]) -> World {
             .collect(),
         numbers: actors.iter().map(|actor| actor.number()).collect(),
         consoles: actors.iter().map(|actor| actor.console().text()).collect(),
-        files: files_below(&play.agent.state_folder())
+        files: files_below(&scene.agent.state_folder())
             .into_iter()
             .filter(|file| !file.to_string_lossy().contains("salvor.db"))
             .collect(),
@@ -177,9 +183,9 @@ async fn world(play: &mut Play<'_>, actors: &[&Actor]) -> World {
 
 /// The agent lives, nothing panicked, and nothing that a caller sent stands raw in the log.
 #[track_caller]
-fn assert_healthy(play: &Play<'_>) {
-    assert_eq!(play.agent.ended(), None, "{}", play.agent.log());
-    let log = play.agent.log();
+fn assert_healthy(scene: &Scene<'_>) {
+    assert_eq!(scene.agent.ended(), None, "{}", scene.agent.log());
+    let log = scene.agent.log();
     assert!(!log.contains("panicked"), "{log}");
     for line in log.lines() {
         let parsed: Result<serde_json::Value, _> = serde_json::from_str(line);
@@ -193,14 +199,19 @@ fn assert_healthy(play: &Play<'_>) {
 }
 
 /// One server that runs, one that is rescued, and a domain that nobody adopted; on a host of their own.
-async fn set_the_stage<'h>(host: &'h TestHost, folder: &RunFolder) -> (Play<'h>, [Actor; 3]) {
-    let (plain, mut play) = set_up(host, folder, &tiny("plain"), AgentSettings::default()).await;
-    let rescued = Actor::running(host, folder.path(), &tiny("rescued"));
-    play.client.adopt(rescued.id).await;
-    rescue(&mut play, &rescued).await;
-    Client::assert_settled(&play.client.get(rescued.id).await, VmState::Rescued);
+async fn set_the_stage<'h>(host: &'h TestHost, folder: &RunFolder) -> (Scene<'h>, [Actor; 3]) {
+    let (plain, mut scene) = Scene::with_actor(
+        host,
+        folder.path(),
+        &tiny("plain"),
+        AgentSettings::default(),
+    )
+    .await;
+    let rescued = scene.another_actor(&tiny("rescued")).await;
+    scene.rescue_actor(&rescued).await;
+    Client::assert_settled(&scene.client.get(rescued.id).await, VmState::Rescued);
     let wild = Actor::running(host, folder.path(), &tiny("wild"));
-    (play, [plain, rescued, wild])
+    (scene, [plain, rescued, wild])
 }
 
 /// Checks how a call was answered; says in a word how.
@@ -265,9 +276,9 @@ async fn two_thousand_hostile_calls_change_nothing() {
     println!("SALVOR_FUZZ_SEED={seed}");
     let folder = RunFolder::for_this_test();
     let host = TestHost::start(folder.path());
-    let (mut play, actors) = set_the_stage(&host, &folder).await;
+    let (mut scene, actors) = set_the_stage(&host, &folder).await;
     let actors: Vec<&Actor> = actors.iter().collect();
-    let before = world(&mut play, &actors).await;
+    let before = world(&mut scene, &actors).await;
     let mut known = Known {
         operations: before.operations.clone(),
         ..Known::default()
@@ -290,7 +301,7 @@ async fn two_thousand_hostile_calls_change_nothing() {
     let mut answers = BTreeMap::<String, usize>::new();
     let mut paths = BTreeSet::new();
     let mut slowest = (Duration::ZERO, String::new());
-    let channel = play.agent.channel();
+    let channel = scene.agent.channel();
     for number in 0..CALLS {
         let call = fuzz.call();
         paths.insert(call.path.clone());
@@ -301,11 +312,11 @@ async fn two_thousand_hostile_calls_change_nothing() {
         *answers.entry(judge(&call, answer, &reasons)).or_default() += 1;
         if number % 500 == 499 {
             assert_eq!(
-                world(&mut play, &actors).await,
+                world(&mut scene, &actors).await,
                 before,
                 "after {number} calls"
             );
-            assert_healthy(&play);
+            assert_healthy(&scene);
         }
     }
     println!(
@@ -316,11 +327,11 @@ async fn two_thousand_hostile_calls_change_nothing() {
         println!("{count:>6} {answer}");
     }
     assert_eq!(paths.len(), 24, "{paths:?}");
-    println!("the agent has {} KiB", resident_kib(&play));
+    println!("the agent has {} KiB", resident_kib(&scene));
 }
 
-fn resident_kib(play: &Play<'_>) -> u64 {
-    let pid = play.agent.machine_pid().unwrap();
+fn resident_kib(scene: &Scene<'_>) -> u64 {
+    let pid = scene.agent.machine_pid().unwrap();
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status
         .lines()
@@ -368,12 +379,12 @@ fn noise(rng: &mut StdRng) -> Vec<u8> {
 async fn noise_on_the_socket_and_crowds_of_connections_change_nothing() {
     let folder = RunFolder::for_this_test();
     let host = TestHost::start(folder.path());
-    let (mut play, actors) = set_the_stage(&host, &folder).await;
+    let (mut scene, actors) = set_the_stage(&host, &folder).await;
     let actors: Vec<&Actor> = actors.iter().collect();
-    let before = world(&mut play, &actors).await;
+    let before = world(&mut scene, &actors).await;
     let mut rng = StdRng::seed_from_u64(5);
     for _ in 0..200 {
-        let mut stream = UnixStream::connect(play.agent.socket()).unwrap();
+        let mut stream = UnixStream::connect(scene.agent.socket()).unwrap();
         stream
             .set_read_timeout(Some(Duration::from_millis(20)))
             .unwrap();
@@ -381,15 +392,15 @@ async fn noise_on_the_socket_and_crowds_of_connections_change_nothing() {
         let _ = stream.write_all(&noise(&mut rng));
         let _ = stream.read(&mut [0; 1024]);
     }
-    assert_healthy(&play);
+    assert_healthy(&scene);
 
     // Many that say nothing, and many that call at once.
     let silent: Vec<UnixStream> = (0..500)
-        .map(|_| UnixStream::connect(play.agent.socket()).unwrap())
+        .map(|_| UnixStream::connect(scene.agent.socket()).unwrap())
         .collect();
     let begun = Instant::now();
-    play.client = Client::new(play.agent.channel());
-    play.client.list().await;
+    scene.client = Client::new(scene.agent.channel());
+    scene.client.list().await;
     println!(
         "with {} silent connections a list took {:?}",
         silent.len(),
@@ -401,7 +412,7 @@ async fn noise_on_the_socket_and_crowds_of_connections_change_nothing() {
     let begun = Instant::now();
     let calls: Vec<_> = (0..500)
         .map(|_| {
-            let mut client = Client::new(play.agent.channel());
+            let mut client = Client::new(scene.agent.channel());
             tokio::spawn(async move { client.hosts.get_host(GetHostRequest {}).await })
         })
         .collect();
@@ -418,7 +429,7 @@ async fn noise_on_the_socket_and_crowds_of_connections_change_nothing() {
         "500 connections with a call each took {:?}",
         begun.elapsed()
     );
-    assert_eq!(world(&mut play, &actors).await, before);
-    assert_healthy(&play);
-    println!("the agent has {} KiB", resident_kib(&play));
+    assert_eq!(world(&mut scene, &actors).await, before);
+    assert_healthy(&scene);
+    println!("the agent has {} KiB", resident_kib(&scene));
 }
