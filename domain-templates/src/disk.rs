@@ -170,6 +170,9 @@ pub struct Disk {
     pub boot_order: Option<u32>,
     /// Its serial number.
     pub serial: Option<String>,
+    /// Does libvirt start the domain without it, or without its medium, if its file is missing
+    /// (`startupPolicy='optional'`)?
+    pub optional: bool,
 }
 
 impl Disk {

@@ -483,6 +483,9 @@ impl Disk {
                 .child("serial")
                 .map(Element::text)
                 .filter(|text| !text.is_empty()),
+            optional: element
+                .child("source")
+                .is_some_and(|source| source.attribute("startupPolicy") == Some("optional")),
             target,
         })
     }

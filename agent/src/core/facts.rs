@@ -44,8 +44,10 @@ pub struct DomainFacts {
     pub persistent: bool,
     /// There is saved memory that the next start would restore.
     pub managed_save: bool,
-    /// The file with its UEFI variables is there.
-    pub nvram_present: bool,
+    /// The file with its UEFI variables, if there is one. Only for a rescue.
+    pub nvram: Option<String>,
+    /// Files and devices of its disks that are not there, by target. Only for a rescue.
+    pub missing: BTreeMap<String, String>,
     /// What was attached to the running domain and not to its definition, in words; only for a rescue.
     pub live_only: Vec<String>,
     /// What a look at its disks showed, by target, or why it cannot be told. Nothing that a guest wrote
@@ -127,6 +129,6 @@ pub struct Facts {
     /// For a commit of overlays onto files: the room for each, by the overlay's path.
     pub commit_space: BTreeMap<String, CommitSpace>,
     /// For a commit of overlays: the other files that the disk under each refers to now, or why that
-    /// cannot be told, by the overlay's path.
+    /// cannot be told, by the overlay's path. Where the disk or the overlay is gone there is none.
     pub commit_references: BTreeMap<String, Result<References, String>>,
 }

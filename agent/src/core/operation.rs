@@ -86,6 +86,9 @@ pub struct StepRecord {
     pub ended_at_ms: Option<i64>,
     /// What happened.
     pub message: String,
+    /// It did nothing, because it was so already or could not be begun: it is not taken back.
+    #[serde(default)]
+    pub untouched: bool,
 }
 
 /// An operation.
@@ -143,6 +146,7 @@ impl OperationRecord {
                     started_at_ms: None,
                     ended_at_ms: None,
                     message: String::new(),
+                    untouched: false,
                 })
                 .collect(),
             created_at_ms: now_ms,

@@ -60,6 +60,8 @@ named_states! {
         /// See [`Reason::explanation`].
         DiskChanged = "DISK_CHANGED",
         /// See [`Reason::explanation`].
+        DiskMissing = "DISK_MISSING",
+        /// See [`Reason::explanation`].
         OverlayDecisionNeeded = "OVERLAY_DECISION_NEEDED",
         /// See [`Reason::explanation`].
         NoOverlays = "NO_OVERLAYS",
@@ -259,6 +261,11 @@ impl Reason {
                 FailedPrecondition,
                 409,
                 "The header of a disk names other files than when the action was planned or the rescue began. The message says which; nothing followed them.",
+            ),
+            Self::DiskMissing => (
+                FailedPrecondition,
+                409,
+                "A disk or medium of the domain is not there, so nothing could start with it, not even the server itself. The message says which, and how to take it out of the definition.",
             ),
             Self::OverlayDecisionNeeded => (
                 InvalidArgument,

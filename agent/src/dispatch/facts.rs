@@ -34,6 +34,9 @@ use crate::{
 /// A look at a file takes no longer than this: a file server that is away would hold it for ever.
 const LOOK: Duration = Duration::from_secs(10);
 
+/// Where libvirt's QEMU driver keeps UEFI variables, in `NAME_VARS.fd` (`qemuDomainNVRAMPathFormat`).
+const LIBVIRTS_NVRAM: &str = "/var/lib/libvirt/qemu/nvram";
+
 impl Dispatcher {
     /// The facts for an action on the server (or domain, or server to be) `id`.
     pub(super) async fn gather(
@@ -73,8 +76,12 @@ impl Dispatcher {
             Action::Release => None,
             _ => self.domain_facts(id, protection).await?,
         };
+        let commit_begun =
+            |server: &&ServerRecord| server.rescue.as_ref().is_some_and(|r| r.commit_started);
         let committed = match action {
             Action::Unrescue(args) if args.overlay == Some(OverlayDisposition::Commit) => server,
+            // What has begun is carried to its end before the overlays go.
+            Action::Delete => server.filter(commit_begun),
             _ => None,
         };
         Ok(Facts {
@@ -138,7 +145,8 @@ impl Dispatcher {
             power_reason: status.reason,
             persistent: status.persistent,
             managed_save: status.managed_save,
-            nvram_present: false,
+            nvram: None,
+            missing: BTreeMap::new(),
             live_only: Vec::new(),
             disks: BTreeMap::new(),
             unwritable: BTreeMap::new(),
@@ -147,22 +155,21 @@ impl Dispatcher {
         let Ok(parsed) = Domain::parse(&facts.xml) else {
             return Ok(Some(facts));
         };
-        if let Firmware::Uefi {
-            nvram: Some(path), ..
-        } = parsed.firmware()
-        {
-            let nvram = path.clone();
-            let look = within(spawned(move || Path::new(&path).try_exists()));
-            facts.nvram_present = look.await.map_err(|why| {
-                Refusal::new(
-                    Reason::StorageFailed,
-                    format!("the UEFI variables {nvram} cannot be looked for: {why}"),
-                )
-            })?;
+        // What only a rescue needs is not looked at for anything else: storage that does not answer must
+        // not keep a server from being stopped or deleted.
+        if rescue.is_none() {
+            return Ok(Some(facts));
         }
-        if rescue.is_some() && facts.persistent && facts.power.is_on() {
-            facts.live_only = self.live_only(id, &parsed).await?;
+        let live = if facts.persistent && facts.power.is_on() {
+            self.live(id).await?
+        } else {
+            None
+        };
+        if let Some(live) = &live {
+            facts.live_only = live_only(&parsed, live);
         }
+        facts.nvram = nvram(&parsed, live.as_ref(), &facts.name).await?;
+        facts.missing = missing(&parsed).await?;
         let writable = parsed.disks().iter().filter(|disk| !disk.readonly);
         match rescue {
             Some(Protection::Overlay) => {
@@ -180,14 +187,12 @@ impl Dispatcher {
         Ok(Some(facts))
     }
 
-    /// What the running domain has and its definition has not.
-    async fn live_only(&self, id: Uuid, persistent: &Domain) -> Result<Vec<String>, Refusal> {
-        let live = match self.hypervisor.domain_xml(id, Definition::Live).await {
-            // It went off in this moment.
-            Err(HypervisorError::NoDomain { .. }) => return Ok(Vec::new()),
-            live => live?,
-        };
-        Ok(Domain::parse(&live).map_or_else(|_| Vec::new(), |live| live_only(persistent, &live)))
+    /// What runs; `None` if it went off in this moment.
+    async fn live(&self, id: Uuid) -> Result<Option<Domain>, Refusal> {
+        match self.hypervisor.domain_xml(id, Definition::Live).await {
+            Err(HypervisorError::NoDomain { .. }) => Ok(None),
+            live => Ok(Domain::parse(&live?).ok()),
+        }
     }
 
     async fn image_facts(&self, id: Uuid) -> Result<Option<ImageFacts>, Refusal> {
@@ -246,6 +251,57 @@ async fn try_to_write(disk: &Disk, facts: &mut DomainFacts) {
     }
 }
 
+/// The file with the UEFI variables of a domain, if it is there. A definition need not name it: then
+/// that of the running domain does, and without one it is where libvirt's QEMU driver puts it.
+async fn nvram(
+    parsed: &Domain,
+    live: Option<&Domain>,
+    name: &str,
+) -> Result<Option<String>, Refusal> {
+    let named = |domain: &Domain| match domain.firmware() {
+        Firmware::Uefi { nvram, .. } => nvram,
+        Firmware::Bios => None,
+    };
+    if parsed.firmware() == Firmware::Bios {
+        return Ok(None);
+    }
+    let path = named(parsed)
+        .or_else(|| live.and_then(named))
+        .unwrap_or_else(|| format!("{LIBVIRTS_NVRAM}/{name}_VARS.fd"));
+    let looked = path.clone();
+    match within(spawned(move || Path::new(&looked).try_exists())).await {
+        Ok(there) => Ok(there.then_some(path)),
+        Err(why) => Err(Refusal::new(
+            Reason::StorageFailed,
+            format!("the UEFI variables {path} cannot be looked for: {why}"),
+        )),
+    }
+}
+
+/// Files and devices of disks that are not there, by target. Those that libvirt does without do not count.
+async fn missing(parsed: &Domain) -> Result<BTreeMap<String, String>, Refusal> {
+    let mut missing = BTreeMap::new();
+    for disk in parsed.disks().iter().filter(|disk| !disk.optional) {
+        let Some(path) = disk.path() else {
+            continue;
+        };
+        let looked = PathBuf::from(path);
+        match within(spawned(move || looked.try_exists())).await {
+            Ok(true) => {}
+            Ok(false) => {
+                missing.insert(disk.target.clone(), path.to_owned());
+            }
+            Err(why) => {
+                return Err(Refusal::new(
+                    Reason::StorageFailed,
+                    format!("disk {} ({path}) cannot be looked at: {why}", disk.target),
+                ));
+            }
+        }
+    }
+    Ok(missing)
+}
+
 /// Does what blocks on a thread that may.
 async fn spawned<T: Send + 'static, E: std::error::Error + Send + 'static>(
     work: impl FnOnce() -> Result<T, E> + Send + 'static,
@@ -256,13 +312,22 @@ async fn spawned<T: Send + 'static, E: std::error::Error + Send + 'static>(
     }
 }
 
-/// What the disk under each overlay refers to now.
+/// What the disk under each overlay refers to now. Where one of the two is gone it is left out.
 async fn commit_references(server: &ServerRecord) -> BTreeMap<String, Result<References, String>> {
     let mut found = BTreeMap::new();
     for overlay in server.rescue.iter().flat_map(|rescue| &rescue.overlays) {
         let (base, format) = (PathBuf::from(&overlay.base), overlay.base_format.clone());
-        let look = within(spawned(move || look_at_disk(&base, &format))).await;
-        found.insert(overlay.path.clone(), look.map(|look| look.references));
+        let path = PathBuf::from(&overlay.path);
+        let gone = |file: &Path| matches!(file.try_exists(), Ok(false));
+        let look = spawned(move || {
+            if gone(&path) || gone(&base) {
+                return Ok(None);
+            }
+            look_at_disk(&base, &format).map(Some)
+        });
+        if let Some(look) = within(look).await.transpose() {
+            found.insert(overlay.path.clone(), look.map(|look| look.references));
+        }
     }
     found
 }

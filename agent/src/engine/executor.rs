@@ -158,6 +158,9 @@ impl Execution {
             match outcome {
                 Ok(report) => self.step_done(index, report),
                 Err(error) => {
+                    if let Some(step) = self.operation.steps.get_mut(index) {
+                        step.untouched = error.untouched;
+                    }
                     self.end_step(index, StepState::Failed, &error.message);
                     return self.turn_back(error).await;
                 }
@@ -228,10 +231,12 @@ impl Execution {
         }
         let mut fault = None;
         for index in (0..self.plan.steps_before_commit()).rev() {
+            let untouched = |step: &StepRecord| step.untouched;
             if matches!(
                 self.step_state(index),
                 StepState::Pending | StepState::Reverted
-            ) {
+            ) || self.operation.steps.get(index).is_some_and(untouched)
+            {
                 continue;
             }
             self.begin_step(index, StepState::Reverting);
@@ -458,6 +463,9 @@ impl Execution {
     fn step_done(&mut self, index: usize, report: StepReport) {
         if report.guest_stop.is_some() {
             self.operation.guest_stop = report.guest_stop;
+        }
+        if let Some(step) = self.operation.steps.get_mut(index) {
+            step.untouched = report.untouched;
         }
         self.end_step(index, StepState::Done, &report.message);
     }

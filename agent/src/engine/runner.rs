@@ -22,6 +22,8 @@ pub struct StepError {
     pub message: String,
     /// The hypervisor was away: worth another try once it is back.
     pub link_down: bool,
+    /// The step did nothing: there is nothing to take back.
+    pub untouched: bool,
 }
 
 impl StepError {
@@ -31,6 +33,15 @@ impl StepError {
             reason,
             message: message.into(),
             link_down: false,
+            untouched: false,
+        }
+    }
+
+    /// A failure that came before anything was done.
+    pub fn untouched(reason: Reason, message: impl Into<String>) -> Self {
+        Self {
+            untouched: true,
+            ..Self::new(reason, message)
         }
     }
 
@@ -54,6 +65,8 @@ pub struct StepReport {
     pub message: String,
     /// How the guest came to be off.
     pub guest_stop: Option<GuestStop>,
+    /// Somebody else had done it already: there is nothing to take back.
+    pub untouched: bool,
 }
 
 /// What a step is applied in.

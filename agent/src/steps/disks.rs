@@ -67,7 +67,7 @@ impl Steps {
         tracing::warn!("{message}");
         Ok(Some(StepReport {
             message,
-            guest_stop: None,
+            ..StepReport::default()
         }))
     }
 

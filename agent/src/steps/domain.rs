@@ -13,7 +13,11 @@ use uuid::Uuid;
 use super::{Applied, Steps};
 use crate::{
     core::{
-        action::Shutdown, operation::GuestStop, password::CryptHash, plan::Mark, reason::Reason,
+        action::Shutdown,
+        operation::GuestStop,
+        password::CryptHash,
+        plan::{Mark, Plan, PlannedStep, Step},
+        reason::Reason,
         state::PowerState,
     },
     engine::{StepContext, StepError, StepReport},
@@ -36,6 +40,7 @@ impl Steps {
             Ok(Some(StepReport {
                 message: message.to_owned(),
                 guest_stop: Some(guest_stop),
+                untouched: false,
             }))
         };
         let Some(status) = self.on(id).await? else {
@@ -155,19 +160,41 @@ impl Steps {
         mark: Mark,
         before: Option<&str>,
     ) -> Applied {
-        if let Some(current) = self.xml(id, Definition::Inactive).await?
-            && Some(current.as_str()) != before
-            && !is_of(&current, xml, mark)
-        {
-            return Err(StepError::new(
-                Reason::DomainChanged,
-                format!(
-                    "the definition of domain {id} was changed while the operation ran; ask again"
-                ),
-            ));
-        }
+        self.is_unchanged(id, xml, mark, before).await?;
         self.hypervisor.define(xml).await?;
         Ok(None)
+    }
+
+    /// Is the definition still what the plan's own change of it takes it to be? What would be refused
+    /// then is better refused while the guest runs.
+    pub(super) async fn expects_definition(&self, plan: &Plan) -> Result<(), StepError> {
+        for planned in &plan.steps {
+            if let Step::DefineDomain { xml, mark, before } = &planned.step {
+                self.is_unchanged(plan.server, xml, *mark, before.as_deref())
+                    .await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn is_unchanged(
+        &self,
+        id: Uuid,
+        xml: &str,
+        mark: Mark,
+        before: Option<&str>,
+    ) -> Result<(), StepError> {
+        match self.xml(id, Definition::Inactive).await? {
+            Some(current) if Some(current.as_str()) != before && !is_of(&current, xml, mark) => {
+                Err(StepError::new(
+                    Reason::DomainChanged,
+                    format!(
+                        "the definition of domain {id} was changed while the operation ran; ask again"
+                    ),
+                ))
+            }
+            _ => Ok(()),
+        }
     }
 
     pub(super) async fn is_defined(
@@ -222,18 +249,29 @@ impl Steps {
             .is_none_or(|status| !status.persistent))
     }
 
-    pub(super) async fn start(&self, id: Uuid, mark: Mark, boot: Boot) -> Applied {
-        let report = |message: &str| {
+    /// Starts the guest. One that is on already, as it was to be started, is left as it is; if the plan
+    /// did not switch it off itself, somebody else has started it, and it is not this plan's to end.
+    pub(super) async fn start(&self, plan: &Plan, mark: Mark, boot: Boot) -> Applied {
+        let id = plan.server;
+        let switches_off = |step: &PlannedStep| matches!(step.step, Step::PowerOff { .. });
+        let was_on = || {
             Ok(Some(StepReport {
-                message: message.to_owned(),
-                guest_stop: None,
+                message: "was on already".to_owned(),
+                untouched: !plan.steps.iter().any(switches_off),
+                ..StepReport::default()
             }))
         };
         match self.on(id).await? {
             None => {}
+            Some(status) if status.power == PowerState::Paused => {
+                return Err(StepError::untouched(
+                    Reason::LibvirtRefused,
+                    format!("domain {id} is paused: resume it (`virsh resume {id}`) or stop it"),
+                ));
+            }
             // What is left of a guest that crashed cannot go on, and is in the way of a new start.
             Some(status) if status.power == PowerState::Crashed => self.end(id).await?,
-            Some(_) if self.is_started(id, mark).await? => return report("was on already"),
+            Some(_) if self.is_started(id, mark).await? => return was_on(),
             Some(_) => {
                 return Err(StepError::new(
                     Reason::LibvirtRefused,
@@ -243,7 +281,14 @@ impl Steps {
                 ));
             }
         }
-        self.hypervisor.start(id, boot).await?;
+        match self.hypervisor.start(id, boot).await {
+            Ok(()) => {}
+            // Of a start that fails nothing stays on: what is on was started by somebody else meanwhile.
+            Err(HypervisorError::Refused { .. }) if self.is_started(id, mark).await? => {
+                return was_on();
+            }
+            Err(error) => return Err(error.into()),
+        }
         // A guest may be off again already; but what runs has to be what was to be started.
         match self.xml(id, Definition::Live).await? {
             Some(xml) if !carries(&xml, mark) => {
@@ -255,7 +300,7 @@ impl Steps {
                     ),
                 ))
             }
-            _ => report(""),
+            _ => Ok(None),
         }
     }
 

@@ -84,7 +84,10 @@ impl StepRunner for Steps {
             Step::CopyFile { from, to } => self.copy_file(&context, from, to).await,
             Step::BuildConfigDrive { path, drive } => self.build_config_drive(path, drive).await,
             Step::SaveDefinition { xml } => self.save_definition(server, plan, xml).await,
-            Step::PowerOff { shutdown, .. } => self.power_off(&context, *shutdown).await,
+            Step::PowerOff { shutdown, .. } => {
+                self.expects_definition(context.plan).await?;
+                self.power_off(&context, *shutdown).await
+            }
             Step::NoteOwners { disks, note } => self.note_owners(disks, note).await,
             Step::PutOwnersBack { note } => self.put_owners_back(note).await,
             Step::MarkCommitStarted => self.mark_commit_started(server).await,
@@ -106,7 +109,9 @@ impl StepRunner for Steps {
                 self.define(server, xml, *mark, before.as_deref()).await
             }
             Step::UndefineDomain { .. } => self.undefine(server).await,
-            Step::StartDomain { mark, fresh } => self.start(server, *mark, boot(*fresh)).await,
+            Step::StartDomain { mark, fresh } => {
+                self.start(context.plan, *mark, boot(*fresh)).await
+            }
             Step::DropSavedMemory => self.drop_saved_memory(server).await,
             Step::SetUserPassword { user, hash } => {
                 self.set_user_password(server, user, hash).await

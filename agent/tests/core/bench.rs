@@ -119,7 +119,11 @@ pub(crate) fn domain(xml: &str, power: PowerState) -> DomainFacts {
         power_reason: "booted".to_owned(),
         persistent: true,
         managed_save: false,
-        nvram_present: true,
+        nvram: match parsed.firmware() {
+            salvor_domain_templates::Firmware::Uefi { nvram, .. } => nvram,
+            salvor_domain_templates::Firmware::Bios => None,
+        },
+        missing: BTreeMap::new(),
         disks: parsed
             .disks()
             .iter()

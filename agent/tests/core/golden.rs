@@ -354,7 +354,7 @@ fn plans_of_rescue() {
         &rescue_facts(&uefi, PowerState::Shutdown),
     );
     let mut no_nvram = rescue_facts(&uefi, PowerState::Running);
-    no_nvram.domain.as_mut().unwrap().nvram_present = false;
+    no_nvram.domain.as_mut().unwrap().nvram = None;
     book.add(
         "created, UEFI, never started",
         Some(&active),

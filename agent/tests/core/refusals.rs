@@ -698,14 +698,51 @@ fn a_delete_says_which_repairs_are_lost() {
         text.contains(&base) && text.contains("not committed"),
         "{text}"
     );
-    server.rescue.as_mut().unwrap().commit_started = true;
-    let text = deleted(&server).unwrap();
-    assert!(
-        text.contains(&base) && text.contains("half written"),
-        "{text}"
-    );
     server.rescue.as_mut().unwrap().overlays.clear();
     assert_eq!(deleted(&server), None);
+}
+
+#[test]
+fn a_delete_ends_a_commit_that_has_begun_and_takes_no_last_whole_copy() {
+    let (mut server, mut facts) = with_overlays();
+    let rescue = server.rescue.as_mut().unwrap();
+    rescue.commit_started = true;
+    let overlay = rescue.overlays[0].clone();
+    let commits = |facts: &Facts| {
+        let plan = plan(Some(&server), &Action::Delete, facts, templates())?;
+        assert_eq!(warning(&plan, WarningName::RepairsLost), None);
+        let commits =
+            |step: &Step| matches!(step, Step::CommitOverlay { path, .. } if *path == overlay.path);
+        Ok::<_, Refusal>(plan.steps.iter().any(|planned| commits(&planned.step)))
+    };
+    let looks = |look| [(overlay.path.clone(), look)].into();
+    facts.commit_references = looks(Ok(overlay.base_references.clone()));
+    assert!(commits(&facts).unwrap());
+    facts.commit_references = looks(Err("it does not answer".to_owned()));
+    let refusal = commits(&facts).unwrap_err();
+    says(
+        &refusal,
+        Reason::StorageFailed,
+        &[overlay.base.as_str(), "does not answer", "delete again"],
+    );
+    // Another disk is there now, or none.
+    facts.commit_references = looks(Ok(References::default()));
+    assert!(!commits(&facts).unwrap());
+    facts.commit_references.clear();
+    assert!(!commits(&facts).unwrap());
+}
+
+#[test]
+fn a_rescue_is_refused_while_a_disk_is_not_there() {
+    let refusal = rescue_refused(|facts, _| {
+        let domain = facts.domain.as_mut().unwrap();
+        domain.missing = [("sda".to_owned(), "/iso/installer.iso".to_owned())].into();
+    });
+    says(
+        &refusal,
+        Reason::DiskMissing,
+        &["sda", "/iso/installer.iso", "--eject"],
+    );
 }
 
 #[test]

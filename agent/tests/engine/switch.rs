@@ -221,6 +221,130 @@ async fn a_delete_keeps_what_is_not_of_the_agent_in_the_folder_of_an_adopted_ser
     assert!(std::fs::exists(&disk).unwrap());
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_delete_ends_a_commit_that_was_cut_off() {
+    let host = Host::new();
+    // The commit is noted, and not yet made.
+    let gate = Gate::new(Verb::Unrescue, Point::BeforeStep(2));
+    let agent = with_server(&host, Arc::clone(&gate) as _).await;
+    let mut args = rescue();
+    args.protection = Protection::Overlay;
+    agent.succeed(ON, Action::Rescue(Box::new(args))).await;
+    let overlays = agent.record().rescue.clone().unwrap().overlays;
+    for overlay in &overlays {
+        qemu_io(Path::new(&overlay.path), "qcow2", "write -q -P 0x77 64k 4k");
+    }
+    let commit = Action::Unrescue(UnrescueArgs {
+        overlay: Some(OverlayDisposition::Commit),
+        ..unrescue()
+    });
+    let unrescue = agent.submit(ON, commit).await.unwrap().operation.id;
+    gate.reached().await;
+    agent.engine.cancel(unrescue).await.unwrap();
+    gate.open();
+    let operation = agent.ended(unrescue).await;
+    assert_eq!(operation.state, OperationState::Cancelled);
+    assert!(agent.record().rescue.as_ref().unwrap().commit_started);
+    agent.succeed(ON, Action::Delete).await;
+    for overlay in &overlays {
+        let base = Path::new(&overlay.base);
+        qemu_io(base, &overlay.base_format, "read -q -P 0x77 64k 4k");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_start_that_is_taken_back_leaves_on_what_somebody_else_has_started() {
+    let host = Host::new();
+    let gate = Gate::new(Verb::Start, Point::AfterStep(0));
+    let agent = host.agent(Arc::clone(&gate) as _).await;
+    host.fake.define(&host.foreign_domain(false)).await.unwrap();
+    agent.succeed(NEW, adopt()).await;
+    host.fake.start(SERVER, Boot::Resume).await.unwrap();
+    let start = agent.submit(ON, Action::Start).await.unwrap().operation.id;
+    gate.reached().await;
+    agent.engine.cancel(start).await.unwrap();
+    gate.open();
+    let operation = agent.ended(start).await;
+    assert_eq!(operation.state, OperationState::Cancelled);
+    let status = host.fake.domain(SERVER).await.unwrap().unwrap();
+    assert_eq!(status.power, PowerState::Running);
+}
+
+#[tokio::test]
+async fn a_domain_that_is_paused_is_not_called_started() {
+    let host = Host::new();
+    let agent = host.agent(Arc::new(NoProbe)).await;
+    host.fake.define(&host.foreign_domain(false)).await.unwrap();
+    agent.succeed(NEW, adopt()).await;
+    host.fake.start(SERVER, Boot::Resume).await.unwrap();
+    host.fake.set_power(SERVER, PowerState::Paused, "user");
+    let operation = agent.carry_out(ON, Action::Start).await;
+    assert_eq!(operation.state, OperationState::Failed);
+    let error = operation.error.unwrap();
+    assert!(error.message.contains("virsh resume"), "{error}");
+    let status = host.fake.domain(SERVER).await.unwrap().unwrap();
+    assert_eq!(status.power, PowerState::Paused);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_guest_is_not_stopped_for_a_plan_that_its_definition_has_left_behind() {
+    let host = Host::new();
+    let gate = Gate::new(Verb::Rescue, Point::BeforeStep(3));
+    let agent = with_server(&host, Arc::clone(&gate) as _).await;
+    let before = host.look(&agent).await;
+    let rescue = agent.submit(ON, rescue_action()).await.unwrap();
+    gate.reached().await;
+    let changed = edit(&host).await;
+    host.fake.clear_calls();
+    gate.open();
+    let operation = agent.ended(rescue.operation.id).await;
+    assert_eq!(operation.error.unwrap().reason, Reason::DomainChanged);
+    let stopped = |call: &String| call.starts_with("shutdown") || call.starts_with("destroy");
+    assert!(!host.fake.calls().iter().any(stopped));
+    let seen = host.look(&agent).await;
+    assert_eq!(seen.inactive.as_ref(), Some(&changed));
+    assert_eq!((seen.live, seen.saved), (before.live, before.saved));
+}
+
+#[tokio::test]
+async fn variables_that_cannot_be_looked_at_keep_no_server_from_being_stopped_or_deleted() {
+    let host = Host::new();
+    let agent = host.agent(Arc::new(NoProbe)).await;
+    host.add_images(&agent.store).await;
+    let file = host.outside().join("file");
+    std::fs::write(&file, "").unwrap();
+    // No folder, so that looking ends in an error that is not "there is none".
+    let nvram = format!(
+        "<loader readonly='yes' type='pflash'>/x</loader><nvram>{}/x</nvram></os>",
+        file.display()
+    );
+    let uefi = host.foreign_domain(false).replace("</os>", &nvram);
+    host.fake.define(&uefi).await.unwrap();
+    host.fake.start(SERVER, Boot::Resume).await.unwrap();
+    agent.succeed(NEW, adopt()).await;
+    let refusal = agent.submit(ON, rescue_action()).await.unwrap_err();
+    assert_eq!(refusal.reason, Reason::StorageFailed);
+    agent.succeed(ON, Action::Stop(AT_ONCE)).await;
+    agent.succeed(ON, Action::Delete).await;
+}
+
+#[tokio::test]
+async fn a_rescue_that_could_not_start_for_want_of_a_disk_is_refused() {
+    let host = Host::new();
+    let agent = with_server(&host, Arc::new(NoProbe)).await;
+    let before = host.look(&agent).await;
+    let record = agent.record();
+    let disk = Path::new(&record.disks[0].source);
+    std::fs::rename(disk, disk.with_extension("away")).unwrap();
+    let refusal = agent.submit(ON, rescue_action()).await.unwrap_err();
+    assert_eq!(refusal.reason, Reason::DiskMissing, "{refusal}");
+    std::fs::rename(disk.with_extension("away"), disk).unwrap();
+    assert_eq!(
+        before.differences(&host.look(&agent).await),
+        Vec::<String>::new()
+    );
+}
+
 #[tokio::test]
 async fn a_preparation_that_cannot_be_removed_is_left_behind_and_the_server_is_as_before() {
     let host = Host::new();

@@ -83,6 +83,7 @@ async fn a_uefi_rescue_leaves_variables_alone_whose_place_only_libvirt_knows() {
     let id = scene.running(&xml, "GUEST ready name=orig").await;
     let nvram = nvram_of(&scene.libvirt.live_xml(id).unwrap());
     let nvram = scene.host.outside(&nvram);
+    scene.console(id).run_ok(&setting("ByTheServer"));
     scene.client.stop(id, None).await.done();
     let definition = scene.libvirt.inactive_xml(id).unwrap();
     assert!(!definition.contains("<nvram"), "{definition}");
@@ -93,6 +94,7 @@ async fn a_uefi_rescue_leaves_variables_alone_whose_place_only_libvirt_knows() {
     scene.rescue(rescue_with(id, &image)).await;
     console.wait_line(mark, "GUEST ready name=resc", BOOT);
     console.run_ok(&setting("ByTheRescue"));
+    console.run_ok(&format!("test -e {}", variable("ByTheServer")));
     let own = nvram_of(&scene.libvirt.live_xml(id).unwrap());
     assert!(holds_variable(&own, "ByTheRescue"));
     scene.unrescue(restore_of(id)).await;

@@ -188,9 +188,11 @@ async fn a_rescue_that_cannot_be_taken_back_says_what_failed_and_unrescue_is_the
     let id = scene.tiny(&TinyGuest::new("orig")).await;
     let definition = scene.libvirt.inactive_xml(id).unwrap();
     let image = scene.tiny_image("resc").await;
-    // QEMU has the disk open; no guest can be started with it any more, neither to go on nor to go back.
+    // QEMU has the disk open; no guest can be started with what is there now, neither to go on nor to
+    // go back.
     let (disk, away) = (scene.disk("orig"), scene.folder.join("away"));
     fs::rename(&disk, &away).unwrap();
+    fs::write(&disk, "no qcow2").unwrap();
     let (_, ended) = scene.client.rescue(rescue_with(id, &image)).await;
     assert!(ended.error().message.contains("orig.qcow2"), "{ended:#?}");
     let failed = scene.client.get(id).await;

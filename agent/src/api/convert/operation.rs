@@ -132,6 +132,7 @@ mod tests {
 
     fn record(verb: Verb, state: OperationState) -> OperationRecord {
         let step = StepRecord {
+            untouched: false,
             kind: "PowerOff".to_owned(),
             phase: "switch".to_owned(),
             description: "power off".to_owned(),

@@ -1,17 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Delete: the domain goes, and what the agent made for it. Disks that it did not make stay.
 
-use super::{Builder, disk_holder, protect::put_owners_back, rescue_holder};
+use super::{
+    Builder, disk_holder,
+    protect::{commit_overlay, put_owners_back},
+    rescue_holder,
+};
 use crate::core::{
     action::{Shutdown, Verb},
     facts::Facts,
     plan::{Outcome, Phase, Plan, Step},
-    reason::{Warning, WarningName},
-    record::{Origin, ServerRecord},
+    reason::{Reason, Refusal, Warning, WarningName},
+    record::{Origin, Overlay, ServerRecord},
 };
 
 /// Plans a delete. It works in every state, also when the domain is gone already.
-pub(super) fn plan(server: &ServerRecord, facts: &Facts) -> Plan {
+///
+/// # Errors
+/// Only where it would take the last whole copy of a disk that stays, and cannot yet make that whole.
+pub(super) fn plan(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refusal> {
+    let begun = begun_commits(server, facts)?;
     let mut builder = Builder::new(Verb::Delete, server.id, facts);
     if let Some(domain) = &facts.domain {
         let at_once = Shutdown {
@@ -26,6 +34,9 @@ pub(super) fn plan(server: &ServerRecord, facts: &Facts) -> Plan {
             },
         );
     }
+    for overlay in begun {
+        builder.step(Phase::Switch, commit_overlay(overlay));
+    }
     // Disks of an adopted server stay, and somebody may want them.
     let rescue = server.rescue.as_ref();
     if let Some(rescue) = rescue.filter(|_| server.origin == Origin::Adopted)
@@ -34,15 +45,13 @@ pub(super) fn plan(server: &ServerRecord, facts: &Facts) -> Plan {
     {
         builder.step(Phase::Switch, step);
     }
-    if let Some(domain) = &facts.domain {
-        if domain.persistent {
-            builder.step(
-                Phase::Switch,
-                Step::UndefineDomain {
-                    before: domain.xml.clone(),
-                },
-            );
-        }
+    if let Some(domain) = facts.domain.as_ref().filter(|domain| domain.persistent) {
+        builder.step(
+            Phase::Switch,
+            Step::UndefineDomain {
+                before: domain.xml.clone(),
+            },
+        );
     }
     if server.origin == Origin::Adopted {
         let kept: Vec<_> = server
@@ -89,33 +98,64 @@ pub(super) fn plan(server: &ServerRecord, facts: &Facts) -> Plan {
         );
     }
     builder.step(Phase::CleanUp, Step::DropSavedDefinition);
-    builder.ends(Outcome::Remove)
+    Ok(builder.ends(Outcome::Remove))
+}
+
+/// Overlays whose commit has begun and did not end: the disks under them are half written, and only
+/// the overlays know the rest. Those of disks that go with the server, or are gone already, do not count.
+fn begun_commits<'a>(
+    server: &'a ServerRecord,
+    facts: &'a Facts,
+) -> Result<Vec<&'a Overlay>, Refusal> {
+    let mut begun = Vec::new();
+    let rescue = server
+        .rescue
+        .as_ref()
+        .filter(|rescue| rescue.commit_started);
+    for overlay in rescue.iter().flat_map(|rescue| &rescue.overlays) {
+        match facts.commit_references.get(&overlay.path) {
+            _ if goes_with(server, overlay, facts) => {}
+            Some(Ok(now)) if *now == overlay.base_references => begun.push(overlay),
+            // Somebody has put another disk there, or one of the two is gone.
+            Some(Ok(_)) | None => {}
+            Some(Err(why)) => {
+                return Err(Refusal::new(
+                    Reason::StorageFailed,
+                    format!(
+                        "a commit to {} has begun and did not end, and it cannot be looked at now ({why}); delete again when its storage answers, or when the disk is gone for good",
+                        overlay.base
+                    ),
+                ));
+            }
+        }
+    }
+    Ok(begun)
+}
+
+/// Is the disk under the overlay the agent's own, to be removed with the server?
+fn goes_with(server: &ServerRecord, overlay: &Overlay, facts: &Facts) -> bool {
+    let own = format!("{}/", facts.host.layout.server(server.id));
+    overlay.base.starts_with(&own)
 }
 
 /// Overlays go with the server; disks that stay are without what was repaired in them.
 fn repairs_lost(server: &ServerRecord, facts: &Facts) -> Option<Warning> {
     let rescue = server.rescue.as_ref()?;
-    let own = format!("{}/", facts.host.layout.server(server.id));
+    // Those of a commit that has begun are written to their disks before they go.
     let stay: Vec<&str> = rescue
         .overlays
         .iter()
+        .filter(|overlay| !rescue.commit_started && !goes_with(server, overlay, facts))
         .map(|overlay| overlay.base.as_str())
-        .filter(|base| !base.starts_with(&own))
         .collect();
     if stay.is_empty() {
         return None;
     }
-    let stay = stay.join(", ");
     Some(Warning {
         name: WarningName::RepairsLost,
-        message: if rescue.commit_started {
-            format!(
-                "a commit of the overlays has begun and did not end, so these disks may be half written: {stay}; to make them whole, unrescue with --overlay commit before deleting"
-            )
-        } else {
-            format!(
-                "the overlays were not committed, so what was repaired in them is lost; these disks stay as they were before the rescue: {stay}"
-            )
-        },
+        message: format!(
+            "the overlays were not committed, so what was repaired in them is lost; these disks stay as they were before the rescue: {}",
+            stay.join(", ")
+        ),
     })
 }

@@ -42,7 +42,7 @@ pub fn plan(
         (Action::Create(args), None) => create::plan(args, facts, templates),
         (Action::Adopt(args), None) => adopt::plan(args, facts),
         (Action::Release, Some(server)) => Ok(adopt::release(server, facts)),
-        (Action::Delete, Some(server)) => Ok(delete::plan(server, facts)),
+        (Action::Delete, Some(server)) => delete::plan(server, facts),
         (Action::Start, Some(server)) => power::start(server, facts),
         (Action::Stop(shutdown), Some(server)) => Ok(power::stop(server, *shutdown, facts)),
         (Action::Rescue(args), Some(server)) => rescue::plan(server, args, facts, templates),

@@ -160,6 +160,16 @@ pub(super) fn note_owners(
     })
 }
 
+/// Writes an overlay to its disk.
+pub(super) fn commit_overlay(overlay: &Overlay) -> Step {
+    Step::CommitOverlay {
+        path: overlay.path.clone(),
+        base: overlay.base.clone(),
+        base_format: overlay.base_format.clone(),
+        base_references: overlay.base_references.clone(),
+    }
+}
+
 /// Puts the owners back that the rescue noted.
 pub(super) fn put_owners_back(rescue: &RescueRecord, folder: &str) -> Option<Step> {
     (rescue.protection != Protection::ReadWrite).then(|| Step::PutOwnersBack {

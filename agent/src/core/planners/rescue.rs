@@ -116,7 +116,8 @@ struct Rescue<'a> {
     parsed: Domain,
     choice: Choice,
     overlays: Overlays,
-    nvram: Option<Nvram>,
+    /// The rescue boots with a copy of the UEFI variables, so that it cannot change the server's.
+    nvram: Option<String>,
     folder: String,
     rescue_disk: String,
     config_drive: String,
@@ -193,7 +194,10 @@ impl<'a> Rescue<'a> {
             domain,
             image,
             overlays: overlays(&parsed, args.protection, domain, &folder)?,
-            nvram: private_nvram(&parsed, &folder),
+            nvram: match parsed.firmware() {
+                Firmware::Bios => None,
+                Firmware::Uefi { .. } => Some(format!("{folder}/nvram.fd")),
+            },
             rescue_disk: match choice.device {
                 // A CD cannot be written, so the image itself is the medium.
                 RescueDevice::Cdrom => image.path.clone(),
@@ -240,7 +244,7 @@ impl<'a> Rescue<'a> {
                 },
             },
             protection: self.changes(),
-            nvram: self.nvram.as_ref().map(|nvram| nvram.copy.clone()),
+            nvram: self.nvram.clone(),
             config_drive: Some(self.config_drive.clone()),
         }
     }
@@ -277,12 +281,7 @@ impl<'a> Rescue<'a> {
                 size: *size,
             });
         }
-        if let Some(Nvram {
-            original: Some(from),
-            copy,
-        }) = &self.nvram
-            && self.domain.nvram_present
-        {
+        if let (Some(from), Some(copy)) = (&self.domain.nvram, &self.nvram) {
             prepare(Step::CopyFile {
                 from: from.clone(),
                 to: copy.clone(),
@@ -410,6 +409,20 @@ fn check_domain(server: &ServerRecord, domain: &DomainFacts) -> Result<(), Refus
             ),
         ));
     }
+    if !domain.missing.is_empty() {
+        let missing = |(target, path): (&String, &String)| format!("{target} ({path})");
+        let missing: Vec<String> = domain.missing.iter().map(missing).collect();
+        return Err(Refusal::new(
+            Reason::DiskMissing,
+            format!(
+                "disks of domain {} are not there: {}; neither a rescue nor the server itself could start with them: put them back, or take them out of the definition (a medium with `virsh change-media {} TARGET --eject --config`, a disk with `virsh detach-disk {} TARGET --config`)",
+                domain.name,
+                missing.join(", "),
+                domain.name,
+                domain.name
+            ),
+        ));
+    }
     if !domain.live_only.is_empty() {
         return Err(Refusal::new(
             Reason::DomainUnsupported,
@@ -500,22 +513,6 @@ fn expiry(
     Ok(Some(facts.host.now_ms.saturating_add(
         i64::try_from(timeout_ms).unwrap_or(i64::MAX),
     )))
-}
-
-/// UEFI variables: the rescue boots with a copy, so that it cannot change the server's.
-struct Nvram {
-    original: Option<String>,
-    copy: String,
-}
-
-fn private_nvram(parsed: &Domain, folder: &str) -> Option<Nvram> {
-    match parsed.firmware() {
-        Firmware::Bios => None,
-        Firmware::Uefi { nvram, .. } => Some(Nvram {
-            original: nvram,
-            copy: format!("{folder}/nvram.fd"),
-        }),
-    }
 }
 
 fn template_bus(bus: RescueBus) -> Bus {

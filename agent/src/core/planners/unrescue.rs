@@ -3,7 +3,11 @@
 
 use salvor_domain_templates::Role;
 
-use super::{Builder, protect::put_owners_back, read_domain, rescue_holder};
+use super::{
+    Builder,
+    protect::{commit_overlay, put_owners_back},
+    read_domain, rescue_holder,
+};
 use crate::core::{
     action::{UnrescueArgs, Verb},
     facts::Facts,
@@ -56,15 +60,7 @@ pub(super) fn plan(
                     ),
                 });
             }
-            builder.step(
-                Phase::Switch,
-                Step::CommitOverlay {
-                    path: overlay.path.clone(),
-                    base: overlay.base.clone(),
-                    base_format: overlay.base_format.clone(),
-                    base_references: overlay.base_references.clone(),
-                },
-            );
+            builder.step(Phase::Switch, commit_overlay(overlay));
         }
     }
     if let Some(step) = put_owners_back(rescue, &facts.host.layout.rescue(server.id, rescue.plan)) {
@@ -179,7 +175,7 @@ fn check_references(rescue: &RescueRecord, facts: &Facts) -> Result<(), Refusal>
                 let what = format!("cannot be looked at ({why})");
                 return refuse(Reason::StorageFailed, &what);
             }
-            None => return refuse(Reason::StorageFailed, "was not looked at"),
+            None => return refuse(Reason::StorageFailed, "or the overlay on it is not there"),
         }
     }
     Ok(())
