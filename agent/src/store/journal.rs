@@ -13,6 +13,7 @@ use super::{
 };
 use crate::core::{
     action::Verb,
+    admission::busy,
     operation::{OperationRecord, OperationState},
     plan::{Outcome, Plan, RescueChange},
     reason::{Reason, Refusal},
@@ -612,14 +613,7 @@ fn check_lane(
         )),
         (Some(planned), Some(current)) => {
             if let Some(operation) = current.operation {
-                return Err(Refusal::new(
-                    Reason::ServerBusy,
-                    format!(
-                        "operations/{operation} is under way on server {}; wait for it or cancel it",
-                        plan.server
-                    ),
-                )
-                .about("operation", format!("operations/{operation}")));
+                return Err(busy(plan.verb, current, operation));
             }
             let plan_of = |record: &ServerRecord| record.rescue.as_ref().map(|rescue| rescue.plan);
             if planned.vm_state != current.vm_state
