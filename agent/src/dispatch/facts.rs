@@ -16,7 +16,7 @@ use crate::{
     core::{
         action::Action,
         facts::{CommitSpace, DomainFacts, Facts, HostFacts, ImageFacts, live_only},
-        image::ImageRecord,
+        lookup,
         planners::choose_image,
         reason::{Reason, Refusal},
         record::{OverlayDisposition, Protection, ServerRecord},
@@ -194,26 +194,10 @@ impl Dispatcher {
         let Some(wanted) = &self.settings.default_rescue_image else {
             return Ok(None);
         };
-        let images: Vec<ImageRecord> = self
-            .store
-            .images()
-            .await
-            .map_err(refused)?
-            .into_iter()
-            .map(|(image, _)| image)
-            .collect();
-        let mut found = images
-            .iter()
-            .filter(|image| image.name == *wanted || image.id.to_string() == *wanted);
-        match (found.next(), found.next()) {
-            (Some(image), None) => Ok(Some(image.id)),
-            (first, _) => {
-                let why = if first.is_some() {
-                    "several images have this name"
-                } else {
-                    "there is no such image"
-                };
-                tracing::warn!(image = %wanted, "rescue.default_image is not used: {why}");
+        match lookup::image(self.store.images().await.map_err(refused)?, wanted) {
+            Ok((image, _)) => Ok(Some(image.id)),
+            Err(why) => {
+                tracing::warn!(%why, "rescue.default_image is not used");
                 Ok(None)
             }
         }
