@@ -29,6 +29,7 @@ use crate::{
     dispatch::refused,
     engine::now_ms,
     storage::{
+        Panicked, blocking,
         files::{self, FileError},
         images::{ImportError, ImportWriter, Imported},
         inspect::Unsafe,
@@ -163,16 +164,10 @@ pub(super) struct Upload {
     sink: Sink,
 }
 
-/// Runs what blocks on a thread that may.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Checked<T> + Send + 'static,
-) -> Checked<T> {
-    tokio::task::spawn_blocking(work).await.unwrap_or_else(|_| {
-        Err(Refusal::new(
-            Reason::Internal,
-            "importing an image panicked",
-        ))
-    })
+impl From<Panicked> for Refusal {
+    fn from(panicked: Panicked) -> Self {
+        Self::new(Reason::Internal, panicked.to_string())
+    }
 }
 
 impl Upload {

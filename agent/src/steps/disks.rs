@@ -6,15 +6,12 @@ use std::{
     time::Duration,
 };
 
-use super::{
-    Applied, Steps,
-    files::{blocking, storage_reason},
-};
+use super::{Applied, Steps, files::storage_reason};
 use crate::{
     core::{errors::chain, reason::Reason},
     engine::{StepContext, StepError},
     storage::{
-        disk_size,
+        blocking, disk_size,
         inspect::Format,
         overlay,
         qemu_img::{Disk, Job, QemuImgError},
