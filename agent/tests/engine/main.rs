@@ -10,6 +10,7 @@
 
 mod crash;
 mod dispatch;
+mod documents;
 mod gate;
 mod host;
 mod observe;
