@@ -373,6 +373,42 @@ fn a_second_agent_on_the_same_state_folder_is_refused() {
     assert_eq!(agent.process.wait().code(), Some(0));
 }
 
+#[test]
+fn a_store_that_it_cannot_read_is_named_and_left_as_it_is() {
+    let host = Host::new("");
+    let mut agent = host.start(|_| {});
+    agent.signal(Signal::SIGTERM);
+    assert_eq!(agent.process.wait().code(), Some(0));
+    let store = host.path("state/salvor.db");
+    let refused = |change: &str, undo: &str, says: &str| {
+        let execute = |sql: &str| {
+            let connection = rusqlite::Connection::open(&store).unwrap();
+            connection.execute_batch(sql).unwrap();
+        };
+        execute(change);
+        let before = fs::read(&store).unwrap();
+        let output = finished(&mut host.command());
+        assert_eq!(output.status.code(), Some(1));
+        let printed = text(&output.stderr);
+        assert!(printed.contains(says), "{printed}");
+        assert!(fs::read(&store).unwrap() == before, "{change}");
+        execute(undo);
+    };
+    refused(
+        "PRAGMA user_version = 99",
+        "PRAGMA user_version = 1",
+        "the store has schema version 99, newer than the 1 that this agent knows; use the newer agent",
+    );
+    refused(
+        "INSERT INTO servers (id, doc) VALUES ('web', '{')",
+        "DELETE FROM servers",
+        "salvor.db is damaged: doc of web in the table servers cannot be read",
+    );
+    let mut agent = host.start(|_| {});
+    agent.signal(Signal::SIGTERM);
+    assert_eq!(agent.process.wait().code(), Some(0));
+}
+
 #[tokio::test]
 async fn after_a_crash_the_next_agent_takes_over() {
     let host = Host::new("");

@@ -189,16 +189,6 @@ impl Domain {
         self.text_at(&["uuid"])
     }
 
-    /// The human-readable title.
-    pub fn title(&self) -> Option<String> {
-        self.text_at(&["title"])
-    }
-
-    /// The domain's `type` attribute: `kvm`, `qemu` …
-    pub fn kind(&self) -> &str {
-        self.root.attribute("type").unwrap_or_default()
-    }
-
     /// The guest's architecture, for example `x86_64`, if written.
     pub fn arch(&self) -> Option<&str> {
         self.os_type()?.attribute("arch")
@@ -363,14 +353,6 @@ impl Domain {
                 target.attribute("type") == Some("virtio")
                     && target.attribute("name") == Some("org.qemu.guest_agent.0")
             })
-    }
-
-    /// The file that keeps what the guest writes on its first serial port or console that has one.
-    pub fn serial_log(&self) -> Option<String> {
-        devices_of(&self.root)
-            .filter(|device| device.name == "serial" || device.name == "console")
-            .find_map(|device| device.child("log")?.attribute("file"))
-            .map(str::to_owned)
     }
 
     /// Salvor's mark, if the domain carries one. Found by its namespace, whatever the prefix.

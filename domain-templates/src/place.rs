@@ -76,6 +76,29 @@ pub(crate) struct Places {
 }
 
 impl Places {
+    /// What is taken in a domain whose disks of `chain` give up their places.
+    fn of(domain: &Domain, chain: &[&Disk]) -> Self {
+        let mut places = Self::default();
+        for (disk, element) in domain
+            .disks()
+            .iter()
+            .zip(domain.devices().filter(|e| e.name == "disk"))
+        {
+            if !chain.iter().any(|moved| moved.target == disk.target) {
+                places.keep(disk, element);
+            }
+        }
+        for hostdev in domain
+            .devices()
+            .filter(|e| e.name == "hostdev" && e.attribute("type") == Some("scsi"))
+        {
+            places
+                .units
+                .extend(drive_address(hostdev).map(|unit| (Bus::Scsi, unit)));
+        }
+        places
+    }
+
     /// Marks what a disk that stays where it is occupies.
     fn keep(&mut self, disk: &Disk, element: &Element) {
         self.names.insert(disk.target.clone());
@@ -143,53 +166,14 @@ pub(crate) fn lay_out(
 ) -> Result<Layout, PlaceError> {
     let root = domain.root_disk();
     let root_bus = root.and_then(Disk::known_bus);
-    let bus = match (device, mode, wanted) {
-        (Device::Cdrom, _, Some(Bus::Virtio)) => return Err(PlaceError::CdromOnVirtio),
-        (_, _, Some(bus)) => bus,
-        (Device::Cdrom, Mode::Classic, None) => root_bus
-            .filter(|bus| *bus != Bus::Virtio)
-            .unwrap_or_else(|| domain.default_bus(DiskDevice::Cdrom)),
-        (Device::Cdrom, Mode::Stable, None) => domain.default_bus(DiskDevice::Cdrom),
-        (Device::Disk, Mode::Classic, None) => root_bus.unwrap_or(Bus::Virtio),
-        (Device::Disk, Mode::Stable, None) => Bus::Virtio,
-    };
-    check_bus(bus, domain.machine_family(), domain.machine())?;
-
+    let bus = choose_bus(domain, mode, device, wanted)?;
     // Only where the rescue disk takes the root's own bus does it push others aside; elsewhere it disturbs nobody.
     let shifted = root.filter(|_| mode == Mode::Classic && root_bus == Some(bus));
     let chain = shifted
         .map(|root| push_order(domain, root))
         .unwrap_or_default();
-    let mut places = Places::default();
-    for (disk, element) in domain
-        .disks()
-        .iter()
-        .zip(domain.devices().filter(|e| e.name == "disk"))
-    {
-        if !chain.iter().any(|moved| moved.target == disk.target) {
-            places.keep(disk, element);
-        }
-    }
-    for hostdev in domain
-        .devices()
-        .filter(|e| e.name == "hostdev" && e.attribute("type") == Some("scsi"))
-    {
-        places
-            .units
-            .extend(drive_address(hostdev).map(|unit| (Bus::Scsi, unit)));
-    }
-
-    let (mut last, target) = places.take_from(bus, 0)?;
-    let mut moved = BTreeMap::new();
-    for (number, disk) in chain.iter().enumerate() {
-        let own = target_index(&disk.target)
-            .filter(|_| number > 0)
-            .unwrap_or(0);
-        let (index, name) = places.take_from(bus, own.max(last + 1))?;
-        moved.insert(disk.target.clone(), name);
-        last = index;
-    }
-
+    let mut places = Places::of(domain, &chain);
+    let (target, moved) = push_in(&mut places, bus, &chain)?;
     let root = root.map(|disk| moved.get(&disk.target).unwrap_or(&disk.target).clone());
 
     let mut usb = Usb::of(domain);
@@ -210,12 +194,13 @@ pub(crate) fn lay_out(
         None
     };
 
+    let added: Vec<Bus> = [Some(&rescue), config_drive.as_ref()]
+        .into_iter()
+        .flatten()
+        .map(|place| place.bus)
+        .collect();
     let mut controllers: Vec<Controller> = usb.added.into_iter().collect();
-    let uses_scsi = rescue.bus == Bus::Scsi
-        || config_drive
-            .as_ref()
-            .is_some_and(|place| place.bus == Bus::Scsi);
-    if uses_scsi && !has_scsi(domain) {
+    if added.contains(&Bus::Scsi) && !has_scsi(domain) {
         controllers.push(Controller {
             kind: "scsi",
             index: 0,
@@ -223,18 +208,56 @@ pub(crate) fn lay_out(
             ports: None,
         });
     }
-    let usb_allowed = rescue.bus == Bus::Usb
-        || config_drive
-            .as_ref()
-            .is_some_and(|place| place.bus == Bus::Usb);
     Ok(Layout {
+        usb_allowed: added.contains(&Bus::Usb),
         rescue,
         config_drive,
         root,
         moved,
         controllers,
-        usb_allowed,
     })
+}
+
+/// The rescue disk's bus: the one that is wanted, else what suits the mode and the device.
+fn choose_bus(
+    domain: &Domain,
+    mode: Mode,
+    device: Device,
+    wanted: Option<Bus>,
+) -> Result<Bus, PlaceError> {
+    let root_bus = domain.root_disk().and_then(Disk::known_bus);
+    let bus = match (device, mode, wanted) {
+        (Device::Cdrom, _, Some(Bus::Virtio)) => return Err(PlaceError::CdromOnVirtio),
+        (_, _, Some(bus)) => bus,
+        (Device::Cdrom, Mode::Classic, None) => root_bus
+            .filter(|bus| *bus != Bus::Virtio)
+            .unwrap_or_else(|| domain.default_bus(DiskDevice::Cdrom)),
+        (Device::Cdrom, Mode::Stable, None) => domain.default_bus(DiskDevice::Cdrom),
+        (Device::Disk, Mode::Classic, None) => root_bus.unwrap_or(Bus::Virtio),
+        (Device::Disk, Mode::Stable, None) => Bus::Virtio,
+    };
+    check_bus(bus, domain.machine_family(), domain.machine())?;
+    Ok(bus)
+}
+
+/// Gives the rescue disk the first place of its bus, and each disk of `chain` one behind the disk before it. Says
+/// where the rescue disk is, and who moved whereto.
+fn push_in(
+    places: &mut Places,
+    bus: Bus,
+    chain: &[&Disk],
+) -> Result<(String, BTreeMap<String, String>), PlaceError> {
+    let (mut last, target) = places.take_from(bus, 0)?;
+    let mut moved = BTreeMap::new();
+    for (number, disk) in chain.iter().enumerate() {
+        let own = target_index(&disk.target)
+            .filter(|_| number > 0)
+            .unwrap_or(0);
+        let (index, name) = places.take_from(bus, own.max(last + 1))?;
+        moved.insert(disk.target.clone(), name);
+        last = index;
+    }
+    Ok((target, moved))
 }
 
 /// The disks on the root's bus in the order they follow the rescue disk: the root, then the others by name.

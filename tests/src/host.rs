@@ -199,13 +199,6 @@ impl TestHost {
         }
     }
 
-    /// `kill -9` of libvirtd, then a new one.
-    #[track_caller]
-    pub fn restart_libvirtd(&self) {
-        self.kill_libvirtd();
-        self.start_libvirtd();
-    }
-
     /// Stops libvirtd in its tracks: calls to it hang.
     #[track_caller]
     pub fn freeze_libvirtd(&self) {

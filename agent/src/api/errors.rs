@@ -13,11 +13,11 @@ use salvor_proto::google::rpc;
 use tonic::Status;
 use tonic_types::{ErrorDetails, StatusExt as _};
 
-use super::text;
 use crate::core::{
     action::Verb,
     operation::OperationRecord,
     reason::{Code, Reason, Refusal},
+    text,
 };
 
 /// `ErrorInfo.domain` of every error.

@@ -35,6 +35,7 @@ use crate::{
         reason::{Reason, Refusal},
     },
     dispatch::refused,
+    storage::blocking,
 };
 
 /// The most bytes of an image in one message.
@@ -209,9 +210,7 @@ impl ImageService for Api {
                 .ok_or_else(|| Refusal::field("spec", "must be given"))?;
             let wanted = Wanted::read(spec)?;
             let folders = self.host.import_dirs.clone();
-            let path = tokio::task::spawn_blocking(move || allowed(&message.path, &folders))
-                .await
-                .map_err(|_| Refusal::new(Reason::Internal, "looking at a path panicked"))??;
+            let path = blocking(move || allowed(&message.path, &folders)).await?;
             Ok((wanted, path))
         };
         let (wanted, (path, total_bytes)) =

@@ -17,7 +17,6 @@ use uuid::Uuid;
 use super::{
     Api,
     convert::states::Wire as _,
-    text,
     validate::{self, Checked},
 };
 use crate::{
@@ -26,10 +25,12 @@ use crate::{
         errors::chain,
         image::{ImageFormat, ImageRecord, Understood},
         reason::{Reason, Refusal},
+        text,
     },
     dispatch::refused,
     engine::now_ms,
     storage::{
+        Panicked, blocking,
         files::{self, FileError},
         images::{ImportError, ImportWriter, Imported},
         inspect::Unsafe,
@@ -169,16 +170,10 @@ pub(super) struct Upload {
     sink: Sink,
 }
 
-/// Runs what blocks on a thread that may.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Checked<T> + Send + 'static,
-) -> Checked<T> {
-    tokio::task::spawn_blocking(work).await.unwrap_or_else(|_| {
-        Err(Refusal::new(
-            Reason::Internal,
-            "importing an image panicked",
-        ))
-    })
+impl From<Panicked> for Refusal {
+    fn from(panicked: Panicked) -> Self {
+        Self::new(Reason::Internal, panicked.to_string())
+    }
 }
 
 impl Upload {

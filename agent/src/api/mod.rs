@@ -25,7 +25,6 @@ mod page;
 mod password;
 mod resolve;
 mod servers;
-mod text;
 mod validate;
 mod watch;
 mod wish;

@@ -16,11 +16,14 @@ use super::{
     convert::operation::operation,
     edge::Call,
     page::{self, PAGE_BYTES},
-    text,
     validate::{self, Checked},
 };
 use crate::{
-    core::reason::{Reason, Refusal},
+    core::{
+        lookup::whole_id,
+        reason::{Reason, Refusal},
+        text,
+    },
     dispatch::refused,
     engine::View,
 };
@@ -36,10 +39,7 @@ const SCANNED: usize = 2_000;
 
 /// The id in `operations/ID`.
 fn id(name: &str) -> Checked<Uuid> {
-    let id = name
-        .strip_prefix("operations/")
-        .filter(|id| id.len() == 36)
-        .and_then(|id| Uuid::try_parse(id).ok());
+    let id = name.strip_prefix("operations/").and_then(whole_id);
     id.ok_or_else(|| {
         Refusal::field(
             "name",

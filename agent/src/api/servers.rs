@@ -13,13 +13,14 @@ use super::{
     convert::{operation::warnings, server::server, states::Wire, time::duration},
     edge::Call,
     page::{self, PAGE_BYTES},
-    resolve, text,
+    resolve,
     validate::{self, Checked},
 };
 use crate::core::{
     reason::Refusal,
     record::{Origin, PasswordDelivery, ServerRecord},
     state::{PowerState, Status as ServerStatus, VmState},
+    text,
 };
 
 /// The filters of ListServers, checked.

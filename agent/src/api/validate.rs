@@ -12,11 +12,11 @@ use std::{
 
 use uuid::Uuid;
 
-use super::text::{echo, is_printable};
 use crate::core::{
     action::{NicArgs, NicConnection},
     reason::Refusal,
     record::Flavor,
+    text::{echo, is_printable},
 };
 
 /// What a check finds.

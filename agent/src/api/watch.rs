@@ -31,6 +31,7 @@ use super::{
 };
 use crate::{
     core::{
+        lookup::whole_id,
         reason::{Reason, Refusal},
         record::ServerRecord,
     },
@@ -243,7 +244,7 @@ fn only(store: &Store, words: &[String]) -> Checked<Option<HashSet<Uuid>>> {
             format!("must be at most {SERVERS}, and are {}", words.len()),
         ));
     }
-    let id = |word: &String| match resolve::whole_id(word) {
+    let id = |word: &String| match whole_id(word) {
         Some(id) => Ok(id),
         None => resolve::server(store, word).map(|server| server.id),
     };

@@ -5,6 +5,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
+    mem::take,
     time::Duration,
 };
 
@@ -121,12 +122,14 @@ fn plain(
     })
 }
 
-/// Takes the id out of a request and hashes the rest.
-macro_rules! identify {
-    ($message:ident) => {{
-        let request_id = validate::request_id(&std::mem::take(&mut $message.request_id))?;
-        (request_id, body_hash(Self::VERB, &$message, &[]))
-    }};
+/// The id that was taken out of a request, checked, and the hash of the rest.
+fn identify<A: Ask>(
+    request_id: String,
+    rest: &A,
+    maps: &[&HashMap<String, String>],
+) -> Checked<(Option<String>, String)> {
+    let request_id = validate::request_id(&request_id)?;
+    Ok((request_id, body_hash(A::VERB, rest, maps)))
 }
 
 impl Ask for v1::CreateServerRequest {
@@ -138,12 +141,12 @@ impl Ask for v1::CreateServerRequest {
 
     fn wish(mut self, _shutdown: Shutdown) -> Checked<Wish> {
         let password = Password::take(&mut self.admin_pass)?;
-        let request_id = validate::request_id(&std::mem::take(&mut self.request_id))?;
-        let (public_keys, metadata) = (
-            std::mem::take(&mut self.public_keys),
-            std::mem::take(&mut self.metadata),
-        );
-        let body_hash = body_hash(Self::VERB, &self, &[&public_keys, &metadata]);
+        let (public_keys, metadata) = (take(&mut self.public_keys), take(&mut self.metadata));
+        let (request_id, body_hash) = identify(
+            take(&mut self.request_id),
+            &self,
+            &[&public_keys, &metadata],
+        )?;
         let id = match (
             validate::optional_uuid("server_id", &self.server_id)?,
             &request_id,
@@ -207,7 +210,7 @@ impl Ask for v1::AdoptServerRequest {
     }
 
     fn wish(mut self, _shutdown: Shutdown) -> Checked<Wish> {
-        let (request_id, body_hash) = identify!(self);
+        let (request_id, body_hash) = identify(take(&mut self.request_id), &self, &[])?;
         validate::reference("domain", &self.domain)?;
         if !self.name.is_empty() {
             validate::name("name", &self.name)?;
@@ -236,7 +239,7 @@ macro_rules! ask_plain {
             }
 
             fn wish(mut self, _shutdown: Shutdown) -> Checked<Wish> {
-                let (request_id, body_hash) = identify!(self);
+                let (request_id, body_hash) = identify(take(&mut self.request_id), &self, &[])?;
                 plain(request_id, body_hash, self.server, Action::$verb)
             }
         })+
@@ -253,7 +256,7 @@ impl Ask for v1::StopServerRequest {
     }
 
     fn wish(mut self, usual: Shutdown) -> Checked<Wish> {
-        let (request_id, body_hash) = identify!(self);
+        let (request_id, body_hash) = identify(take(&mut self.request_id), &self, &[])?;
         let action = Action::Stop(shutdown(self.shutdown_timeout, usual)?);
         plain(request_id, body_hash, self.server, action)
     }
@@ -268,7 +271,7 @@ impl Ask for v1::RescueServerRequest {
 
     fn wish(mut self, usual: Shutdown) -> Checked<Wish> {
         let password = Password::take(&mut self.admin_pass)?;
-        let (request_id, body_hash) = identify!(self);
+        let (request_id, body_hash) = identify(take(&mut self.request_id), &self, &[])?;
         if let Some(image) = &self.image {
             validate::reference("image", image)?;
         }
@@ -310,7 +313,7 @@ impl Ask for v1::UnrescueServerRequest {
     }
 
     fn wish(mut self, usual: Shutdown) -> Checked<Wish> {
-        let (request_id, body_hash) = identify!(self);
+        let (request_id, body_hash) = identify(take(&mut self.request_id), &self, &[])?;
         let restore_power = match v1::UnrescuePower::try_from(self.power) {
             Ok(v1::UnrescuePower::Unspecified | v1::UnrescuePower::Start) => false,
             Ok(v1::UnrescuePower::Restore) => true,

@@ -188,8 +188,8 @@ settings! {
 
     /// Rescue.
     rescue: RescueConfig {
-        /// The image (id or name) to boot when the request names none and the server has no base image. Not set: such
-        /// a request is refused.
+        /// The image (id, beginning of one, or name) to boot when the request names none and the server has no base
+        /// image. Not set: such a request is refused.
         default_image: Option<String> = None, Maybe(Name);
 
         /// After how long a rescued server is unrescued by itself, unless the request says otherwise.

@@ -4,6 +4,8 @@
 //! One table, exhaustive and without a wildcard: a new verb or state does not compile until the table
 //! decides about it. The allowed states are Nova's, with the deviations that `docs/STATES.md` lists.
 
+use uuid::Uuid;
+
 use super::{
     action::Verb,
     reason::{Reason, Refusal},
@@ -146,6 +148,19 @@ const fn advice(verb: Verb, vm_state: VmState) -> &'static str {
     }
 }
 
+/// The refusal of a verb while `operation` has the server's lane.
+pub fn busy(verb: Verb, server: &ServerRecord, operation: Uuid) -> Refusal {
+    let task = server.task_state.map_or("busy", |task| task.name());
+    Refusal::new(
+        Reason::ServerBusy,
+        format!(
+            "cannot {verb} server {}: operations/{operation} is under way ({task}); wait for it or cancel it",
+            server.id
+        ),
+    )
+    .about("operation", format!("operations/{operation}"))
+}
+
 /// May `verb` be done to this server now? Looks at the record only.
 ///
 /// # Errors
@@ -155,15 +170,7 @@ pub fn admit(verb: Verb, server: &ServerRecord) -> Result<(), Refusal> {
     if let Some(operation) = server.operation
         && !verb.overtakes(server.task_state)
     {
-        let task = server.task_state.map_or("busy", |task| task.name());
-        return Err(Refusal::new(
-            Reason::ServerBusy,
-            format!(
-                "cannot {verb} server {}: operations/{operation} is under way ({task}); wait for it or cancel it",
-                server.id
-            ),
-        )
-        .about("operation", format!("operations/{operation}")));
+        return Err(busy(verb, server, operation));
     }
     if verb == Verb::Release && server.origin != Origin::Adopted {
         return Err(Refusal::new(

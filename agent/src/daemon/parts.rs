@@ -3,6 +3,7 @@
 
 use std::{path::Path, sync::Arc, time::Duration};
 
+use salvor_domain_templates::Templates;
 use tokio::sync::watch;
 use uuid::Uuid;
 
@@ -42,70 +43,24 @@ pub(super) async fn assemble(
     boot: Uuid,
     drain: &Drain,
 ) -> Result<Services, DaemonError> {
-    let layout = Layout::new(config.state_dir.to_string_lossy());
-    for folder in [layout.images(), layout.servers()] {
-        files::ensure_dir(Path::new(&folder), DIR_MODE).map_err(DaemonError::State)?;
-    }
-    let templates = load_templates(config.templates_dir.as_deref())?;
-    if let Some(folder) = &config.templates_dir {
-        let checked = check_templates(&templates)?;
-        tracing::info!(templates_dir = %folder.display(), rendered = checked.rendered, "templates checked");
-    }
+    let layout = open_folders(config)?;
+    let templates = open_templates(config)?;
     let store = open_store(config).await?;
     let hypervisor: Arc<dyn Hypervisor> = Arc::new(open_libvirt(config)?);
-    let limit = config.storage.max_image_size.bytes();
-    let limits = inspect::Limits {
-        file_size: limit,
-        virtual_size: limit,
-        ..inspect::Limits::default()
-    };
-    let images = ImageFiles::new(
-        layout.images().into(),
-        limits,
-        config.storage.reserve.bytes(),
-    )
-    .map_err(DaemonError::State)?;
-    let removed = images.sweep().map_err(DaemonError::State)?;
-    if removed > 0 {
-        tracing::info!(
-            count = removed,
-            "removed images that were not wholly imported"
-        );
-    }
-    steps::sweep(&store, &layout).await?;
+    let images = open_images(config, &layout)?;
+    sweep(&store, &layout, &images).await?;
 
-    let chosen = config.virt_type.choose();
-    tracing::info!(virt_type = chosen.domain_type.as_str(), why = %chosen.why, "domain type of new servers");
-    let qemu_img = QemuImg {
-        limits: qemu_img::Limits {
-            address_space: config.storage.qemu_img_memory.bytes(),
-            ..qemu_img::Limits::default()
-        },
-        ..QemuImg::default()
-    };
-    let steps = Steps::new(
-        Arc::clone(&hypervisor),
-        store.clone(),
-        qemu_img,
-        layout.clone(),
-    );
-    let engine = Engine::new(store.clone(), Arc::new(steps), probe()?);
+    let engine = engine(config, &store, &hypervisor, &layout)?;
     let draining = draining(drain);
     let dispatcher = Dispatcher::new(
         store.clone(),
         engine.clone(),
         Arc::clone(&hypervisor),
         Arc::new(templates),
-        settings(config, layout, chosen.domain_type.as_str()),
+        settings(config, layout),
         draining.clone(),
     );
-    let recovered = engine.recover().await?;
-    if recovered > 0 {
-        tracing::warn!(
-            operations = recovered,
-            "took up operations that were under way"
-        );
-    }
+    take_up(&engine).await?;
     let observer = Observer::new(
         store.clone(),
         Arc::clone(&hypervisor),
@@ -118,11 +73,7 @@ pub(super) async fn assemble(
         config.operations.keep,
         draining.clone(),
     ));
-
-    let at_rest = engine.clone();
-    let link = hypervisor.link();
-    let watched = store.clone();
-    let parts = api::Parts {
+    services(api::Parts {
         dispatcher,
         engine,
         store,
@@ -135,14 +86,25 @@ pub(super) async fn assemble(
             reflection: config.api.reflection,
         },
         draining,
-    };
-    Ok(Services {
-        routes: api::routes(parts)?,
-        link,
-        need_link: api::NEED_LINK,
-        at_rest: Box::pin(async move { at_rest.at_rest().await }),
-        progress: Arc::new(move || watched.gets_on(STORE_LIMIT)),
     })
+}
+
+fn open_folders(config: &Config) -> Result<Layout, DaemonError> {
+    let layout = Layout::new(config.state_dir.to_string_lossy());
+    for folder in [layout.images(), layout.servers()] {
+        files::ensure_dir(Path::new(&folder), DIR_MODE).map_err(DaemonError::State)?;
+    }
+    Ok(layout)
+}
+
+/// The templates; an operator's own are checked first.
+fn open_templates(config: &Config) -> Result<Templates, DaemonError> {
+    let templates = load_templates(config.templates_dir.as_deref())?;
+    if let Some(folder) = &config.templates_dir {
+        let checked = check_templates(&templates)?;
+        tracing::info!(templates_dir = %folder.display(), rendered = checked.rendered, "templates checked");
+    }
+    Ok(templates)
 }
 
 async fn open_store(config: &Config) -> Result<Store, DaemonError> {
@@ -170,11 +132,89 @@ fn open_libvirt(config: &Config) -> Result<Libvirt, DaemonError> {
     })?)
 }
 
-fn settings(config: &Config, layout: Layout, virt_type: &str) -> Settings {
+fn open_images(config: &Config, layout: &Layout) -> Result<ImageFiles, DaemonError> {
+    let limit = config.storage.max_image_size.bytes();
+    let limits = inspect::Limits {
+        file_size: limit,
+        virtual_size: limit,
+        ..inspect::Limits::default()
+    };
+    let reserve = config.storage.reserve.bytes();
+    ImageFiles::new(layout.images().into(), limits, reserve).map_err(DaemonError::State)
+}
+
+/// Removes what a crash or a failed removal left and nobody knows any more, and tells of what is not
+/// the agent's to remove.
+async fn sweep(store: &Store, layout: &Layout, images: &ImageFiles) -> Result<(), DaemonError> {
+    let records = store.images().await?.into_iter();
+    let known = records.map(|(image, _)| image.id).collect();
+    let swept = images.sweep(&known).map_err(DaemonError::State)?;
+    if swept.parts > 0 {
+        tracing::info!(
+            count = swept.parts,
+            "removed images that were not wholly imported"
+        );
+    }
+    for path in swept.unknown {
+        tracing::warn!(path = %path.display(), "an image without a record is left alone; remove it if it is not wanted");
+    }
+    steps::sweep(store, layout).await?;
+    Ok(())
+}
+
+fn engine(
+    config: &Config,
+    store: &Store,
+    hypervisor: &Arc<dyn Hypervisor>,
+    layout: &Layout,
+) -> Result<Engine, DaemonError> {
+    let qemu_img = QemuImg {
+        limits: qemu_img::Limits {
+            address_space: config.storage.qemu_img_memory.bytes(),
+            ..qemu_img::Limits::default()
+        },
+        ..QemuImg::default()
+    };
+    let steps = Steps::new(
+        Arc::clone(hypervisor),
+        store.clone(),
+        qemu_img,
+        layout.clone(),
+    );
+    Ok(Engine::new(store.clone(), Arc::new(steps), probe()?))
+}
+
+/// Goes on with the operations that an earlier run of the agent left.
+async fn take_up(engine: &Engine) -> Result<(), DaemonError> {
+    let recovered = engine.recover().await?;
+    if recovered > 0 {
+        tracing::warn!(
+            operations = recovered,
+            "took up operations that were under way"
+        );
+    }
+    Ok(())
+}
+
+fn services(parts: api::Parts) -> Result<Services, DaemonError> {
+    let (engine, store) = (parts.engine.clone(), parts.store.clone());
+    let link = parts.hypervisor.link();
+    Ok(Services {
+        routes: api::routes(parts)?,
+        link,
+        need_link: api::NEED_LINK,
+        at_rest: Box::pin(async move { engine.at_rest().await }),
+        progress: Arc::new(move || store.gets_on(STORE_LIMIT)),
+    })
+}
+
+fn settings(config: &Config, layout: Layout) -> Settings {
+    let chosen = config.virt_type.choose();
+    tracing::info!(virt_type = chosen.domain_type.as_str(), why = %chosen.why, "domain type of new servers");
     let millis = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
     Settings {
         layout,
-        virt_type: virt_type.to_owned(),
+        virt_type: chosen.domain_type.as_str().to_owned(),
         reserve_bytes: config.storage.reserve.bytes(),
         rescue_timeout_ms: config.rescue.timeout.map_or(0, millis),
         default_rescue_image: config.rescue.default_image.clone(),

@@ -6,14 +6,12 @@ use std::{
     time::Duration,
 };
 
-use super::{
-    Applied, Steps,
-    files::{blocking, storage_reason},
-};
+use super::{Applied, Steps, files::storage_reason};
 use crate::{
     core::{backing::References, errors::chain, reason::Reason},
     engine::{StepContext, StepError, StepReport},
     storage::{
+        blocking,
         inspect::Format,
         look_at_disk, overlay, owners,
         qemu_img::{Disk, Job, QemuImgError},
@@ -81,7 +79,7 @@ impl Steps {
         let (path, base, size) = blocking(move || {
             base.check()?;
             let size = overlay_size(&path)?;
-            Ok((path, base, size))
+            Ok::<_, StepError>((path, base, size))
         })
         .await?;
         let base = Disk {

@@ -11,7 +11,7 @@ use crate::{
     core::{errors::chain, plan::ConfigDriveSpec, reason::Reason},
     engine::{StepContext, StepError},
     storage::{
-        config_drive,
+        Panicked, blocking, config_drive,
         files::{self, DIR_MODE, DISK_MODE, FileError},
     },
 };
@@ -115,15 +115,10 @@ pub(super) fn remove_tree(path: &Path, top: &Path) -> Result<(), StepError> {
     Ok(())
 }
 
-pub(super) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, StepError> + Send + 'static,
-) -> Result<T, StepError> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| {
-        StepError::new(
-            Reason::Internal,
-            format!("a file operation panicked: {error}"),
-        )
-    })?
+impl From<Panicked> for StepError {
+    fn from(panicked: Panicked) -> Self {
+        Self::new(Reason::Internal, panicked.to_string())
+    }
 }
 
 impl From<FileError> for StepError {

@@ -3,19 +3,17 @@
 //!
 //! Operations leave nothing behind but where removing failed: then it is tried again here, before
 //! operations are taken up. Only what the journal knows to be the agent's own work is removed. With a
-//! store that was lost, or put back from a backup, disks and images that nobody knows are somebody's
-//! servers: they are named in the log and left alone.
+//! store that was lost, or put back from a backup, disks that nobody knows are somebody's servers: they
+//! are named in the log and left alone.
 
-use std::{
-    collections::BTreeSet,
-    path::{Path, PathBuf},
-};
+use std::{collections::BTreeSet, path::Path};
 
 use uuid::Uuid;
 
 use super::files::remove_tree;
 use crate::{
     core::layout::Layout,
+    storage::blocking,
     store::{Store, StoreResult},
 };
 
@@ -62,39 +60,7 @@ pub async fn sweep(store: &Store, layout: &Layout) -> StoreResult<Vec<String>> {
             );
         }
     }
-    let images = store
-        .images()
-        .await?
-        .into_iter()
-        .map(|(image, _)| image.id)
-        .collect();
-    for path in unknown_images(layout, images).await {
-        tracing::warn!(path = %path.display(), "an image without a record is left alone; remove it if it is not wanted");
-    }
     Ok(removed)
-}
-
-/// Image files whose import ended before they had a record, whose removal ended after it, or whose
-/// records were lost.
-async fn unknown_images(layout: &Layout, known: BTreeSet<Uuid>) -> Vec<PathBuf> {
-    let folder = layout.images();
-    let look = move || {
-        let Ok(entries) = std::fs::read_dir(folder) else {
-            return Vec::new();
-        };
-        let unknown = |path: &PathBuf| {
-            let id = path
-                .file_stem()
-                .and_then(|stem| Uuid::parse_str(stem.to_str()?).ok());
-            id.is_some_and(|id| !known.contains(&id))
-        };
-        entries
-            .flatten()
-            .map(|entry| entry.path())
-            .filter(unknown)
-            .collect()
-    };
-    tokio::task::spawn_blocking(look).await.unwrap_or_default()
 }
 
 /// Holders are named `servers/<server>/disk` and `servers/<server>/rescue/<plan>`.
@@ -133,13 +99,10 @@ async fn unknown_folders(
 async fn remove(path: String, servers: String, removed: &mut Vec<String>) {
     let target = path.clone();
     let work = move || remove_tree(Path::new(&target), Path::new(&servers));
-    match tokio::task::spawn_blocking(work).await {
-        Ok(Ok(())) => {
+    match blocking(work).await {
+        Ok(()) => {
             tracing::warn!(path, "removed a folder that no server knows of");
             removed.push(path);
-        }
-        Ok(Err(error)) => {
-            tracing::error!(path, %error, "a folder that no server knows of cannot be removed")
         }
         Err(error) => {
             tracing::error!(path, %error, "a folder that no server knows of cannot be removed")

@@ -10,6 +10,7 @@
 //! Everything here blocks: call it from `tokio::task::spawn_blocking`. An upload is a channel whose
 //! receiving end a blocking task reads into an [`ImportWriter`].
 
+use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
@@ -89,6 +90,15 @@ pub struct Imported {
     pub path: PathBuf,
     /// What it seems to hold.
     pub content: Content,
+}
+
+/// What a sweep of the folder found.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Swept {
+    /// How many unfinished imports were removed.
+    pub parts: usize,
+    /// Images without a record.
+    pub unknown: Vec<PathBuf>,
 }
 
 /// The folder of images.
@@ -198,21 +208,26 @@ impl ImageFiles {
         Ok(())
     }
 
-    /// Removes what imports left that a crash ended, and says how many there were. To be called
-    /// before the first import.
+    /// Removes what imports left that a crash ended, and tells of images that are none of `known`: a
+    /// crash came between the file and its record, or the records were lost. Those are left alone. To be
+    /// called before the first import.
     ///
     /// # Errors
     /// [`FileError::Io`].
-    pub fn sweep(&self) -> Result<usize, FileError> {
-        let mut swept = 0;
+    pub fn sweep(&self, known: &BTreeSet<Uuid>) -> Result<Swept, FileError> {
+        let mut swept = Swept::default();
         for entry in fs::read_dir(&self.dir).map_err(cannot("listed", &self.dir))? {
             let path = entry.map_err(cannot("listed", &self.dir))?.path();
             let stem = path.file_stem().and_then(|stem| stem.to_str());
             // Only names that we make: what an operator put here is not ours to remove.
-            let ours = path.extension().is_some_and(|extension| extension == PART)
-                && stem.is_some_and(|stem| Uuid::try_parse(stem).is_ok());
-            if ours && remove_if_exists(&path)? {
-                swept += 1;
+            let Some(id) = stem.and_then(|stem| Uuid::try_parse(stem).ok()) else {
+                continue;
+            };
+            if path.extension().is_some_and(|extension| extension == PART) {
+                remove_if_exists(&path)?;
+                swept.parts += 1;
+            } else if !known.contains(&id) {
+                swept.unknown.push(path);
             }
         }
         Ok(swept)
@@ -544,7 +559,7 @@ mod tests {
     }
 
     #[test]
-    fn sweeping_removes_parts_and_nothing_else() {
+    fn sweeping_removes_parts_and_only_tells_of_images_without_a_record() {
         let dir = tempfile::tempdir().unwrap();
         let store = store(dir.path());
         let keep = [
@@ -557,8 +572,12 @@ mod tests {
         }
         fs::write(store.part(Uuid::from_u128(1)), "").unwrap();
         fs::write(store.part(Uuid::from_u128(2)), "").unwrap();
-        assert_eq!(store.sweep().unwrap(), 2);
+        let swept = store.sweep(&BTreeSet::from([ID])).unwrap();
+        assert_eq!((swept.parts, swept.unknown), (2, vec![]));
         assert_eq!(files_in(&store), keep);
-        assert_eq!(store.sweep().unwrap(), 0);
+        let swept = store.sweep(&BTreeSet::new()).unwrap();
+        let unknown = vec![store.path(ID, Format::Raw)];
+        assert_eq!((swept.parts, swept.unknown), (0, unknown));
+        assert_eq!(files_in(&store), keep);
     }
 }

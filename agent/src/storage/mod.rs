@@ -25,3 +25,22 @@ pub mod owners;
 pub mod qemu_img;
 
 pub use disks::{LookError, check_writable, image_path, look_at_disk, references};
+
+/// Work on files that ended in a panic.
+#[derive(Debug, thiserror::Error)]
+#[error("work on files panicked; the agent's log says where")]
+pub struct Panicked;
+
+/// Runs what blocks on a thread that may.
+///
+/// # Errors
+/// What the work says, or [`Panicked`].
+pub async fn blocking<T, E>(work: impl FnOnce() -> Result<T, E> + Send + 'static) -> Result<T, E>
+where
+    T: Send + 'static,
+    E: From<Panicked> + Send + 'static,
+{
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|_| Err(Panicked.into()))
+}

@@ -4,8 +4,14 @@
 use rusqlite::{Connection, OptionalExtension as _, params};
 use uuid::Uuid;
 
-use super::{Durability, Store, StoreResult};
+use super::{
+    Durability, Store, StoreResult,
+    documents::{Column, column, two_texts},
+};
 use crate::core::reason::{Reason, Refusal};
+
+const SERVER: Column = column("saved_definitions", "server");
+const PLAN: Column = column("saved_definitions", "plan");
 
 impl Store {
     /// Stores the definition to go back to, once: storing it again for the same plan changes nothing.
@@ -64,15 +70,11 @@ impl Store {
             let mut statement = db
                 .connection
                 .prepare_cached("SELECT server, plan FROM saved_definitions ORDER BY server")?;
-            let rows = statement.query_map([], |row| {
-                Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?))
-            })?;
+            let rows = statement.query_map([], two_texts)?;
             let mut saved = Vec::new();
             for row in rows {
                 let (server, plan) = row?;
-                if let (Ok(server), Ok(plan)) = (Uuid::parse_str(&server), Uuid::parse_str(&plan)) {
-                    saved.push((server, plan));
-                }
+                saved.push((SERVER.id(&server, &server)?, PLAN.id(&server, &plan)?));
             }
             Ok(saved)
         })
@@ -106,5 +108,5 @@ pub(super) fn saved_by(connection: &Connection, server: Uuid) -> StoreResult<Opt
             |row| row.get(0),
         )
         .optional()?;
-    Ok(plan.and_then(|plan| Uuid::parse_str(&plan).ok()))
+    plan.map(|plan| PLAN.id(&server, &plan)).transpose()
 }

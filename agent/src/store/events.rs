@@ -6,7 +6,10 @@ use rusqlite::{Connection, params};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::{Publish, Store, StoreResult};
+use super::{
+    Publish, Store, StoreResult,
+    documents::{self, column},
+};
 use crate::core::{action::Verb, operation::OperationRecord, record::ServerRecord};
 
 /// What changed.
@@ -67,7 +70,7 @@ pub(super) fn append(
         .execute(params![
             at_ms,
             server.to_string(),
-            serde_json::to_string(change)?
+            documents::write(change)?
         ])?;
     let revision = connection.last_insert_rowid();
     publish.revision = Some(revision);
@@ -111,8 +114,8 @@ impl Store {
                 events.push(StoredEvent {
                     revision,
                     at_ms,
-                    server: Uuid::parse_str(&server).unwrap_or_default(),
-                    change: serde_json::from_str(&doc)?,
+                    server: column("events", "server").id(&revision, &server)?,
+                    change: documents::CHANGE.read(&revision, &doc)?,
                 });
             }
             Ok(EventPage {

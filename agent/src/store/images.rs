@@ -4,7 +4,10 @@
 use rusqlite::{OptionalExtension as _, params};
 use uuid::Uuid;
 
-use super::{Durability, Store, StoreError, StoreResult};
+use super::{
+    Durability, Store, StoreError, StoreResult,
+    documents::{self, column, two_texts},
+};
 use crate::core::{
     image::ImageRecord,
     reason::{Reason, Refusal},
@@ -20,11 +23,7 @@ impl Store {
             db.change(Durability::Power, |tx, _| {
                 let added = tx.execute(
                     "INSERT OR IGNORE INTO images (id, name, doc) VALUES (?1, ?2, ?3)",
-                    params![
-                        image.id.to_string(),
-                        image.name,
-                        serde_json::to_string(&image)?
-                    ],
+                    params![image.id.to_string(), image.name, documents::write(&image)?],
                 )?;
                 if added == 0 {
                     return Err(Refusal::new(
@@ -46,13 +45,13 @@ impl Store {
     pub async fn images(&self) -> StoreResult<Vec<(ImageRecord, u32)>> {
         self.run(|db| {
             let mut statement = db.connection.prepare_cached(
-                "SELECT doc, (SELECT count(*) FROM image_holders WHERE image = images.id) FROM images ORDER BY name, id",
+                "SELECT id, doc, (SELECT count(*) FROM image_holders WHERE image = images.id) FROM images ORDER BY name, id",
             )?;
-            let rows = statement.query_map([], |row| Ok((row.get::<_, String>(0)?, row.get::<_, u32>(1)?)))?;
+            let rows = statement.query_map([], |row| Ok((two_texts(row)?, row.get::<_, u32>(2)?)))?;
             let mut images = Vec::new();
             for row in rows {
-                let (doc, holders) = row?;
-                images.push((serde_json::from_str(&doc)?, holders));
+                let ((id, doc), holders) = row?;
+                images.push((documents::IMAGE.read(&id, &doc)?, holders));
             }
             Ok(images)
         })
@@ -73,7 +72,7 @@ impl Store {
                     |row| row.get(0),
                 )
                 .optional()?;
-            Ok(doc.map(|doc| serde_json::from_str(&doc)).transpose()?)
+            doc.map(|doc| documents::IMAGE.read(&id, &doc)).transpose()
         })
         .await
     }
@@ -165,13 +164,14 @@ impl Store {
             let mut statement = db
                 .connection
                 .prepare_cached("SELECT image, holder FROM image_holders ORDER BY image, holder")?;
-            let rows = statement.query_map([], |row| {
-                Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?))
-            })?;
+            let rows = statement.query_map([], two_texts)?;
             let mut holders = Vec::new();
             for row in rows {
                 let (image, holder) = row?;
-                holders.push((Uuid::parse_str(&image).unwrap_or_default(), holder));
+                holders.push((
+                    column("image_holders", "image").id(&holder, &image)?,
+                    holder,
+                ));
             }
             Ok(holders)
         })

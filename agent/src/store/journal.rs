@@ -9,10 +9,12 @@ use uuid::Uuid;
 use super::{
     Durability, Publish, Servers, Store, StoreError, StoreResult,
     definitions::saved_by,
+    documents::{self, two_texts},
     events::{self, Change},
 };
 use crate::core::{
     action::Verb,
+    admission::busy,
     operation::{OperationRecord, OperationState},
     plan::{Outcome, Plan, RescueChange},
     reason::{Reason, Refusal},
@@ -57,13 +59,11 @@ pub enum Accepted {
 /// Reads all servers.
 pub(super) fn load_servers(connection: &Connection) -> StoreResult<Servers> {
     let mut servers = Servers::default();
-    let mut statement = connection.prepare("SELECT ord, doc FROM servers ORDER BY ord")?;
-    let rows = statement.query_map([], |row| {
-        Ok((row.get::<_, i64>(0)?, row.get::<_, String>(1)?))
-    })?;
+    let mut statement = connection.prepare("SELECT id, doc, ord FROM servers ORDER BY ord")?;
+    let rows = statement.query_map([], |row| Ok((two_texts(row)?, row.get(2)?)))?;
     for row in rows {
-        let (order, doc) = row?;
-        let record: ServerRecord = serde_json::from_str(&doc)?;
+        let ((id, doc), order) = row?;
+        let record: ServerRecord = documents::SERVER.read(&id, &doc)?;
         servers.by_order.insert(order, record.id);
         servers.by_id.insert(record.id, (order, Arc::new(record)));
     }
@@ -90,7 +90,7 @@ fn put_server(
         &Change::Server(Box::new(record.clone())),
     )?;
     tx.prepare_cached("UPDATE servers SET doc = ?2 WHERE ord = ?1")?
-        .execute(params![order, serde_json::to_string(&record)?])?;
+        .execute(params![order, documents::write(&record)?])?;
     publish.put.push((order, record.clone()));
     Ok(record)
 }
@@ -135,7 +135,7 @@ fn put_operation(tx: &Connection, operation: &OperationRecord) -> StoreResult<()
     tx.prepare_cached("UPDATE operations SET doc = ?2, final = ?3 WHERE id = ?1")?
         .execute(params![
             operation.id.to_string(),
-            serde_json::to_string(operation)?,
+            documents::write(operation)?,
             operation.state.is_final()
         ])?;
     Ok(())
@@ -208,8 +208,8 @@ impl Store {
                         request.id,
                         request.body_hash,
                         now_ms,
-                        serde_json::to_string(plan.as_ref())?,
-                        serde_json::to_string(&operation)?
+                        documents::write(plan.as_ref())?,
+                        documents::write(&operation)?
                     ],
                 )?;
                 if let Some(initial) = &plan.initial {
@@ -390,7 +390,8 @@ impl Store {
                     |row| row.get(0),
                 )
                 .optional()?;
-            Ok(doc.map(|doc| serde_json::from_str(&doc)).transpose()?)
+            doc.map(|doc| documents::OPERATION.read(&id, &doc))
+                .transpose()
         })
         .await
     }
@@ -407,15 +408,15 @@ impl Store {
     ) -> StoreResult<Vec<(i64, OperationRecord)>> {
         self.run(move |db| {
             let mut statement = db.connection.prepare_cached(
-                "SELECT ord, doc FROM operations WHERE (?1 IS NULL OR server = ?1) AND ord < ?2 ORDER BY ord DESC LIMIT ?3",
+                "SELECT id, doc, ord FROM operations WHERE (?1 IS NULL OR server = ?1) AND ord < ?2 ORDER BY ord DESC LIMIT ?3",
             )?;
             let rows = statement.query_map(params![server.map(|id| id.to_string()), before, limit], |row| {
-                Ok((row.get::<_, i64>(0)?, row.get::<_, String>(1)?))
+                Ok((two_texts(row)?, row.get(2)?))
             })?;
             let mut operations = Vec::new();
             for row in rows {
-                let (order, doc) = row?;
-                operations.push((order, serde_json::from_str(&doc)?));
+                let ((id, doc), order) = row?;
+                operations.push((order, documents::OPERATION.read(&id, &doc)?));
             }
             Ok(operations)
         })
@@ -447,16 +448,18 @@ impl Store {
     /// If the store fails.
     pub async fn under_way(&self) -> StoreResult<Vec<(OperationRecord, Plan)>> {
         self.run(|db| {
-            let mut statement = db
-                .connection
-                .prepare_cached("SELECT doc, plan FROM operations WHERE final = 0 ORDER BY ord")?;
-            let rows = statement.query_map([], |row| {
-                Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?))
-            })?;
+            let mut statement = db.connection.prepare_cached(
+                "SELECT id, doc, plan FROM operations WHERE final = 0 ORDER BY ord",
+            )?;
+            let rows =
+                statement.query_map([], |row| Ok((two_texts(row)?, row.get::<_, String>(2)?)))?;
             let mut operations = Vec::new();
             for row in rows {
-                let (doc, plan) = row?;
-                operations.push((serde_json::from_str(&doc)?, serde_json::from_str(&plan)?));
+                let ((id, doc), plan) = row?;
+                operations.push((
+                    documents::OPERATION.read(&id, &doc)?,
+                    documents::PLAN.read(&id, &plan)?,
+                ));
             }
             Ok(operations)
         })
@@ -574,14 +577,14 @@ fn repeated(connection: &Connection, request: &Request) -> StoreResult<Option<Op
     let Some(id) = &request.id else {
         return Ok(None);
     };
-    let found: Option<(String, String)> = connection
+    let found: Option<((String, String), String)> = connection
         .query_row(
-            "SELECT body_hash, doc FROM operations WHERE request_id = ?1",
+            "SELECT id, doc, body_hash FROM operations WHERE request_id = ?1",
             [id],
-            |row| Ok((row.get(0)?, row.get(1)?)),
+            |row| Ok((two_texts(row)?, row.get(2)?)),
         )
         .optional()?;
-    let Some((body_hash, doc)) = found else {
+    let Some(((operation, doc), body_hash)) = found else {
         return Ok(None);
     };
     if body_hash != request.body_hash {
@@ -591,7 +594,7 @@ fn repeated(connection: &Connection, request: &Request) -> StoreResult<Option<Op
         )
         .into());
     }
-    Ok(Some(serde_json::from_str(&doc)?))
+    documents::OPERATION.read(&operation, &doc).map(Some)
 }
 
 /// Is the server still what was planned for, and its lane free?
@@ -612,14 +615,7 @@ fn check_lane(
         )),
         (Some(planned), Some(current)) => {
             if let Some(operation) = current.operation {
-                return Err(Refusal::new(
-                    Reason::ServerBusy,
-                    format!(
-                        "operations/{operation} is under way on server {}; wait for it or cancel it",
-                        plan.server
-                    ),
-                )
-                .about("operation", format!("operations/{operation}")));
+                return Err(busy(plan.verb, current, operation));
             }
             let plan_of = |record: &ServerRecord| record.rescue.as_ref().map(|rescue| rescue.plan);
             if planned.vm_state != current.vm_state

@@ -10,6 +10,7 @@
 //! cut takes away costs nothing, for a step may be applied again.
 
 mod definitions;
+mod documents;
 mod events;
 mod images;
 mod journal;
@@ -29,6 +30,7 @@ use rusqlite::Connection;
 use tokio::sync::{mpsc, oneshot, watch};
 use uuid::Uuid;
 
+pub use documents::Damage;
 pub use events::{Change, EventPage, StoredEvent};
 pub use journal::{Accept, Accepted, Request};
 
@@ -40,9 +42,24 @@ pub enum StoreError {
     /// SQLite refused.
     #[error("the store failed")]
     Sqlite(#[from] rusqlite::Error),
-    /// A stored document cannot be read, or one cannot be written.
-    #[error("a document of the store is damaged")]
-    Document(#[from] serde_json::Error),
+    /// What is stored cannot be read.
+    #[error(
+        "salvor.db is damaged: {column} of {row} in the table {table} cannot be read; stop the agent and repair it, or put salvor.db back from a backup; do not delete the row, for without it the agent takes the files that belong to it for left-overs"
+    )]
+    Damaged {
+        /// The table.
+        table: &'static str,
+        /// The column.
+        column: &'static str,
+        /// The row's id.
+        row: String,
+        /// What is wrong with it.
+        #[source]
+        damage: Damage,
+    },
+    /// A record cannot be written as a document.
+    #[error("a record cannot be written as JSON")]
+    Unwritable(#[source] serde_json::Error),
     /// The store was written by a newer agent.
     #[error(
         "the store has schema version {found}, newer than the {known} that this agent knows; use the newer agent"

@@ -8,7 +8,9 @@ use uuid::Uuid;
 
 use super::{StoreError, StoreResult};
 
-/// Each entry brings the store from the version of its index to the next.
+/// Each entry brings the store from the version of its index to the next. An entry that was released
+/// never changes. A change of the documents' form makes a new version too, with nothing to be done here
+/// if older documents can be read as they are: what counts is that older agents refuse the store.
 const MIGRATIONS: &[&str] = &["
     CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
     CREATE TABLE servers (

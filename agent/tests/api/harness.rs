@@ -231,7 +231,7 @@ impl Agent {
             "<domain type='qemu'><name>{name}</name><uuid>{id}</uuid><memory unit='KiB'>65536</memory>\
              <vcpu>1</vcpu><os><type arch='x86_64' machine='pc-q35-7.2'>hvm</type><boot dev='hd'/></os>\
              <devices><disk type='file' device='disk'><driver name='qemu' type='qcow2'/>\
-             <source file='/nowhere/{name}.qcow2'/><target dev='vda' bus='virtio'/></disk></devices></domain>"
+             <source file='/dev/null'/><target dev='vda' bus='virtio'/></disk></devices></domain>"
         );
         self.hypervisor.define(&xml).await.unwrap();
         self.hypervisor.start(id, Boot::Resume).await.unwrap();

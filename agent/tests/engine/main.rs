@@ -11,6 +11,7 @@
 mod crash;
 mod disks;
 mod dispatch;
+mod documents;
 mod gate;
 mod host;
 mod observe;

@@ -9,7 +9,7 @@ use tokio::{fs::File, io::AsyncReadExt as _, sync::mpsc, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Request;
 
-use super::Session;
+use super::{Session, pages};
 use crate::{
     cli::{ImageCommand, ImportArgs},
     connect::{ask, repeat},
@@ -63,7 +63,8 @@ async fn list(session: &Session) -> Result<(), Failure> {
         page_token: String::new(),
     };
     let mut all = v1::ListImagesResponse::default();
-    loop {
+    pages(async |page_token| {
+        request.page_token = page_token;
         let page = repeat(&session.ui, async || {
             session
                 .agent
@@ -73,14 +74,10 @@ async fn list(session: &Session) -> Result<(), Failure> {
         })
         .await?;
         all.images.extend(page.images);
-        if page.next_page_token.is_empty() {
-            return session.ui.result(&all, show::images);
-        }
-        if page.next_page_token == request.page_token {
-            return Err(Failure::Protocol("gives the same page again and again"));
-        }
-        request.page_token = page.next_page_token;
-    }
+        Ok(page.next_page_token)
+    })
+    .await?;
+    session.ui.result(&all, show::images)
 }
 
 async fn import(session: &Session, args: ImportArgs) -> Result<(), Failure> {

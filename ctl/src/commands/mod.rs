@@ -62,6 +62,23 @@ async fn dispatch(cli: Cli) -> Result<(), Failure> {
     }
 }
 
+/// Has `page` ask for page after page, by the token of each, until there is none left.
+async fn pages(
+    mut page: impl AsyncFnMut(String) -> Result<String, Failure>,
+) -> Result<(), Failure> {
+    let mut token = String::new();
+    loop {
+        let next = page(token.clone()).await?;
+        if next.is_empty() {
+            return Ok(());
+        }
+        if next == token {
+            return Err(Failure::Protocol("gives the same page again and again"));
+        }
+        token = next;
+    }
+}
+
 async fn host(session: &Session, command: HostCommand) -> Result<(), Failure> {
     let agent = &session.agent;
     match command {

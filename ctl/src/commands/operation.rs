@@ -9,7 +9,7 @@ use salvor_proto::{
     v1::OperationState,
 };
 
-use super::Session;
+use super::{Session, pages};
 use crate::{
     cli::{OperationCommand, Patience},
     connect::{ask, repeat},
@@ -122,7 +122,8 @@ async fn list(session: &Session, filter: String) -> Result<(), Failure> {
         ..Default::default()
     };
     let mut all = ListOperationsResponse::default();
-    loop {
+    pages(async |page_token| {
+        request.page_token = page_token;
         let page = repeat(&session.ui, async || {
             session
                 .agent
@@ -133,12 +134,8 @@ async fn list(session: &Session, filter: String) -> Result<(), Failure> {
         .await?;
         all.operations.extend(page.operations);
         all.unreachable.extend(page.unreachable);
-        if page.next_page_token.is_empty() {
-            return session.ui.result(&all, show::operations);
-        }
-        if page.next_page_token == request.page_token {
-            return Err(Failure::Protocol("gives the same page again and again"));
-        }
-        request.page_token = page.next_page_token;
-    }
+        Ok(page.next_page_token)
+    })
+    .await?;
+    session.ui.result(&all, show::operations)
 }

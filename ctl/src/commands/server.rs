@@ -6,6 +6,7 @@ use salvor_proto::{google::longrunning::Operation, v1};
 use super::{
     Session,
     action::{Password, Reply, finish, request_id, unless_interrupted},
+    pages,
 };
 use crate::{
     cli::{ListServers, ServerCommand},
@@ -131,7 +132,8 @@ async fn list(session: &Session, args: ListServers) -> Result<(), Failure> {
         origin: args.origin.map_or(0, |origin| origin.api()),
     };
     let mut all = v1::ListServersResponse::default();
-    loop {
+    pages(async |page_token| {
+        request.page_token = page_token;
         let page = repeat(&session.ui, async || {
             session
                 .agent
@@ -141,12 +143,8 @@ async fn list(session: &Session, args: ListServers) -> Result<(), Failure> {
         })
         .await?;
         all.servers.extend(page.servers);
-        if page.next_page_token.is_empty() {
-            return session.ui.result(&all, show::servers);
-        }
-        if page.next_page_token == request.page_token {
-            return Err(Failure::Protocol("gives the same page again and again"));
-        }
-        request.page_token = page.next_page_token;
-    }
+        Ok(page.next_page_token)
+    })
+    .await?;
+    session.ui.result(&all, show::servers)
 }

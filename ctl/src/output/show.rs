@@ -168,6 +168,25 @@ pub(crate) fn server(server: &v1::Server) -> String {
         .add("domain", &server.domain_name)
         .add("image", &server.image_id)
         .add("host name", &server.hostname);
+    hardware_fields(&mut fields, server);
+    if let Some(rescue) = &server.rescue {
+        rescue_fields(&mut fields, rescue);
+    }
+    if let Some(fault) = &server.fault {
+        fault_fields(&mut fields, fault);
+    }
+    for pair in pairs(&server.metadata) {
+        fields.add("metadata", pair);
+    }
+    fields
+        .add("revision", server.revision.to_string())
+        .add("created", show_time(server.create_time.as_ref()))
+        .add("changed", show_time(server.update_time.as_ref()));
+    fields.render()
+}
+
+/// Size, disks and interfaces.
+fn hardware_fields(fields: &mut Fields, server: &v1::Server) {
     if let Some(flavor) = &server.flavor {
         let disk = match flavor.disk_gib {
             0 => String::new(),
@@ -214,27 +233,17 @@ pub(crate) fn server(server: &v1::Server) -> String {
             ]),
         );
     }
-    if let Some(rescue) = &server.rescue {
-        rescue_fields(&mut fields, rescue);
-    }
-    if let Some(fault) = &server.fault {
-        fields
-            .add("fault", format!("{}: {}", fault.reason, fault.message))
-            .add("fault at", show_time(fault.create_time.as_ref()))
-            .add("fault in step", &fault.step)
-            .add("not taken back", &fault.revert_step);
-        for left in &fault.left_behind {
-            fields.add("left behind", left);
-        }
-    }
-    for pair in pairs(&server.metadata) {
-        fields.add("metadata", pair);
-    }
+}
+
+fn fault_fields(fields: &mut Fields, fault: &v1::Fault) {
     fields
-        .add("revision", server.revision.to_string())
-        .add("created", show_time(server.create_time.as_ref()))
-        .add("changed", show_time(server.update_time.as_ref()));
-    fields.render()
+        .add("fault", format!("{}: {}", fault.reason, fault.message))
+        .add("fault at", show_time(fault.create_time.as_ref()))
+        .add("fault in step", &fault.step)
+        .add("not taken back", &fault.revert_step);
+    for left in &fault.left_behind {
+        fields.add("left behind", left);
+    }
 }
 
 fn rescue_fields(fields: &mut Fields, rescue: &v1::RescueInfo) {

@@ -110,87 +110,131 @@ impl Element {
         config.allow_dangling_amp = false;
         config.trim_markup_names_in_closing_tags = true;
 
-        let mut open: Vec<Element> = Vec::new();
-        let mut root: Option<Element> = None;
+        let mut tree = Tree::default();
         loop {
             let event = reader.read_event().map_err(|source| XmlError::Syntax {
                 position: reader.error_position(),
                 source: Box::new(source),
             })?;
             match event {
-                Event::Start(start) => {
-                    if open.len() >= MAX_DEPTH {
-                        return Err(XmlError::TooDeep);
-                    }
-                    open.push(element(&start)?);
-                }
+                Event::Start(start) => tree.open(element(&start)?)?,
                 Event::Empty(start) => {
-                    if open.len() >= MAX_DEPTH {
-                        return Err(XmlError::TooDeep);
-                    }
-                    close(element(&start)?, &mut open, &mut root)?;
+                    tree.open(element(&start)?)?;
+                    tree.close()?;
                 }
-                Event::End(_) => {
-                    let done = open.pop().ok_or(XmlError::Malformed {
-                        what: "an end tag without a start tag",
-                    })?;
-                    close(done, &mut open, &mut root)?;
-                }
-                Event::Text(text) => push_text(&text.xml10_content(), &mut open)?,
-                Event::GeneralRef(reference) => {
-                    let mut buffer = [0_u8; 4];
-                    let c = resolve(&reference)?;
-                    if open.is_empty() {
-                        return Err(XmlError::Malformed {
-                            what: "a reference outside the root element",
-                        });
-                    }
-                    push_text(c.encode_utf8(&mut buffer), &mut open)?;
-                }
-                Event::CData(data) => {
-                    let parent = open.last_mut().ok_or(XmlError::Malformed {
-                        what: "CDATA outside the root element",
-                    })?;
-                    parent
-                        .children
-                        .push(Node::CData(data.xml10_content().into_owned()));
-                }
-                Event::Comment(comment) => {
-                    let comment = comment.xml10_content().into_owned();
-                    if comment.contains("--") || comment.ends_with('-') {
-                        return Err(XmlError::Malformed {
-                            what: "`--` inside a comment",
-                        });
-                    }
-                    if let Some(parent) = open.last_mut() {
-                        parent.children.push(Node::Comment(comment));
-                    }
-                }
+                Event::End(_) => tree.close()?,
+                Event::Text(text) => tree.text(&text.xml10_content())?,
+                Event::GeneralRef(reference) => tree.character(resolve(&reference)?)?,
+                Event::CData(data) => tree.cdata(data.xml10_content().into_owned())?,
+                Event::Comment(comment) => tree.comment(comment.xml10_content().into_owned())?,
                 Event::PI(instruction) => {
                     check_name(instruction.target())?;
-                    if let Some(parent) = open.last_mut() {
-                        let content = instruction.replace("\r\n", "\n").replace('\r', "\n");
-                        parent.children.push(Node::Instruction(content));
-                    }
+                    let content = instruction.replace("\r\n", "\n").replace('\r', "\n");
+                    tree.beside(Node::Instruction(content));
                 }
-                Event::Decl(_) if open.is_empty() && root.is_none() => {}
-                Event::Decl(_) => {
-                    return Err(XmlError::Malformed {
-                        what: "an XML declaration that is not at the start",
-                    });
-                }
+                Event::Decl(_) => tree.declaration()?,
                 Event::DocType(_) => return Err(XmlError::DocumentType),
-                Event::Eof => break,
+                Event::Eof => return tree.finish(),
             }
         }
-        if !open.is_empty() {
-            return Err(XmlError::Malformed {
-                what: "an element is not closed",
-            });
+    }
+}
+
+const fn malformed(what: &'static str) -> XmlError {
+    XmlError::Malformed { what }
+}
+
+/// A document as far as it is read.
+#[derive(Default)]
+struct Tree {
+    /// Elements without their end yet, the outermost first.
+    open: Vec<Element>,
+    root: Option<Element>,
+}
+
+impl Tree {
+    fn open(&mut self, element: Element) -> Result<(), XmlError> {
+        if self.open.len() >= MAX_DEPTH {
+            return Err(XmlError::TooDeep);
         }
-        root.ok_or(XmlError::Malformed {
-            what: "there is no element",
-        })
+        self.open.push(element);
+        Ok(())
+    }
+
+    /// Ends the innermost element, and puts it where it belongs.
+    fn close(&mut self) -> Result<(), XmlError> {
+        let done = self
+            .open
+            .pop()
+            .ok_or(malformed("an end tag without a start tag"))?;
+        match self.open.last_mut() {
+            Some(parent) => parent.children.push(Node::Element(done)),
+            None if self.root.is_none() => self.root = Some(done),
+            None => return Err(malformed("a second root element")),
+        }
+        Ok(())
+    }
+
+    /// Adds character data, joining it with text right before it.
+    fn text(&mut self, text: &str) -> Result<(), XmlError> {
+        let Some(parent) = self.open.last_mut() else {
+            return match text.trim_matches(['\u{feff}', ' ', '\t', '\n', '\r']) {
+                "" => Ok(()),
+                _ => Err(malformed("text outside the root element")),
+            };
+        };
+        match parent.children.last_mut() {
+            Some(Node::Text(before)) => before.push_str(text),
+            _ if text.is_empty() => {}
+            _ => parent.children.push(Node::Text(text.to_owned())),
+        }
+        Ok(())
+    }
+
+    /// Adds the character that a reference stands for.
+    fn character(&mut self, c: char) -> Result<(), XmlError> {
+        if self.open.is_empty() {
+            return Err(malformed("a reference outside the root element"));
+        }
+        self.text(c.encode_utf8(&mut [0; 4]))
+    }
+
+    fn cdata(&mut self, data: String) -> Result<(), XmlError> {
+        let parent = self
+            .open
+            .last_mut()
+            .ok_or(malformed("CDATA outside the root element"))?;
+        parent.children.push(Node::CData(data));
+        Ok(())
+    }
+
+    fn comment(&mut self, comment: String) -> Result<(), XmlError> {
+        if comment.contains("--") || comment.ends_with('-') {
+            return Err(malformed("`--` inside a comment"));
+        }
+        self.beside(Node::Comment(comment));
+        Ok(())
+    }
+
+    /// Adds what may also stand outside the root element, where it is dropped.
+    fn beside(&mut self, node: Node) {
+        if let Some(parent) = self.open.last_mut() {
+            parent.children.push(node);
+        }
+    }
+
+    fn declaration(&self) -> Result<(), XmlError> {
+        if self.open.is_empty() && self.root.is_none() {
+            return Ok(());
+        }
+        Err(malformed("an XML declaration that is not at the start"))
+    }
+
+    fn finish(self) -> Result<Element, XmlError> {
+        if !self.open.is_empty() {
+            return Err(malformed("an element is not closed"));
+        }
+        self.root.ok_or(malformed("there is no element"))
     }
 }
 
@@ -204,9 +248,7 @@ fn element(start: &BytesStart<'_>) -> Result<Element, XmlError> {
         })?;
         let name = check_name(attribute.key.into_inner())?;
         if attribute.value.contains('<') {
-            return Err(XmlError::Malformed {
-                what: "`<` inside an attribute",
-            });
+            return Err(malformed("`<` inside an attribute"));
         }
         let value = attribute
             .normalized_value(XmlVersion::Implicit1_0)
@@ -221,38 +263,6 @@ fn element(start: &BytesStart<'_>) -> Result<Element, XmlError> {
             .push((name.to_owned(), value.into_owned()));
     }
     Ok(element)
-}
-
-/// Puts a finished element where it belongs.
-fn close(done: Element, open: &mut [Element], root: &mut Option<Element>) -> Result<(), XmlError> {
-    match open.last_mut() {
-        Some(parent) => parent.children.push(Node::Element(done)),
-        None if root.is_none() => *root = Some(done),
-        None => {
-            return Err(XmlError::Malformed {
-                what: "a second root element",
-            });
-        }
-    }
-    Ok(())
-}
-
-/// Adds character data, joining it with text right before it.
-fn push_text(text: &str, open: &mut [Element]) -> Result<(), XmlError> {
-    let Some(parent) = open.last_mut() else {
-        return match text.trim_matches(['\u{feff}', ' ', '\t', '\n', '\r']) {
-            "" => Ok(()),
-            _ => Err(XmlError::Malformed {
-                what: "text outside the root element",
-            }),
-        };
-    };
-    match parent.children.last_mut() {
-        Some(Node::Text(before)) => before.push_str(text),
-        _ if text.is_empty() => {}
-        _ => parent.children.push(Node::Text(text.to_owned())),
-    }
-    Ok(())
 }
 
 /// The character a reference stands for.

@@ -73,15 +73,7 @@ impl TinyGuest {
         put_text(&mut bytes, IDENTITY, &self.label);
         put_text(&mut bytes, NAME, &self.name);
         bytes[FLAGS] = u8::from(self.honours_acpi) | u8::from(self.fixes) << 1;
-        let raw = image.with_extension("raw.part");
-        fs::write(&raw, bytes).unwrap();
-        fs::File::options()
-            .write(true)
-            .open(&raw)
-            .unwrap()
-            .set_len(self.size_mib << 20)
-            .unwrap();
-        finish(&raw, image, format);
+        disk_of(&bytes, self.size_mib, image, format);
     }
 }
 
@@ -90,6 +82,12 @@ impl TinyGuest {
 pub fn labelled_disk(label: &str, size_mib: u64, image: &Path, format: Format) {
     let mut bytes = vec![0; MARK + SECTOR];
     put_text(&mut bytes, IDENTITY, label);
+    disk_of(&bytes, size_mib, image, format);
+}
+
+/// A disk that begins with `bytes`.
+#[track_caller]
+fn disk_of(bytes: &[u8], size_mib: u64, image: &Path, format: Format) {
     let raw = image.with_extension("raw.part");
     fs::write(&raw, bytes).unwrap();
     fs::File::options()

@@ -10,7 +10,8 @@ const MESSAGE: usize = 1_024;
 
 /// May this character be in a name? Neither control characters nor what moves or hides text around
 /// it (line separators, directional marks and overrides, invisible characters).
-pub(super) fn is_printable(c: char) -> bool {
+#[must_use]
+pub fn is_printable(c: char) -> bool {
     !c.is_control()
         && !matches!(c,
             '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
@@ -35,12 +36,14 @@ fn escaped(text: &str, characters: usize, bytes: usize) -> String {
 }
 
 /// A caller's text as it may be repeated: one line, printable, short.
-pub(super) fn echo(text: &str) -> String {
+#[must_use]
+pub fn echo(text: &str) -> String {
     escaped(text, ECHO, 4 * ECHO)
 }
 
 /// A message as it may be sent: one line, printable, and short enough for a header.
-pub(super) fn message(text: &str) -> String {
+#[must_use]
+pub fn message(text: &str) -> String {
     escaped(text, MESSAGE, MESSAGE)
 }
 

@@ -1,0 +1,351 @@
+// SPDX-License-Identifier: Apache-2.0
+//! One document of every kind with every field set.
+
+use salvor_agent::{
+    core::{
+        action::{Shutdown, Verb},
+        backing::References,
+        image::{ImageFormat, ImageRecord},
+        operation::{GuestStop, OperationRecord, OperationState, StepRecord, StepState},
+        password::CryptHash,
+        plan::{ConfigDriveSpec, Mark, Outcome, Phase, Plan, PlannedStep, RescueChange, Step},
+        reason::{Reason, Refusal, Warning, WarningName},
+        record::{
+            DiskSummary, Fault, Flavor, NicSummary, Origin, Overlay, OverlayDisposition,
+            PasswordDelivery, Protection, RescueBus, RescueDevice, RescueDisk, RescueMode,
+            RescueRecord, ServerRecord,
+        },
+        state::{ObservationSource, PowerObservation, PowerState, TaskState, VmState},
+    },
+    store::Change,
+};
+use uuid::Uuid;
+
+const SERVER: Uuid = Uuid::from_u128(0x5e71_0000_0000_4000_8000_0000_0000_0001);
+const IMAGE: Uuid = Uuid::from_u128(0x1a6e_0000_0000_4000_8000_0000_0000_0001);
+const PLAN: Uuid = Uuid::from_u128(0x91a0_0000_0000_4000_8000_0000_0000_0001);
+
+fn text(text: &str) -> String {
+    text.to_owned()
+}
+
+fn seen(state: PowerState, observed_at_ms: i64) -> PowerObservation {
+    PowerObservation {
+        state,
+        reason: text("booted"),
+        observed_at_ms,
+        source: ObservationSource::Event,
+    }
+}
+
+fn disks() -> Vec<DiskSummary> {
+    vec![DiskSummary {
+        target: text("vda"),
+        bus: text("virtio"),
+        device: text("disk"),
+        source: text("/d/disk"),
+        format: text("qcow2"),
+        read_only: false,
+        root: true,
+    }]
+}
+
+fn nics() -> Vec<NicSummary> {
+    vec![NicSummary {
+        mac: text("52:54:00:00:00:01"),
+        kind: text("network"),
+        source: text("default"),
+        model: text("virtio"),
+    }]
+}
+
+fn hash() -> CryptHash {
+    CryptHash(text("$6$salt$hash"))
+}
+
+fn rescue() -> RescueRecord {
+    RescueRecord {
+        plan: PLAN,
+        image_id: IMAGE,
+        mode: RescueMode::Stable,
+        bus: RescueBus::Usb,
+        device: RescueDevice::Cdrom,
+        protection: Protection::Overlay,
+        power_before: PowerState::Running,
+        started_at_ms: 1_700_000_001_000,
+        expires_at_ms: Some(1_700_000_002_000),
+        expiry_overlay: Some(OverlayDisposition::Commit),
+        disks: vec![RescueDisk {
+            target: text("vdb"),
+            bus: text("virtio"),
+            original_target: text("vda"),
+            role: text("original"),
+            source: text("/d/vda.overlay"),
+        }],
+        overlays: vec![Overlay {
+            path: text("/d/vda.overlay"),
+            base: text("/d/disk"),
+            base_format: text("qcow2"),
+            base_references: references(),
+        }],
+        commit_started: true,
+        password_delivered: vec![PasswordDelivery::ConfigDrive],
+        password_for_agent: Some(hash()),
+        password_user: text("root"),
+    }
+}
+
+fn references() -> References {
+    References {
+        backing: Some(text("/d/base")),
+        backing_format: Some(text("raw")),
+        data_file: Some(text("/d/data")),
+    }
+}
+
+pub(super) fn server() -> ServerRecord {
+    ServerRecord {
+        id: SERVER,
+        name: text("web-1"),
+        origin: Origin::Created,
+        domain_name: text("salvor-5e710000"),
+        vm_state: VmState::Error,
+        task_state: Some(TaskState::Unrescuing),
+        power: seen(PowerState::Unknown, 1_700_000_003_000),
+        last_known_power: Some(seen(PowerState::Running, 1_700_000_002_000)),
+        image_id: Some(IMAGE),
+        flavor: Flavor {
+            vcpus: 2,
+            memory_mib: 512,
+            disk_gib: 10,
+        },
+        disks: disks(),
+        nics: nics(),
+        rescue: Some(rescue()),
+        fault: Some(Fault {
+            reason: Reason::RollbackFailed,
+            message: text("the disk is full"),
+            step: text("DefineDomain"),
+            revert_step: text("PowerOff"),
+            left_behind: vec![text("/d/rescue")],
+            at_ms: 1_700_000_004_000,
+        }),
+        operation: Some(PLAN),
+        revision: 7,
+        created_at_ms: 1_700_000_000_000,
+        updated_at_ms: 1_700_000_005_000,
+        settled_at_ms: 1_700_000_004_500,
+        metadata: [(text("role"), text("db"))].into(),
+        hostname: text("web-1"),
+        public_keys: [(text("laptop"), text("ssh-ed25519 AAAA"))].into(),
+    }
+}
+
+fn warning() -> Warning {
+    Warning {
+        name: WarningName::SpaceMayRunOut,
+        message: text("the disk may grow"),
+    }
+}
+
+pub(super) fn operation() -> OperationRecord {
+    OperationRecord {
+        id: PLAN,
+        server: SERVER,
+        verb: Verb::Rescue,
+        request_id: Some(text("req-1")),
+        caller: text("uid 0"),
+        state: OperationState::Reverting,
+        steps: vec![StepRecord {
+            kind: text("PowerOff"),
+            phase: text("switch"),
+            description: text("shut the guest down"),
+            state: StepState::RevertFailed,
+            started_at_ms: Some(1_700_000_001_000),
+            ended_at_ms: Some(1_700_000_002_000),
+            message: text("it does not answer"),
+            untouched: true,
+        }],
+        created_at_ms: 1_700_000_000_000,
+        ended_at_ms: Some(1_700_000_003_000),
+        error: Some(
+            Refusal::new(Reason::ServerBusy, "it is busy").about("operation", "operations/1"),
+        ),
+        guest_stop: Some(GuestStop::Forced),
+        cancel_requested: true,
+        recoveries: 1,
+        warnings: vec![warning()],
+    }
+}
+
+pub(super) fn image() -> ImageRecord {
+    ImageRecord {
+        id: IMAGE,
+        name: text("rescue"),
+        format: ImageFormat::Iso,
+        size: 4_096,
+        virtual_size: 8_192,
+        sha256: text("ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"),
+        properties: [(text("hw_rescue_bus"), text("usb"))].into(),
+        created_at_ms: 1_700_000_000_000,
+    }
+}
+
+fn prepare() -> Vec<Step> {
+    vec![
+        Step::HoldImage {
+            image: IMAGE,
+            path: text("/i/image.iso"),
+            size: 4_096,
+            holder: text("servers/5e710000/rescue/91a00000"),
+        },
+        Step::MakeFolder { path: text("/d") },
+        Step::CreateOverlay {
+            path: text("/d/disk"),
+            backing: text("/i/image.qcow2"),
+            backing_format: text("qcow2"),
+            backing_references: references(),
+            size: 1 << 30,
+        },
+        Step::CopyFile {
+            from: text("/n/nvram.fd"),
+            to: text("/d/nvram.fd"),
+        },
+        Step::BuildConfigDrive {
+            path: text("/d/disk.config"),
+            drive: Box::new(ConfigDriveSpec {
+                instance_id: PLAN,
+                hostname: text("web-1"),
+                name: text("web-1"),
+                public_keys: [(text("laptop"), text("ssh-ed25519 AAAA"))].into(),
+                password: Some(hash()),
+                password_user: text("root"),
+                user_data: Some(vec![35, 255]),
+                metadata: [(text("role"), text("db"))].into(),
+            }),
+        },
+        Step::SaveDefinition {
+            xml: text("<domain/>"),
+        },
+    ]
+}
+
+fn switch() -> Vec<Step> {
+    vec![
+        Step::PowerOff {
+            shutdown: Shutdown {
+                timeout_ms: 60_000,
+                retry_ms: 10_000,
+            },
+            was_on: true,
+        },
+        Step::MarkCommitStarted,
+        Step::CommitOverlay {
+            path: text("/d/vda.overlay"),
+            base: text("/d/disk"),
+            base_format: text("qcow2"),
+            base_references: references(),
+        },
+        Step::EmptyOverlay {
+            path: text("/d/vda.overlay"),
+            base: text("/d/disk"),
+            base_format: text("qcow2"),
+        },
+        Step::NoteOwners {
+            disks: vec![text("/d/disk")],
+            note: text("/d/owners"),
+        },
+        Step::PutOwnersBack {
+            note: text("/d/owners"),
+        },
+        Step::DropSavedMemory,
+        Step::DefineDomain {
+            xml: text("<domain/>"),
+            mark: Mark::Plan(PLAN),
+            before: Some(text("<domain/>")),
+        },
+        Step::UndefineDomain {
+            before: text("<domain/>"),
+        },
+        Step::StartDomain {
+            mark: Mark::Own,
+            fresh: true,
+        },
+        Step::SetUserPassword {
+            user: text("root"),
+            hash: hash(),
+        },
+    ]
+}
+
+fn clean_up() -> Vec<Step> {
+    vec![
+        Step::RemoveFolder {
+            path: text("/d/rescue"),
+        },
+        Step::ReleaseImage {
+            image: IMAGE,
+            holder: text("servers/5e710000/rescue/91a00000"),
+        },
+        Step::DropSavedDefinition,
+    ]
+}
+
+/// The first plan has every step and every field; the others have the other outcomes.
+pub(super) fn plans() -> Vec<(&'static str, Plan)> {
+    let phases = [
+        (Phase::Prepare, prepare()),
+        (Phase::Switch, switch()),
+        (Phase::CleanUp, clean_up()),
+    ];
+    let planned = |(phase, steps): (Phase, Vec<Step>)| {
+        steps
+            .into_iter()
+            .map(move |step| PlannedStep { phase, step })
+    };
+    let change = |rescue| Outcome::Change {
+        vm_state: VmState::Rescued,
+        rescue,
+        devices: Some((disks(), nics())),
+    };
+    let every_step = Plan {
+        id: PLAN,
+        server: SERVER,
+        verb: Verb::Rescue,
+        initial: Some(Box::new(server())),
+        steps: phases.into_iter().flat_map(planned).collect(),
+        outcome: change(RescueChange::Begin(Box::new(rescue()))),
+        warnings: vec![warning()],
+        password_delivery: vec![PasswordDelivery::ConfigDrive, PasswordDelivery::GuestAgent],
+    };
+    let with = |outcome| Plan {
+        initial: None,
+        steps: Vec::new(),
+        outcome,
+        ..every_step.clone()
+    };
+    let others = [
+        ("insert", with(Outcome::Insert(Box::new(server())))),
+        ("remove", with(Outcome::Remove)),
+        ("rescue-stays", with(change(RescueChange::Keep))),
+        ("rescue-ends", with(change(RescueChange::End))),
+        (
+            "password-delivered",
+            with(change(RescueChange::Delivered(
+                PasswordDelivery::GuestAgent,
+            ))),
+        ),
+    ];
+    [("every-step", every_step)]
+        .into_iter()
+        .chain(others)
+        .collect()
+}
+
+pub(super) fn changes() -> [(&'static str, Change); 3] {
+    [
+        ("server", Change::Server(Box::new(server()))),
+        ("removed", Change::Removed(Verb::Delete)),
+        ("operation", Change::Operation(Box::new(operation()))),
+    ]
+}
