@@ -22,6 +22,7 @@ mod fuzz;
 mod fuzz_calls;
 mod harness;
 mod images;
+mod owners;
 mod password;
 mod power;
 mod rescue;

@@ -48,8 +48,15 @@ impl Scene {
     }
 
     pub(crate) async fn with(settings: AgentSettings) -> Self {
-        let folder = RunFolder::for_this_test();
-        let host = TestHost::shared();
+        Self::on(TestHost::shared(), RunFolder::for_this_test(), settings).await
+    }
+
+    /// A scene on another host than most.
+    pub(crate) async fn on(
+        host: &'static TestHost,
+        folder: RunFolder,
+        settings: AgentSettings,
+    ) -> Self {
         let agent = TestAgent::start(host, folder.path(), settings).await;
         Self {
             client: Client::new(agent.channel()),
