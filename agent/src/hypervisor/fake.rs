@@ -314,6 +314,12 @@ impl FakeHypervisor {
         Ok(id)
     }
 
+    /// The domain's definition as a power cut would leave it.
+    #[must_use]
+    pub fn definition_on_disk(&self, id: Uuid) -> Option<String> {
+        lock(&self.host.state).on_disk.get(&id).cloned()
+    }
+
     /// The host goes down and comes up: every domain is off, transient ones are gone, and no event
     /// tells of it.
     pub fn host_reboot(&self) {
@@ -520,6 +526,16 @@ impl Hypervisor for FakeHypervisor {
                 id,
                 what: "defined",
             });
+            Ok(())
+        })
+        .await
+    }
+
+    async fn sync_definitions(&self) -> HypervisorResult<()> {
+        self.call("sync_definitions", "", |_, state| {
+            let domains = state.domains.iter();
+            let defined = domains.filter_map(|(id, d)| Some((*id, d.inactive.clone()?)));
+            state.on_disk = defined.collect();
             Ok(())
         })
         .await

@@ -167,6 +167,7 @@ impl Steps {
             ));
         }
         self.hypervisor.define(xml).await?;
+        self.hypervisor.sync_definitions().await?;
         Ok(None)
     }
 
@@ -179,7 +180,12 @@ impl Steps {
         let Some(current) = self.xml(id, Definition::Inactive).await? else {
             return Ok(false);
         };
-        Ok(is_of(&current, xml, mark))
+        if !is_of(&current, xml, mark) {
+            return Ok(false);
+        }
+        // It may have been defined by an agent that died before it synced.
+        self.hypervisor.sync_definitions().await?;
+        Ok(true)
     }
 
     /// Takes a definition back: the one before, or none. What is neither missing nor of this step
@@ -198,7 +204,7 @@ impl Steps {
             // The definition may be the server's own, coming back from a rescue: its NVRAM is too.
             None => self.hypervisor.undefine(id).await?,
         }
-        Ok(())
+        Ok(self.hypervisor.sync_definitions().await?)
     }
 
     /// Takes it back that the domain was undefined. A definition that is there now is somebody's.
@@ -206,20 +212,22 @@ impl Steps {
         if self.xml(id, Definition::Inactive).await?.is_none() {
             self.hypervisor.define(before).await?;
         }
-        Ok(())
+        Ok(self.hypervisor.sync_definitions().await?)
     }
 
     pub(super) async fn undefine(&self, id: Uuid) -> Applied {
         self.hypervisor.undefine(id).await?;
+        self.hypervisor.sync_definitions().await?;
         Ok(None)
     }
 
     pub(super) async fn is_undefined(&self, id: Uuid) -> Result<bool, StepError> {
-        Ok(self
-            .hypervisor
-            .domain(id)
-            .await?
-            .is_none_or(|status| !status.persistent))
+        let status = self.hypervisor.domain(id).await?;
+        if status.is_some_and(|status| status.persistent) {
+            return Ok(false);
+        }
+        self.hypervisor.sync_definitions().await?;
+        Ok(true)
     }
 
     pub(super) async fn start(&self, id: Uuid, mark: Mark, boot: Boot) -> Applied {

@@ -33,7 +33,7 @@ impl Watched {
         let host = Host::new();
         let agent = host.agent(Arc::new(NoProbe)).await;
         host.add_images(&agent.store).await;
-        host.fake.define(&host.foreign_domain(false)).await.unwrap();
+        host.define(&host.foreign_domain(false)).await;
         host.fake.start(SERVER, Boot::Resume).await.unwrap();
         agent.succeed(NEW, adopt()).await;
         // Events have to do: the interval is far longer than any test.

@@ -24,7 +24,7 @@ use crate::{
 async fn with_server(host: &Host, probe: Arc<dyn Probe>) -> Agent {
     let agent = host.agent(probe).await;
     host.add_images(&agent.store).await;
-    host.fake.define(&host.foreign_domain(false)).await.unwrap();
+    host.define(&host.foreign_domain(false)).await;
     host.fake.start(SERVER, Boot::Resume).await.unwrap();
     agent.succeed(NEW, adopt()).await;
     agent
