@@ -16,6 +16,7 @@ pub mod fixtures;
 mod image;
 mod place;
 mod protect;
+mod rename;
 mod rescue;
 mod server;
 mod spec;
@@ -28,6 +29,7 @@ pub use domain::{
 };
 pub use image::BaseImage;
 pub use place::PlaceError;
+pub use rename::{renamed, same_but_for_the_name};
 pub use rescue::{TemplateError, render_rescue};
 pub use server::{
     DomainKind, NicSource, NicSpec, ServerDisk, ServerFirmware, ServerSpec, render_server,

@@ -314,6 +314,31 @@ impl FakeHypervisor {
         Ok(id)
     }
 
+    /// Renames a domain that is off, as `virsh domrename` does.
+    ///
+    /// # Errors
+    /// [`HypervisorError::Refused`] if it is on or another domain has the name.
+    pub fn rename(&self, id: Uuid, name: &str) -> HypervisorResult<()> {
+        let call = "rename";
+        let mut state = lock(&self.host.state);
+        if state.domains.values().any(|domain| domain.name == name) {
+            return refused(call, format!("domain '{name}' already exists"));
+        }
+        let domain = state.known(id)?;
+        if domain.live.is_some() {
+            return refused(call, "cannot rename active domain");
+        }
+        let inactive = domain.inactive.as_deref();
+        domain.inactive = inactive.and_then(|xml| salvor_domain_templates::renamed(xml, name));
+        // Names are kept here as XML writes them.
+        domain.name = salvor_domain_templates::xml::escape(name).into_owned();
+        drop(state);
+        for what in ["undefined", "defined"] {
+            self.emit(HypervisorEvent::Domain { id, what });
+        }
+        Ok(())
+    }
+
     /// The domain's definition as a power cut would leave it.
     #[must_use]
     pub fn definition_on_disk(&self, id: Uuid) -> Option<String> {

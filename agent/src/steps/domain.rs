@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Steps on the domain: power, definition, password.
 
-use std::time::Duration;
+use std::{borrow::Cow, time::Duration};
 
-use salvor_domain_templates::{Domain, Role};
+use salvor_domain_templates::{Domain, Role, renamed, same_but_for_the_name};
 use tokio::{
     sync::broadcast::error::RecvError,
     time::{Instant, timeout_at},
@@ -147,7 +147,8 @@ impl Steps {
     }
 
     /// Defines the domain, unless its definition is neither the one that the plan was made for nor
-    /// the one that it makes: the change would be lost, and the plan's own way back is not its.
+    /// the one that it makes: the change would be lost, and the plan's own way back is not its. Only
+    /// another name is no change in this sense ([`named_like`]).
     pub(super) async fn define(
         &self,
         id: Uuid,
@@ -155,9 +156,10 @@ impl Steps {
         mark: Mark,
         before: Option<&str>,
     ) -> Applied {
-        if let Some(current) = self.xml(id, Definition::Inactive).await?
-            && Some(current.as_str()) != before
-            && !is_of(&current, xml, mark)
+        let current = self.xml(id, Definition::Inactive).await?;
+        if let Some(current) = &current
+            && !before.is_some_and(|before| same_but_for_the_name(current, before))
+            && !is_of(current, xml, mark)
         {
             return Err(StepError::new(
                 Reason::DomainChanged,
@@ -166,7 +168,8 @@ impl Steps {
                 ),
             ));
         }
-        self.hypervisor.define(xml).await?;
+        let xml = named_like(xml, current.as_deref());
+        self.hypervisor.define(&xml).await?;
         self.hypervisor.sync_definitions().await?;
         Ok(None)
     }
@@ -199,8 +202,13 @@ impl Steps {
     ) -> Result<(), StepError> {
         let current = self.xml(id, Definition::Inactive).await?;
         match before {
-            _ if current.is_some_and(|current| !is_of(&current, xml, mark)) => {}
-            Some(before) => self.hypervisor.define(before).await?,
+            _ if current
+                .as_ref()
+                .is_some_and(|current| !is_of(current, xml, mark)) => {}
+            Some(before) => {
+                let before = named_like(before, current.as_deref());
+                self.hypervisor.define(&before).await?;
+            }
             // The definition may be the server's own, coming back from a rescue: its NVRAM is too.
             None => self.hypervisor.undefine(id).await?,
         }
@@ -305,12 +313,23 @@ impl Steps {
     }
 }
 
+/// The definition under the name that the domain has now. libvirt defines no domain under another
+/// name than it has, and who renamed it in the middle of a rescue (`virsh domrename`) meant that.
+fn named_like<'a>(xml: &'a str, current: Option<&str>) -> Cow<'a, str> {
+    let name = |xml: &str| Some(Domain::parse(xml).ok()?.name().to_owned());
+    let now = current.and_then(name);
+    match now.filter(|now| name(xml).is_some_and(|planned| planned != *now)) {
+        Some(now) => renamed(xml, &now).map_or(Cow::Borrowed(xml), Cow::Owned),
+        None => Cow::Borrowed(xml),
+    }
+}
+
 /// Is this definition the one that a step made of `xml`?
 fn is_of(current: &str, xml: &str, mark: Mark) -> bool {
     match mark {
         Mark::Plan(_) => carries(current, mark),
         // Our saved text is libvirt's own, so it prints the same again.
-        Mark::Own => current == xml,
+        Mark::Own => same_but_for_the_name(current, xml),
     }
 }
 

@@ -102,6 +102,19 @@ impl Watched {
     }
 }
 
+#[tokio::test]
+async fn a_domain_that_was_renamed_has_its_new_name_in_the_record_after_the_next_look() {
+    let watched = Watched::new().await;
+    watched.host.fake.guest_powers_off(SERVER);
+    watched.host.fake.rename(SERVER, "renamed").unwrap();
+    watched.host.fake.set_link(down());
+    watched.host.fake.set_link(LinkState::Up);
+    let named = || watched.agent.record().domain_name == "renamed";
+    until("the new name is seen", named).await;
+    assert_eq!(watched.agent.record().name, "foreign");
+    watched.end().await;
+}
+
 fn down() -> LinkState {
     LinkState::Down {
         reason: "Connection reset by peer".to_owned(),
