@@ -33,15 +33,13 @@ pub(super) fn plan(server: &ServerRecord, facts: &Facts) -> Plan {
     {
         builder.step(Phase::Switch, step);
     }
-    if let Some(domain) = &facts.domain {
-        if domain.persistent {
-            builder.step(
-                Phase::Switch,
-                Step::UndefineDomain {
-                    before: domain.xml.clone(),
-                },
-            );
-        }
+    if let Some(domain) = facts.domain.as_ref().filter(|domain| domain.persistent) {
+        builder.step(
+            Phase::Switch,
+            Step::UndefineDomain {
+                before: domain.xml.clone(),
+            },
+        );
     }
     if server.origin == Origin::Adopted {
         let kept: Vec<_> = server
