@@ -408,6 +408,11 @@ impl Domain {
         }
     }
 
+    /// The owner (`user:group`) that QEMU runs as and that libvirt is told to give no file to, if the domain says both.
+    pub fn keeps_files_from(&self) -> Option<String> {
+        crate::image::left_alone_for(&self.root)
+    }
+
     /// The element of the disk with this target name.
     pub(crate) fn disk_element(&self, target: &str) -> Option<&Element> {
         self.devices().find(|device| {

@@ -34,6 +34,14 @@ pub(crate) fn is_relabelled(domain: &Element) -> bool {
     })
 }
 
+/// The user that QEMU of this domain runs as, if the domain names one and keeps libvirt from giving that user its files.
+pub(crate) fn left_alone_for(domain: &Element) -> Option<String> {
+    let mut labels = domain.elements_named("seclabel");
+    let label = labels.find(|label| label.attribute("model") == Some("dac"))?;
+    let owner = label.child("label")?.text();
+    (!is_relabelled(domain) && !owner.is_empty()).then_some(owner)
+}
+
 /// What a disk of Salvor's own is made of.
 #[derive(Debug)]
 pub(crate) struct Made {

@@ -17,6 +17,7 @@ pub mod fixtures;
 mod image;
 mod place;
 mod protect;
+mod rename;
 mod rescue;
 mod secrets;
 mod server;
@@ -30,6 +31,7 @@ pub use domain::{
 };
 pub use image::BaseImage;
 pub use place::PlaceError;
+pub use rename::{renamed, same_but_for_the_name};
 pub use rescue::{TemplateError, render_rescue};
 pub use secrets::without_secrets;
 pub use server::{

@@ -36,18 +36,36 @@ unix_sock_rw_perms = "0700"
 log_outputs = "2:file:/var/log/libvirt/libvirtd.log"
 "#;
 
-// Guests run as root because images lie below the repository, which other users may have no way into.
 // No control groups and no mount namespaces per guest: the host is a namespace already.
-const QEMU_CONF: &str = r#"user = "root"
-group = "root"
-swtpm_user = "root"
+const QEMU_CONF: &str = r#"swtpm_user = "root"
 swtpm_group = "root"
 security_driver = "none"
-remember_owner = 0
 cgroup_controllers = []
 namespaces = []
 stdio_handler = "file"
 "#;
+
+/// As whom QEMU runs on a host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QemuUser {
+    /// As root: images may lie below the repository, which other users may have no way into.
+    Root,
+    /// As on a host that nobody has configured: as [`QEMU_USER`], to whom libvirt gives every file of a
+    /// guest while it runs. Folders must let that user pass: [`RunFolder::for_everybody`].
+    Packaged,
+}
+
+/// The user and group that Debian's libvirt-daemon-system makes for QEMU.
+pub const QEMU_USER: &str = "libvirt-qemu";
+
+impl QemuUser {
+    fn settings(self) -> String {
+        match self {
+            Self::Root => "user = \"root\"\ngroup = \"root\"\nremember_owner = 0\n".into(),
+            Self::Packaged => format!("user = \"{QEMU_USER}\"\ngroup = \"{QEMU_USER}\"\n"),
+        }
+    }
+}
 
 /// A running test host.
 #[derive(Debug)]
@@ -88,8 +106,23 @@ impl TestHost {
         })
     }
 
-    /// Starts a host that keeps its configuration, state and logs in `folder/host/`.
+    /// Like [`TestHost::shared`], but QEMU is [`QemuUser::Packaged`].
+    pub fn shared_with_packaged_user() -> &'static Self {
+        static SHARED: OnceLock<TestHost> = OnceLock::new();
+        SHARED.get_or_init(|| {
+            let mut folder = RunFolder::named("shared-host-with-packaged-user");
+            folder.keep();
+            Self::start_with(folder.path(), QemuUser::Packaged)
+        })
+    }
+
+    /// Starts a host that keeps its configuration, state and logs in `folder/host/`. QEMU is root.
     pub fn start(folder: &Path) -> Self {
+        Self::start_with(folder, QemuUser::Root)
+    }
+
+    /// Starts a host with QEMU as this user.
+    pub fn start_with(folder: &Path, user: QemuUser) -> Self {
         let folder = folder.join("host");
         // Sockets lie in /run, and their paths must be short: 108 bytes at the most.
         let run = tempfile::Builder::new()
@@ -123,7 +156,8 @@ impl TestHost {
         .unwrap();
         binds.push((folder.join("hosts"), PathBuf::from("/etc/hosts")));
         fs::write(folder.join("etc/libvirtd.conf"), LIBVIRTD_CONF).unwrap();
-        fs::write(folder.join("etc/qemu.conf"), QEMU_CONF).unwrap();
+        let qemu_conf = format!("{QEMU_CONF}{}", user.settings());
+        fs::write(folder.join("etc/qemu.conf"), qemu_conf).unwrap();
 
         let state = Mutex::new(State {
             boot: None,

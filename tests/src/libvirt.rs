@@ -139,6 +139,12 @@ impl Libvirt {
         self.domain(id, Domain::destroy)
     }
 
+    /// Gives a domain that is off another name.
+    pub fn rename(&self, id: Uuid, name: &str) -> LibvirtResult<()> {
+        let name = name.to_owned();
+        self.domain(id, move |domain| domain.rename(&name, 0))
+    }
+
     /// Pauses a domain.
     pub fn suspend(&self, id: Uuid) -> LibvirtResult<()> {
         self.domain(id, Domain::suspend)

@@ -4,6 +4,7 @@
 //! It goes when the test passes and stays, with all logs, when the test fails.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 /// The root of the repository.
@@ -63,7 +64,20 @@ impl RunFolder {
                 }
             })
             .collect();
-        let path = target_folder().join("test-runs").join(name);
+        Self::new(target_folder().join("test-runs").join(name))
+    }
+
+    /// A new, empty folder for the test that calls this, in a place that every user can get to: the
+    /// repository may be in root's own folder.
+    pub fn for_everybody() -> Self {
+        let thread = std::thread::current();
+        let name = thread.name().unwrap_or("unnamed").replace("::", ".");
+        let folder = Self::new(Path::new("/var/tmp").join(format!("salvor-tests-{name}")));
+        fs::set_permissions(&folder.path, fs::Permissions::from_mode(0o711)).unwrap();
+        folder
+    }
+
+    fn new(path: PathBuf) -> Self {
         let _ = fs::remove_dir_all(&path);
         fs::create_dir_all(&path).unwrap_or_else(|e| panic!("cannot make {}: {e}", path.display()));
         Self { path, keep: false }

@@ -166,6 +166,10 @@ settings! {
         /// Which libvirt to use. It must be this host's.
         uri: String = "qemu:///system".to_owned(), LibvirtUri;
 
+        /// The folder in which libvirt keeps the definitions of domains. It is synced before an operation ends that
+        /// changed one, so that a power cut cannot bring the old one back. If it does not exist, everything is synced.
+        definitions: PathBuf = PathBuf::from("/etc/libvirt/qemu"), AbsolutePath;
+
         /// How long one call may take before it counts as stuck.
         call_timeout: Duration = secs(30), SHORT;
 

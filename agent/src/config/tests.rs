@@ -87,6 +87,7 @@ virt_type = "qemu"
 templates_dir = "/etc/salvor/templates"
 import_dirs = ["/srv/images", "/mnt/more"]
 libvirt.uri = "qemu+unix:///system?socket=/run/l.sock"
+libvirt.definitions = "/var/lib/libvirt/qemu"
 libvirt.call_timeout = "10s"
 libvirt.start_timeout = "5m"
 libvirt.destroy_timeout = "90s"

@@ -123,6 +123,7 @@ async fn open_store(config: &Config) -> Result<Store, DaemonError> {
 fn open_libvirt(config: &Config) -> Result<Libvirt, DaemonError> {
     let from = &config.libvirt;
     Ok(Libvirt::open(libvirt::Config {
+        definitions: from.definitions.clone(),
         call_timeout: from.call_timeout,
         start_timeout: from.start_timeout,
         destroy_timeout: from.destroy_timeout,

@@ -281,6 +281,49 @@ impl FakeHypervisor {
         }
     }
 
+    /// Renames a domain that is off, as `virsh domrename` does.
+    ///
+    /// # Errors
+    /// [`HypervisorError::Refused`] if it is on or another domain has the name.
+    pub fn rename(&self, id: Uuid, name: &str) -> HypervisorResult<()> {
+        let call = "rename";
+        let mut state = lock(&self.host.state);
+        if state.domains.values().any(|domain| domain.name == name) {
+            return refused(call, format!("domain '{name}' already exists"));
+        }
+        let domain = state.known(id)?;
+        if domain.live.is_some() {
+            return refused(call, "cannot rename active domain");
+        }
+        let inactive = domain.inactive.as_deref();
+        domain.inactive = inactive.and_then(|xml| salvor_domain_templates::renamed(xml, name));
+        // Names are kept here as XML writes them.
+        domain.name = salvor_domain_templates::xml::escape(name).into_owned();
+        drop(state);
+        for what in ["undefined", "defined"] {
+            self.emit(HypervisorEvent::Domain { id, what });
+        }
+        Ok(())
+    }
+
+    /// The domain's definition as a power cut would leave it.
+    #[must_use]
+    pub fn definition_on_disk(&self, id: Uuid) -> Option<String> {
+        lock(&self.host.state).on_disk.get(&id).cloned()
+    }
+
+    /// The host goes down and comes up: every domain is off, transient ones are gone, and no event
+    /// tells of it.
+    pub fn host_reboot(&self) {
+        let mut state = lock(&self.host.state);
+        state.domains.retain(|_, domain| domain.inactive.is_some());
+        for domain in state.domains.values_mut() {
+            domain.live = None;
+            domain.power = PowerState::Shutdown;
+            domain.reason = "unknown";
+        }
+    }
+
     fn emit(&self, event: HypervisorEvent) {
         // Nobody listening is no error.
         let _ = self.host.events.send(event);
@@ -473,6 +516,16 @@ impl Hypervisor for FakeHypervisor {
                 id,
                 what: "defined",
             });
+            Ok(())
+        })
+        .await
+    }
+
+    async fn sync_definitions(&self) -> HypervisorResult<()> {
+        self.call("sync_definitions", "", |_, state| {
+            let domains = state.domains.iter();
+            let defined = domains.filter_map(|(id, d)| Some((*id, d.inactive.clone()?)));
+            state.on_disk = defined.collect();
             Ok(())
         })
         .await

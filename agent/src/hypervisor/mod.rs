@@ -56,6 +56,14 @@ pub enum HypervisorError {
         /// libvirt's message.
         message: String,
     },
+    /// What libvirt wrote may not be on the disk.
+    #[error("{folder}, where libvirt keeps definitions, could not be synced: {message}")]
+    NotSynced {
+        /// The folder.
+        folder: String,
+        /// The system's message.
+        message: String,
+    },
 }
 
 impl From<HypervisorError> for Refusal {
@@ -66,6 +74,7 @@ impl From<HypervisorError> for Refusal {
             HypervisorError::NoDomain { .. } => Reason::DomainNotFound,
             HypervisorError::NoGuestAgent { .. } => Reason::GuestAgentUnavailable,
             HypervisorError::Refused { .. } => Reason::LibvirtRefused,
+            HypervisorError::NotSynced { .. } => Reason::StorageFailed,
         };
         Refusal::new(reason, error.to_string())
     }
@@ -235,6 +244,10 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// snapshots and checkpoints, which would stand in the way. NVRAM and TPM state stay: the
     /// definition may come back. No such domain is success.
     async fn undefine(&self, id: Uuid) -> HypervisorResult<()>;
+
+    /// When this returns, all that was defined and undefined before outlives a power cut. libvirt syncs
+    /// the file of a definition, but not the folder that says which file it is.
+    async fn sync_definitions(&self) -> HypervisorResult<()>;
 
     /// Starts the domain: with its saved memory, or with its persistent definition.
     async fn start(&self, id: Uuid, boot: Boot) -> HypervisorResult<()>;

@@ -28,13 +28,16 @@ mod threads;
 mod turns;
 mod words;
 
+use std::fs::File;
 use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock, mpsc};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
+use nix::errno::Errno;
 use tokio::sync::{broadcast, oneshot, watch};
 use uuid::Uuid;
 use virt::connect::Connect;
@@ -67,6 +70,8 @@ const AGENT_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct Config {
     /// libvirt's URI, `qemu:///system` as a rule.
     pub uri: String,
+    /// The folder in which it keeps the definitions of domains.
+    pub definitions: PathBuf,
     /// How long a call may take that should take no time.
     pub call_timeout: Duration,
     /// How long a call may take that asks a guest or its QEMU (shutdown, guest agent). It is to be
@@ -89,6 +94,7 @@ impl Config {
     pub fn new(uri: impl Into<String>) -> Self {
         Self {
             uri: uri.into(),
+            definitions: PathBuf::from("/etc/libvirt/qemu"),
             call_timeout: Duration::from_secs(30),
             guest_timeout: Duration::from_secs(10),
             start_timeout: Duration::from_secs(120),
@@ -356,6 +362,20 @@ const UNDEFINE_FLAGS: [sys::virDomainUndefineFlagsValues; 3] = {
     [files | sys::VIR_DOMAIN_UNDEFINE_KEEP_TPM, files, saved]
 };
 
+/// Syncs a folder, or everything if that cannot be done for this one.
+fn sync_folder(folder: &Path) -> io::Result<()> {
+    match File::open(folder).and_then(|folder| folder.sync_all()) {
+        // The disk is sick: syncing more does not help.
+        Err(error) if error.raw_os_error() == Some(Errno::EIO as i32) => Err(error),
+        // It is elsewhere, or its file system cannot sync a folder.
+        Err(_) => {
+            nix::unistd::sync();
+            Ok(())
+        }
+        Ok(()) => Ok(()),
+    }
+}
+
 /// Which domain is defined by this? Nobody asks for one without a uuid, which would be a new one.
 fn uuid_of(xml: &str) -> Option<Uuid> {
     let domain = salvor_domain_templates::Domain::parse(xml).ok()?;
@@ -478,6 +498,19 @@ impl Hypervisor for Libvirt {
             Ok(answer?)
         })
         .await
+    }
+
+    async fn sync_definitions(&self) -> HypervisorResult<()> {
+        let folder = self.shared.config.definitions.clone();
+        let told = folder.display().to_string();
+        let work = tokio::task::spawn_blocking(move || sync_folder(&folder));
+        let synced = work
+            .await
+            .unwrap_or_else(|error| Err(io::Error::other(error)));
+        synced.map_err(|error| HypervisorError::NotSynced {
+            folder: told,
+            message: error.to_string(),
+        })
     }
 
     async fn start(&self, id: Uuid, boot: Boot) -> HypervisorResult<()> {

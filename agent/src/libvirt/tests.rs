@@ -44,6 +44,36 @@ fn is_refused<T: std::fmt::Debug>(answer: &HypervisorResult<T>, text: &str) -> b
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn definitions_are_synced_where_libvirt_keeps_them() {
+    let dir = tempfile::tempdir().unwrap();
+    // Whoever opens a pipe to read it waits for somebody to write to it.
+    let folder = dir.path().join("definitions");
+    nix::unistd::mkfifo(&folder, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let libvirt = Libvirt::open(Config {
+        definitions: folder.clone(),
+        ..Config::new("test:///default")
+    })
+    .unwrap();
+    let synced = tokio::spawn(async move { libvirt.sync_definitions().await });
+    let opened =
+        tokio::task::spawn_blocking(move || std::fs::OpenOptions::new().write(true).open(folder));
+    let _writer = timeout(PATIENCE, opened).await.unwrap().unwrap().unwrap();
+    // A pipe cannot be synced: that is no error, but everything is synced instead.
+    timeout(4 * PATIENCE, synced)
+        .await
+        .unwrap()
+        .unwrap()
+        .unwrap();
+}
+
+#[test]
+fn a_folder_that_is_not_there_is_no_reason_not_to_sync() {
+    let dir = tempfile::tempdir().unwrap();
+    sync_folder(dir.path()).unwrap();
+    sync_folder(&dir.path().join("absent")).unwrap();
+}
+
 #[tokio::test]
 async fn a_domain_goes_through_its_life_and_events_tell_of_it() {
     let libvirt = test_host().await;

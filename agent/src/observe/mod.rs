@@ -28,7 +28,7 @@ use crate::{
     dispatch::{Dispatcher, Target},
     engine::now_ms,
     hypervisor::{Hypervisor, HypervisorError, HypervisorEvent, LinkState, PowerReading},
-    store::{Request, Store},
+    store::{Request, Store, StoreResult},
 };
 
 /// A due action that was refused (a busy server, libvirt away) or that failed is tried again after
@@ -89,6 +89,13 @@ struct Questions {
     under_way: HashMap<tokio::task::Id, (Uuid, Question)>,
     /// To be asked once more: something happened after the question was put.
     again: HashSet<(Uuid, Question)>,
+}
+
+/// An observation that is lost is made again.
+fn recorded<T>(server: Uuid, outcome: StoreResult<T>) {
+    if let Err(error) = outcome {
+        tracing::error!(%server, error = &error as &dyn std::error::Error, "an observation cannot be recorded");
+    }
 }
 
 /// The observer.
@@ -189,6 +196,11 @@ impl Observer {
                 let seen: HashSet<Uuid> = domains.iter().map(|domain| domain.id).collect();
                 for domain in domains {
                     if let Some(server) = self.store.server(domain.id) {
+                        if server.domain_name != domain.name {
+                            let name = domain.name.clone();
+                            let named = self.store.observe_name(server.id, name, asked_at).await;
+                            recorded(server.id, named);
+                        }
                         let reading = PowerReading {
                             power: domain.power,
                             reason: domain.reason,
@@ -271,12 +283,7 @@ impl Observer {
     }
 
     async fn record(&self, server: &ServerRecord, seen: PowerObservation) {
-        match self.store.observe(server.id, seen).await {
-            Ok(_) => {}
-            Err(error) => {
-                tracing::error!(server = %server.id, error = &error as &dyn std::error::Error, "an observation cannot be recorded")
-            }
-        }
+        recorded(server.id, self.store.observe(server.id, seen).await);
     }
 
     /// When a rescue is to be ended next.

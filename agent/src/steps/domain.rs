@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Steps on the domain: power, definition, password.
 
-use std::time::Duration;
+use std::{borrow::Cow, time::Duration};
 
-use salvor_domain_templates::{Domain, Role};
+use salvor_domain_templates::{Domain, Role, renamed, same_but_for_the_name};
 use tokio::{
     sync::broadcast::error::RecvError,
     time::{Instant, timeout_at},
@@ -152,7 +152,8 @@ impl Steps {
     }
 
     /// Defines the domain, unless its definition is neither the one that the plan was made for nor
-    /// the one that it makes: the change would be lost, and the plan's own way back is not its.
+    /// the one that it makes: the change would be lost, and the plan's own way back is not its. Only
+    /// another name is no change in this sense ([`named_like`]).
     pub(super) async fn define(
         &self,
         id: Uuid,
@@ -160,8 +161,10 @@ impl Steps {
         mark: Mark,
         before: Option<&str>,
     ) -> Applied {
-        self.is_unchanged(id, xml, mark, before).await?;
-        self.hypervisor.define(xml).await?;
+        let current = self.is_unchanged(id, xml, mark, before).await?;
+        let xml = named_like(xml, current.as_deref());
+        self.hypervisor.define(&xml).await?;
+        self.hypervisor.sync_definitions().await?;
         Ok(None)
     }
 
@@ -177,24 +180,27 @@ impl Steps {
         Ok(())
     }
 
+    /// The definition that there is, if it is the one before the plan or the one that the plan makes.
     async fn is_unchanged(
         &self,
         id: Uuid,
         xml: &str,
         mark: Mark,
         before: Option<&str>,
-    ) -> Result<(), StepError> {
-        match self.xml(id, Definition::Inactive).await? {
-            Some(current) if Some(current.as_str()) != before && !is_of(&current, xml, mark) => {
-                Err(StepError::new(
-                    Reason::DomainChanged,
-                    format!(
-                        "the definition of domain {id} was changed while the operation ran; ask again"
-                    ),
-                ))
-            }
-            _ => Ok(()),
+    ) -> Result<Option<String>, StepError> {
+        let current = self.xml(id, Definition::Inactive).await?;
+        if let Some(current) = &current
+            && !before.is_some_and(|before| same_but_for_the_name(current, before))
+            && !is_of(current, xml, mark)
+        {
+            return Err(StepError::new(
+                Reason::DomainChanged,
+                format!(
+                    "the definition of domain {id} was changed while the operation ran; ask again"
+                ),
+            ));
         }
+        Ok(current)
     }
 
     pub(super) async fn is_defined(
@@ -206,7 +212,12 @@ impl Steps {
         let Some(current) = self.xml(id, Definition::Inactive).await? else {
             return Ok(false);
         };
-        Ok(is_of(&current, xml, mark))
+        if !is_of(&current, xml, mark) {
+            return Ok(false);
+        }
+        // It may have been defined by an agent that died before it synced.
+        self.hypervisor.sync_definitions().await?;
+        Ok(true)
     }
 
     /// Takes a definition back: the one before, or none. What is neither missing nor of this step
@@ -220,12 +231,17 @@ impl Steps {
     ) -> Result<(), StepError> {
         let current = self.xml(id, Definition::Inactive).await?;
         match before {
-            _ if current.is_some_and(|current| !is_of(&current, xml, mark)) => {}
-            Some(before) => self.hypervisor.define(before).await?,
+            _ if current
+                .as_ref()
+                .is_some_and(|current| !is_of(current, xml, mark)) => {}
+            Some(before) => {
+                let before = named_like(before, current.as_deref());
+                self.hypervisor.define(&before).await?;
+            }
             // The definition may be the server's own, coming back from a rescue: its NVRAM is too.
             None => self.hypervisor.undefine(id).await?,
         }
-        Ok(())
+        Ok(self.hypervisor.sync_definitions().await?)
     }
 
     /// Takes it back that the domain was undefined. A definition that is there now is somebody's.
@@ -233,20 +249,22 @@ impl Steps {
         if self.xml(id, Definition::Inactive).await?.is_none() {
             self.hypervisor.define(before).await?;
         }
-        Ok(())
+        Ok(self.hypervisor.sync_definitions().await?)
     }
 
     pub(super) async fn undefine(&self, id: Uuid) -> Applied {
         self.hypervisor.undefine(id).await?;
+        self.hypervisor.sync_definitions().await?;
         Ok(None)
     }
 
     pub(super) async fn is_undefined(&self, id: Uuid) -> Result<bool, StepError> {
-        Ok(self
-            .hypervisor
-            .domain(id)
-            .await?
-            .is_none_or(|status| !status.persistent))
+        let status = self.hypervisor.domain(id).await?;
+        if status.is_some_and(|status| status.persistent) {
+            return Ok(false);
+        }
+        self.hypervisor.sync_definitions().await?;
+        Ok(true)
     }
 
     /// Starts the guest. One that is on already, as it was to be started, is left as it is; if the plan
@@ -347,12 +365,23 @@ impl Steps {
     }
 }
 
+/// The definition under the name that the domain has now. libvirt defines no domain under another
+/// name than it has, and who renamed it in the middle of a rescue (`virsh domrename`) meant that.
+fn named_like<'a>(xml: &'a str, current: Option<&str>) -> Cow<'a, str> {
+    let name = |xml: &str| Some(Domain::parse(xml).ok()?.name().to_owned());
+    let now = current.and_then(name);
+    match now.filter(|now| name(xml).is_some_and(|planned| planned != *now)) {
+        Some(now) => renamed(xml, &now).map_or(Cow::Borrowed(xml), Cow::Owned),
+        None => Cow::Borrowed(xml),
+    }
+}
+
 /// Is this definition the one that a step made of `xml`?
 fn is_of(current: &str, xml: &str, mark: Mark) -> bool {
     match mark {
         Mark::Plan(_) => carries(current, mark),
         // Our saved text is libvirt's own, so it prints the same again.
-        Mark::Own => current == xml,
+        Mark::Own => same_but_for_the_name(current, xml),
     }
 }
 

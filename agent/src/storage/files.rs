@@ -4,7 +4,8 @@
 //! **Who may read what.** Folders are 0711: QEMU (an unprivileged user) reaches a file whose name
 //! libvirt tells it, nobody lists them. Disks, config drives and NVRAM are 0600: libvirt's dynamic
 //! ownership gives them to QEMU's user while the domain runs and takes them back after. Images are
-//! 0444: many domains stand on one image at a time, so nobody owns it and nobody writes to it.
+//! 0444: many domains stand on one image at a time, so it stays root's (definitions tell libvirt so) and
+//! nobody writes to it.
 //!
 //! Everything here blocks: call it from `tokio::task::spawn_blocking`. It knows nothing of servers or
 //! images.

@@ -500,6 +500,23 @@ impl Store {
         .await
     }
 
+    /// Records the name that a server's domain was seen to have.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn observe_name(&self, server: Uuid, name: String, now_ms: i64) -> StoreResult<()> {
+        self.run(move |db| {
+            let Some((order, mut record)) = db.server(server) else {
+                return Ok(());
+            };
+            record.domain_name = name;
+            db.change(Durability::Process, |tx, publish| {
+                put_server(tx, publish, order, record, now_ms).map(|_| ())
+            })
+        })
+        .await
+    }
+
     /// Folds an observation into a server's record; says whether it told something new.
     ///
     /// # Errors

@@ -515,6 +515,33 @@ fn what_no_protection_of_disks_covers_is_named() {
 }
 
 #[test]
+fn a_domain_whose_files_libvirt_may_give_to_nobody_is_refused_unless_its_qemu_is_root() {
+    let labelled =
+        |label: &str| fixture("virt-manager").replace("</domain>", &format!("{label}</domain>"));
+    let fixed = |owner: &str| {
+        labelled(&format!(
+            "<seclabel type='static' model='dac' relabel='no'><label>{owner}</label></seclabel>"
+        ))
+    };
+    let refusal =
+        rescue_refused(|facts, _| facts.domain.as_mut().unwrap().xml = fixed("+64055:+107"));
+    says(
+        &refusal,
+        Reason::DomainUnsupported,
+        &["+64055:+107", "relabel='yes'", "virsh edit web"],
+    );
+    for good in [
+        fixed("+0:+0"),
+        fixed("root:root"),
+        fixed("+7:+7").replace("relabel='no'", "relabel='yes'"),
+        labelled("<seclabel type='none'/>"),
+    ] {
+        let action = Action::Rescue(Box::new(rescue_args()));
+        plan(Some(&active()), &action, &rescue_facts(&good), templates()).unwrap();
+    }
+}
+
+#[test]
 fn protected_disks_whose_owners_cannot_be_put_back_are_named() {
     let volume = "<disk type='volume' device='disk'><driver name='qemu' type='raw'/>\
                   <source pool='p' volume='v'/><target dev='vdy' bus='virtio'/></disk>";

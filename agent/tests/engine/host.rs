@@ -173,6 +173,12 @@ impl Host {
         )
     }
 
+    /// Defines a domain, as somebody did long ago.
+    pub(crate) async fn define(&self, xml: &str) {
+        self.fake.define(xml).await.unwrap();
+        self.fake.sync_definitions().await.unwrap();
+    }
+
     /// Settings of an agent here.
     pub(crate) fn settings(&self) -> Settings {
         Settings {
@@ -256,6 +262,7 @@ impl Host {
             record,
             power: status.as_ref().map(|status| status.power),
             inactive: xml(Definition::Inactive).await,
+            on_disk: fake.definition_on_disk(SERVER),
             live: xml(Definition::Live).await,
             saved: store.saved_definition(SERVER).await.unwrap(),
             holders: store.image_holders().await.unwrap(),
@@ -344,6 +351,8 @@ pub(crate) struct Seen {
     pub(crate) record: Option<ServerRecord>,
     pub(crate) power: Option<salvor_agent::core::state::PowerState>,
     pub(crate) inactive: Option<String>,
+    /// The inactive definition after a power cut.
+    pub(crate) on_disk: Option<String>,
     pub(crate) live: Option<String>,
     pub(crate) saved: Option<String>,
     pub(crate) holders: Vec<(Uuid, String)>,
@@ -364,6 +373,7 @@ impl Seen {
         compare("record", &self.record, &other.record);
         compare("power", &self.power, &other.power);
         compare("inactive definition", &self.inactive, &other.inactive);
+        compare("definition on the disk", &self.on_disk, &other.on_disk);
         compare("live definition", &self.live, &other.live);
         compare("saved definition", &self.saved, &other.saved);
         compare("holders", &self.holders, &other.holders);

@@ -33,7 +33,7 @@ impl Watched {
         let host = Host::new();
         let agent = host.agent(Arc::new(NoProbe)).await;
         host.add_images(&agent.store).await;
-        host.fake.define(&host.foreign_domain(false)).await.unwrap();
+        host.define(&host.foreign_domain(false)).await;
         host.fake.start(SERVER, Boot::Resume).await.unwrap();
         agent.succeed(NEW, adopt()).await;
         // Events have to do: the interval is far longer than any test.
@@ -100,6 +100,19 @@ impl Watched {
             .unwrap()
             .unwrap();
     }
+}
+
+#[tokio::test]
+async fn a_domain_that_was_renamed_has_its_new_name_in_the_record_after_the_next_look() {
+    let watched = Watched::new().await;
+    watched.host.fake.guest_powers_off(SERVER);
+    watched.host.fake.rename(SERVER, "renamed").unwrap();
+    watched.host.fake.set_link(down());
+    watched.host.fake.set_link(LinkState::Up);
+    let named = || watched.agent.record().domain_name == "renamed";
+    until("the new name is seen", named).await;
+    assert_eq!(watched.agent.record().name, "foreign");
+    watched.end().await;
 }
 
 fn down() -> LinkState {

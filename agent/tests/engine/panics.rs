@@ -97,7 +97,7 @@ async fn carry_out(
     let agent = host.agent(Arc::new(NoProbe)).await;
     host.add_images(&agent.store).await;
     let xml = host.foreign_domain(false);
-    host.fake.define(&xml).await.unwrap();
+    host.define(&xml).await;
     host.fake.start(SERVER, Boot::Resume).await.unwrap();
     agent.succeed(NEW, adopt()).await;
     if matches!(action, Action::Unrescue(_)) {

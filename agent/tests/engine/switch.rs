@@ -12,14 +12,15 @@ use salvor_agent::{
         state::{PowerState, VmState},
     },
     engine::{NoProbe, Point, Probe},
-    hypervisor::{Boot, Definition, Hypervisor as _},
+    hypervisor::{Boot, Definition, Hypervisor as _, HypervisorError},
 };
 
 use crate::{
     crash::{FAIL, Plot},
     gate::Gate,
     host::{
-        AT_ONCE, Agent, Host, NEW, ON, SERVER, adopt, qemu_io, rescue, rescue_action, unrescue,
+        AT_ONCE, Agent, BASE, Host, NEW, ON, SERVER, adopt, qemu_io, rescue, rescue_action,
+        unrescue,
     },
 };
 
@@ -27,7 +28,7 @@ use crate::{
 async fn with_server(host: &Host, probe: Arc<dyn Probe>) -> Agent {
     let agent = host.agent(probe).await;
     host.add_images(&agent.store).await;
-    host.fake.define(&host.foreign_domain(false)).await.unwrap();
+    host.define(&host.foreign_domain(false)).await;
     host.fake.start(SERVER, Boot::Resume).await.unwrap();
     agent.succeed(NEW, adopt()).await;
     agent
@@ -183,6 +184,91 @@ async fn a_definition_that_was_changed_meanwhile_is_not_overwritten() {
         let record = agent.record();
         assert_eq!(record.vm_state, before.record.unwrap().vm_state);
         assert_eq!(record.fault, None);
+    }
+}
+
+#[tokio::test]
+async fn a_domain_that_was_renamed_while_rescued_comes_back_under_its_new_name() {
+    for other_takes_the_name in [false, true] {
+        let host = Host::new();
+        let agent = with_server(&host, Arc::new(NoProbe)).await;
+        let original = host.look(&agent).await.inactive.unwrap();
+        agent.succeed(ON, rescue_action()).await;
+        host.fake.guest_powers_off(SERVER);
+        host.fake.rename(SERVER, "new & old").unwrap();
+        if other_takes_the_name {
+            let other = original.replace(&SERVER.to_string(), &BASE.to_string());
+            host.fake.define(&other).await.unwrap();
+        }
+        // What fails half-way is taken back under the new name as well.
+        let no = HypervisorError::Refused {
+            call: "virDomainCreate",
+            message: "no".to_owned(),
+        };
+        host.fake.fail_next("start", no);
+        let operation = agent.carry_out(ON, Action::Unrescue(unrescue())).await;
+        assert_eq!(operation.error.unwrap().reason, Reason::LibvirtRefused);
+        assert_eq!(agent.record().vm_state, VmState::Rescued);
+        assert_eq!(agent.record().fault, None);
+
+        agent.succeed(ON, Action::Unrescue(unrescue())).await;
+        let seen = host.look(&agent).await;
+        let wanted = original.replace("<name>foreign</name>", "<name>new &amp; old</name>");
+        assert_eq!(seen.inactive.as_ref(), Some(&wanted));
+        assert_eq!(seen.live, seen.inactive);
+        assert_eq!(seen.saved, None);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_domain_that_is_renamed_while_it_is_switched_goes_on_under_its_new_name() {
+    for (verb, end) in [
+        (Verb::Rescue, "done"),
+        (Verb::Rescue, "taken back"),
+        (Verb::Unrescue, "done"),
+        (Verb::Unrescue, "taken back"),
+    ] {
+        let host = Host::new();
+        let power_off = if verb == Verb::Rescue { 5 } else { 0 };
+        // The guest is off. Before and after the definition is switched.
+        for point in [power_off, power_off + 1] {
+            let host = if point == power_off {
+                &host
+            } else {
+                &Host::new()
+            };
+            let gate = Gate::new(verb, Point::AfterStep(point));
+            let agent = with_server(host, Arc::clone(&gate) as _).await;
+            let original = host.look(&agent).await.inactive.unwrap();
+            let action = if verb == Verb::Rescue {
+                rescue_action()
+            } else {
+                agent.succeed(ON, rescue_action()).await;
+                Action::Unrescue(unrescue())
+            };
+            let submitted = agent.submit(ON, action).await.unwrap();
+            gate.reached().await;
+            host.fake.rename(SERVER, "renamed").unwrap();
+            if end == "taken back" {
+                let no = HypervisorError::Refused {
+                    call: "virDomainCreate",
+                    message: "no".to_owned(),
+                };
+                host.fake.fail_next("start", no);
+            }
+            gate.open();
+            let operation = agent.ended(submitted.operation.id).await;
+            let done = operation.state == OperationState::Done;
+            assert_eq!(done, end == "done", "{verb} {point}: {operation:#?}");
+            assert_eq!(agent.record().fault, None, "{verb} {point}");
+            if agent.record().vm_state == VmState::Rescued {
+                agent.succeed(ON, Action::Unrescue(unrescue())).await;
+            }
+            let wanted = original.replace("<name>foreign</name>", "<name>renamed</name>");
+            let seen = host.look(&agent).await;
+            assert_eq!(seen.inactive.as_ref(), Some(&wanted), "{verb} {point}");
+            assert_eq!(seen.live, seen.inactive, "{verb} {point}");
+        }
     }
 }
 

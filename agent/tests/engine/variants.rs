@@ -229,7 +229,7 @@ pub(crate) async fn prepare(host: &Host, prior: &[Prior]) {
             Prior::Created { powered_off } => agent.succeed(NEW, create(*powered_off)).await,
             Prior::Foreign { uefi, on } => {
                 let xml = host.foreign_domain(*uefi);
-                host.fake.define(&xml).await.unwrap();
+                host.define(&xml).await;
                 if *on {
                     host.fake.start(SERVER, Boot::Resume).await.unwrap();
                 }
@@ -253,6 +253,7 @@ pub(crate) async fn prepare(host: &Host, prior: &[Prior]) {
             Prior::Undefined => {
                 host.fake.destroy(SERVER).await.unwrap();
                 host.fake.undefine(SERVER).await.unwrap();
+                host.fake.sync_definitions().await.unwrap();
             }
         }
     }

@@ -21,7 +21,7 @@ use virt::domain::DomainState;
 use crate::scene::{AT_ONCE, Scene, crypt, rescue_with, sha256, unrescue_of};
 
 /// A request for a server as small as can be.
-fn server_from(image: &Image, memory_mib: u64) -> CreateServerRequest {
+pub(crate) fn server_from(image: &Image, memory_mib: u64) -> CreateServerRequest {
     CreateServerRequest {
         name: "made".into(),
         image: image.id.clone(),

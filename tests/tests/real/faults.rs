@@ -375,6 +375,24 @@ async fn a_rescue_guest_that_dies_leaves_the_server_rescued_and_the_way_back_ope
     scene.unrescue_actor(&actor).await;
 }
 
+// libvirt does not define a domain under another name than it has.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_domain_that_was_renamed_while_rescued_comes_back_under_its_new_name() {
+    let folder = RunFolder::for_this_test();
+    let host = TestHost::shared();
+    let guest = tiny("renamed");
+    let settings = AgentSettings::default();
+    let (mut actor, mut scene) = Scene::with_actor(host, folder.path(), &guest, settings).await;
+    scene.rescue_actor(&actor).await;
+    actor.libvirt.destroy(actor.id).unwrap();
+    actor.libvirt.rename(actor.id, "a-new-name").unwrap();
+    actor.definition = actor
+        .definition
+        .replace("<name>renamed</name>", "<name>a-new-name</name>");
+    scene.unrescue_actor(&actor).await;
+    actor.libvirt.remove(actor.id);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_that_is_restarted_knows_the_rescue_and_the_way_back() {
     let folder = RunFolder::for_this_test();

@@ -22,6 +22,7 @@ mod frozen;
 mod fuzz;
 mod harness;
 mod images;
+mod owners;
 mod password;
 mod power;
 mod rescue;

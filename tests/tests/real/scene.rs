@@ -53,8 +53,16 @@ impl Scene<'static> {
 
     /// The same with an agent that is configured otherwise.
     pub(crate) async fn with(settings: AgentSettings) -> Self {
-        let folder = RunFolder::for_this_test();
-        let mut scene = Self::on(TestHost::shared(), folder.path(), settings).await;
+        Self::in_own(TestHost::shared(), RunFolder::for_this_test(), settings).await
+    }
+
+    /// On another host than most, in a folder that goes with the scene.
+    pub(crate) async fn in_own(
+        host: &'static TestHost,
+        folder: RunFolder,
+        settings: AgentSettings,
+    ) -> Self {
+        let mut scene = Self::on(host, folder.path(), settings).await;
         scene.own = Some(folder);
         scene
     }

@@ -184,6 +184,7 @@ impl<'a> Rescue<'a> {
         check_domain(server, domain)?;
         check_space(facts, FILES_NEED)?;
         let parsed = read_domain(&domain.xml)?;
+        check_owner(domain, &parsed)?;
         let properties = properties(image)?;
         let choice = choose(server, args, image, &properties)?;
         let folder = facts.host.layout.rescue(server.id, facts.plan);
@@ -446,6 +447,21 @@ fn check_domain(server: &ServerRecord, domain: &DomainFacts) -> Result<(), Refus
         ));
     }
     Ok(())
+}
+
+/// The rescue's files are made for root, and libvirt gives them to the user that QEMU runs as.
+fn check_owner(domain: &DomainFacts, parsed: &Domain) -> Result<(), Refusal> {
+    let root = |owner: &str| matches!(owner.split(':').next(), Some("root" | "0" | "+0"));
+    match parsed.keeps_files_from().filter(|owner| !root(owner)) {
+        None => Ok(()),
+        Some(owner) => Err(Refusal::new(
+            Reason::DomainUnsupported,
+            format!(
+                "the definition of domain {} keeps libvirt from giving files to its QEMU, which runs as {owner} and could not read those of a rescue; set relabel='yes' in its <seclabel model='dac'> (virsh edit {})",
+                domain.name, domain.name
+            ),
+        )),
+    }
 }
 
 /// The request's words come first, then the image's properties, then what suits the image.

@@ -55,6 +55,8 @@ pub(super) struct HostState {
     pub(super) planned: Vec<(String, Planned)>,
     pub(super) calls: Vec<String>,
     pub(super) stuck: Vec<StuckCall>,
+    /// Definitions as they were when they were synced last.
+    pub(super) on_disk: BTreeMap<Uuid, String>,
 }
 
 pub(super) fn element<'a>(xml: &'a str, name: &str) -> Option<&'a str> {
