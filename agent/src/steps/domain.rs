@@ -156,16 +156,30 @@ impl Steps {
     /// another name is no change in this sense ([`named_like`]).
     pub(super) async fn define(
         &self,
-        id: Uuid,
+        plan: &Plan,
         xml: &str,
         mark: Mark,
         before: Option<&str>,
     ) -> Applied {
-        let current = self.is_unchanged(id, xml, mark, before).await?;
+        let current = self.is_unchanged(plan.server, xml, mark, before).await?;
         let xml = named_like(xml, current.as_deref());
         self.hypervisor.define(&xml).await?;
-        self.hypervisor.sync_definitions().await?;
+        // Where a guest waits to be started, that comes first: the outcome relies on the definition, the
+        // guest does not.
+        let starts = |step: &PlannedStep| matches!(step.step, Step::StartDomain { .. });
+        if !plan.steps.iter().any(starts) {
+            self.hypervisor.sync_definitions().await?;
+        }
         Ok(None)
+    }
+
+    /// What the plan has defined is on the disk: to be called once its guest is on.
+    pub(super) async fn sync_defined(&self, plan: &Plan) -> Result<(), StepError> {
+        let defines = |step: &PlannedStep| matches!(step.step, Step::DefineDomain { .. });
+        if plan.steps.iter().any(defines) {
+            self.hypervisor.sync_definitions().await?;
+        }
+        Ok(())
     }
 
     /// Is the definition still what the plan's own change of it takes it to be? What would be refused

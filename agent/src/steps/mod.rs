@@ -106,11 +106,14 @@ impl StepRunner for Steps {
                 base_format,
             } => self.empty_overlay(path, base, base_format).await,
             Step::DefineDomain { xml, mark, before } => {
-                self.define(server, xml, *mark, before.as_deref()).await
+                self.define(context.plan, xml, *mark, before.as_deref())
+                    .await
             }
             Step::UndefineDomain { .. } => self.undefine(server).await,
             Step::StartDomain { mark, fresh } => {
-                self.start(context.plan, *mark, boot(*fresh)).await
+                let started = self.start(context.plan, *mark, boot(*fresh)).await?;
+                self.sync_defined(context.plan).await?;
+                Ok(started)
             }
             Step::DropSavedMemory => self.drop_saved_memory(server).await,
             Step::SetUserPassword { user, hash } => {
@@ -175,7 +178,13 @@ impl StepRunner for Steps {
             Step::PowerOff { .. } => self.is_off(server).await,
             Step::DefineDomain { xml, mark, .. } => self.is_defined(server, xml, *mark).await,
             Step::UndefineDomain { .. } => self.is_undefined(server).await,
-            Step::StartDomain { mark, .. } => self.is_started(server, *mark).await,
+            Step::StartDomain { mark, .. } => {
+                let started = self.is_started(server, *mark).await?;
+                if started {
+                    self.sync_defined(context.plan).await?;
+                }
+                Ok(started)
+            }
             // Cheap to do again, and what is half there cannot be told from what is whole.
             Step::HoldImage { .. }
             | Step::MakeFolder { .. }
