@@ -34,6 +34,22 @@ pub(super) fn is(error: &Error, number: ErrorNumber) -> bool {
     error.code() == Enum::Known(number)
 }
 
+/// Did QEMU end while it was started, without a word of its own? Where it had one, libvirt puts it behind
+/// this, after a colon. Newer ones name the domain in parentheses.
+pub(super) fn is_silent_end(error: &Error) -> bool {
+    let message = error.message().trim_end();
+    let said = message
+        .split_once(" (vm=")
+        .map_or(message, |(said, _)| said);
+    is(error, ErrorNumber::InternalError)
+        && [
+            "process exited while connecting to monitor",
+            "unexpectedly closed the monitor",
+        ]
+        .iter()
+        .any(|words| said.ends_with(words))
+}
+
 /// What libvirt said of a call on a connection that is alive.
 pub(super) fn refusal(call: &Call, error: &Error) -> HypervisorError {
     let message = error.message().trim().to_owned();

@@ -49,7 +49,7 @@ use self::schema::SchemaChecks;
 pub use self::schema::{SchemaError, check_schema};
 
 use self::connections::{Class, Connections, Notice, Supervisor, is_alive};
-use self::errors::{Failure, agent_failure, is, refusal, schema_failure};
+use self::errors::{Failure, agent_failure, is, is_silent_end, refusal, schema_failure};
 use self::reads::{all, facts, find, power, status};
 use self::threads::{Job, Ticket};
 use self::turns::Turns;
@@ -517,13 +517,24 @@ impl Hypervisor for Libvirt {
         let call = Call::new("virDomainCreate", self.shared.config.start_timeout).about(id);
         self.call(Class::Mutate, call, move |connect| {
             let domain = connect.lookup_domain_by_uuid(id)?;
-            match boot {
-                Boot::Resume => Ok(domain.create()?),
+            let start = || match boot {
+                Boot::Resume => domain.create(),
                 Boot::Fresh => match domain.create_with_flags(sys::VIR_DOMAIN_START_FORCE_BOOT) {
                     // A driver that knows no saved memory, such as the test driver.
-                    Err(error) if is(&error, ErrorNumber::InvalidArg) => Ok(domain.create()?),
-                    answer => Ok(answer?),
+                    Err(error) if is(&error, ErrorNumber::InvalidArg) => domain.create(),
+                    answer => answer,
                 },
+            };
+            match start() {
+                // libvirtd may still have work to do about the end of the guest before, and do it to
+                // this one: it ends the new QEMU, which had no chance to say anything (seen with 9.0,
+                // where shutting down and starting follow at once and several domains do so). That
+                // work is done now.
+                Err(error) if is_silent_end(&error) => {
+                    tracing::warn!(domain = %id, %error, "starting the domain again");
+                    Ok(start()?)
+                }
+                answer => Ok(answer?),
             }
         })
         .await

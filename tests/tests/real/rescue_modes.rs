@@ -3,6 +3,7 @@
 //! sees and where, and whether what it writes reaches the original.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::path::PathBuf;
 
 use salvor_proto::v1::{
@@ -13,6 +14,7 @@ use salvor_tests::client::{Client, assert_refused};
 use salvor_tests::console::GuestDisk;
 use salvor_tests::domain::DomainXml;
 use salvor_tests::guests::{Format, LinuxGuest, TinyGuest, labelled_disk, linux_slot};
+use salvor_tests::tool;
 use salvor_tests::wait::{BOOT, SOON};
 use tonic::Code;
 
@@ -460,4 +462,40 @@ async fn overlays_are_never_committed_or_discarded_without_being_asked() {
     }
     let answer = scene.client.servers.unrescue_server(unrescue_of(id)).await;
     assert_refused(answer, Code::FailedPrecondition, "NOT_RESCUED");
+}
+
+/// A CD that is a bootable disk as well: its first sectors, which mean nothing to a CD, are a tiny guest's.
+fn hybrid_iso(scene: &Scene<'_>, name: &str) -> PathBuf {
+    let [tree, iso, disk] = ["tree", "iso", "disk"].map(|end| scene.folder.join(end));
+    fs::create_dir(&tree).unwrap();
+    // A disk of less than a cylinder would have none to a BIOS.
+    fs::write(tree.join("file"), vec![b'c'; 4 << 20]).unwrap();
+    tool!("genisoimage", "-quiet", "-o", iso, tree);
+    TinyGuest::new(name).build(&disk, Format::Raw);
+    let mut bytes = fs::read(&iso).unwrap();
+    bytes[..16 * 2048].copy_from_slice(&fs::read(&disk).unwrap()[..16 * 2048]);
+    fs::write(&iso, bytes).unwrap();
+    iso
+}
+
+/// Under libvirt 9.0 a USB CD-ROM is a USB disk to QEMU and the guest: it boots what a disk would.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_usb_cd_boots_an_iso_that_is_a_bootable_disk_as_well() {
+    let mut scene = Scene::new().await;
+    let id = scene.tiny(&TinyGuest::new("orig")).await;
+    let iso = hybrid_iso(&scene, "hybrid");
+    let image = scene.import("hybrid", Format::Iso, &iso).await;
+    let console = scene.console(id);
+    let mark = console.mark();
+    let request = RescueServerRequest {
+        bus: RescueBus::Usb.into(),
+        ..rescue_with(id, &image)
+    };
+    let server = scene.rescue(request).await;
+    assert_eq!(server.rescue.unwrap().device(), RescueDevice::Cdrom);
+    console.wait_line(mark, "TINY-READY hybrid", SOON);
+    let said = console.since(mark);
+    assert!(said.contains("TINY-UP hybrid boot=80"), "{said}");
+    scene.unrescue(unrescue_of(id)).await;
+    console.wait_line(mark, "TINY-READY orig", SOON);
 }
