@@ -291,7 +291,7 @@ impl Store {
                         record.fault = None;
                         record.settled_at_ms = now_ms;
                         infer_power(&mut record, &plan, &operation, now_ms);
-                        change_rescue(&mut record, rescue);
+                        change_rescue(&mut record, rescue, now_ms);
                         if let Some((disks, nics)) = devices {
                             record.disks.clone_from(disks);
                             record.nics.clone_from(nics);
@@ -363,7 +363,7 @@ impl Store {
                             if let Outcome::Change { rescue, .. } = &plan.outcome
                                 && saved_by(tx, plan.server)? == Some(plan.id)
                             {
-                                change_rescue(&mut record, rescue);
+                                change_rescue(&mut record, rescue, now_ms);
                             }
                         }
                         put_server(tx, publish, order, record, now_ms)?;
@@ -639,10 +639,17 @@ fn check_lane(
     }
 }
 
-fn change_rescue(record: &mut ServerRecord, change: &RescueChange) {
+fn change_rescue(record: &mut ServerRecord, change: &RescueChange, now_ms: i64) {
     match change {
         RescueChange::Keep => {}
-        RescueChange::Begin(rescue) => record.rescue = Some(RescueRecord::clone(rescue)),
+        RescueChange::Begin { rescue, timeout_ms } => {
+            let ends = |after| now_ms.saturating_add(i64::try_from(after).unwrap_or(i64::MAX));
+            record.rescue = Some(RescueRecord {
+                started_at_ms: now_ms,
+                expires_at_ms: timeout_ms.map(ends),
+                ..RescueRecord::clone(rescue)
+            });
+        }
         RescueChange::End => record.rescue = None,
         RescueChange::Delivered(way) => {
             if let Some(rescue) = &mut record.rescue {
