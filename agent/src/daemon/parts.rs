@@ -32,6 +32,9 @@ const STORE_FILE: &str = "salvor.db";
 /// Operations that ended long ago are forgotten so often.
 const FORGET_EVERY: Duration = Duration::from_secs(3600);
 
+/// When servers were seen last is written so often, and at the end of the agent.
+const SAVE_OBSERVATIONS_EVERY: Duration = Duration::from_secs(120);
+
 /// A change of the store takes milliseconds. One that takes this long hangs in the disk, and so does
 /// everything that the agent would do: the service manager is to know.
 const STORE_LIMIT: Duration = Duration::from_secs(60);
@@ -118,10 +121,11 @@ pub(super) async fn assemble(
         config.operations.keep,
         draining.clone(),
     ));
+    tokio::spawn(save_observations(store.clone(), draining.clone()));
 
     let at_rest = engine.clone();
     let link = hypervisor.link();
-    let watched = store.clone();
+    let (watched, ending) = (store.clone(), store.clone());
     let parts = api::Parts {
         dispatcher,
         engine,
@@ -140,7 +144,10 @@ pub(super) async fn assemble(
         routes: api::routes(parts)?,
         link,
         need_link: api::NEED_LINK,
-        at_rest: Box::pin(async move { at_rest.at_rest().await }),
+        at_rest: Box::pin(async move {
+            at_rest.at_rest().await;
+            save_observations_now(&ending).await;
+        }),
         progress: Arc::new(move || watched.gets_on(STORE_LIMIT)),
     })
 }
@@ -216,6 +223,24 @@ async fn forget_operations(store: Store, keep: Duration, mut stop: watch::Receiv
         {
             return;
         }
+    }
+}
+
+async fn save_observations(store: Store, mut stop: watch::Receiver<bool>) {
+    while tokio::time::timeout(SAVE_OBSERVATIONS_EVERY, stop.wait_for(|stop| *stop))
+        .await
+        .is_err()
+    {
+        save_observations_now(&store).await;
+    }
+}
+
+async fn save_observations_now(store: &Store) {
+    if let Err(error) = store.save_observations().await {
+        tracing::warn!(
+            error = &error as &dyn std::error::Error,
+            "when servers were seen last cannot be written"
+        );
     }
 }
 

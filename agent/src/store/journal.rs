@@ -10,13 +10,14 @@ use super::{
     Durability, Publish, Servers, Store, StoreError, StoreResult,
     definitions::saved_by,
     events::{self, Change},
+    observations,
 };
 use crate::core::{
     action::Verb,
     operation::{OperationRecord, OperationState},
     plan::{Outcome, Plan, RescueChange},
     reason::{Reason, Refusal},
-    reconcile::{is_stale, reconcile},
+    reconcile::is_stale,
     record::{Fault, RescueRecord, ServerRecord},
     state::{ObservationSource, PowerObservation, VmState},
 };
@@ -57,13 +58,17 @@ pub enum Accepted {
 /// Reads all servers.
 pub(super) fn load_servers(connection: &Connection) -> StoreResult<Servers> {
     let mut servers = Servers::default();
+    let seen = observations::saved(connection)?;
     let mut statement = connection.prepare("SELECT ord, doc FROM servers ORDER BY ord")?;
     let rows = statement.query_map([], |row| {
         Ok((row.get::<_, i64>(0)?, row.get::<_, String>(1)?))
     })?;
     for row in rows {
         let (order, doc) = row?;
-        let record: ServerRecord = serde_json::from_str(&doc)?;
+        let mut record: ServerRecord = serde_json::from_str(&doc)?;
+        if let Some(seen) = seen.get(&order) {
+            seen.bring_back(&mut record);
+        }
         servers.by_order.insert(order, record.id);
         servers.by_id.insert(record.id, (order, Arc::new(record)));
     }
@@ -71,7 +76,7 @@ pub(super) fn load_servers(connection: &Connection) -> StoreResult<Servers> {
 }
 
 /// Writes a changed record with its event.
-fn put_server(
+pub(super) fn put_server(
     tx: &Connection,
     publish: &mut Publish,
     order: i64,
@@ -493,40 +498,6 @@ impl Store {
             db.change(Durability::Power, |tx, publish| {
                 put_server(tx, publish, order, record, now_ms).map(|_| ())
             })
-        })
-        .await
-    }
-
-    /// Folds an observation into a server's record; says whether it told something new.
-    ///
-    /// # Errors
-    /// If the store fails.
-    pub async fn observe(&self, server: Uuid, seen: PowerObservation) -> StoreResult<bool> {
-        self.run(move |db| {
-            let Some((order, mut record)) = db.server(server) else {
-                return Ok(false);
-            };
-            if is_stale(&record, &seen) {
-                return Ok(false);
-            }
-            let now_ms = seen.observed_at_ms;
-            let Some(reconciled) = reconcile(&record, seen.clone()) else {
-                // Nothing new but its age, which is kept in memory only.
-                record.power.observed_at_ms = seen.observed_at_ms;
-                record.power.source = seen.source;
-                db.publish(Publish {
-                    put: vec![(order, record)],
-                    ..Publish::default()
-                });
-                return Ok(false);
-            };
-            record.power = reconciled.power;
-            record.last_known_power = reconciled.last_known_power;
-            record.vm_state = reconciled.vm_state;
-            db.change(Durability::Process, |tx, publish| {
-                put_server(tx, publish, order, record, now_ms).map(|_| ())
-            })?;
-            Ok(true)
         })
         .await
     }
