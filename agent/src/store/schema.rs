@@ -56,6 +56,9 @@ const MIGRATIONS: &[&str] = &[
         source TEXT NOT NULL
     ) STRICT;
 ",
+    "
+    CREATE TABLE image_files (image TEXT PRIMARY KEY) STRICT, WITHOUT ROWID;
+",
 ];
 
 /// Opens the store and brings it to the newest version.
