@@ -3,14 +3,15 @@
 
 use std::{path::Path, sync::Arc, time::Duration};
 
+use salvor_domain_templates::Templates;
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use super::{DaemonError, Drain, Services, check_templates, load_templates};
+use super::{DaemonError, Drain, Services, Thoroughness, check_templates, load_templates};
 use crate::{
     api,
     config::Config,
-    core::{action::Shutdown, layout::Layout},
+    core::{action::Shutdown, errors::chain, layout::Layout},
     dispatch::{Dispatcher, Settings},
     engine::{Engine, Probe, now_ms},
     hypervisor::Hypervisor,
@@ -49,11 +50,7 @@ pub(super) async fn assemble(
     for folder in [layout.images(), layout.servers()] {
         files::ensure_dir(Path::new(&folder), DIR_MODE).map_err(DaemonError::State)?;
     }
-    let templates = load_templates(config.templates_dir.as_deref())?;
-    if let Some(folder) = &config.templates_dir {
-        let checked = check_templates(&templates)?;
-        tracing::info!(templates_dir = %folder.display(), rendered = checked.rendered, "templates checked");
-    }
+    let templates = templates_in_force(config.templates_dir.as_deref()).await?;
     let store = open_store(config).await?;
     let hypervisor: Arc<dyn Hypervisor> = Arc::new(open_libvirt(config)?);
     let limit = config.storage.max_image_size.bytes();
@@ -98,7 +95,7 @@ pub(super) async fn assemble(
         store.clone(),
         engine.clone(),
         Arc::clone(&hypervisor),
-        Arc::new(templates),
+        templates,
         settings(config, layout, chosen.domain_type.as_str()),
         draining.clone(),
     );
@@ -150,6 +147,31 @@ pub(super) async fn assemble(
         }),
         progress: Arc::new(move || watched.gets_on(STORE_LIMIT)),
     })
+}
+
+/// The templates, held against this host's libvirt. Those of an operator must pass before anything
+/// begins; the built-in ones are checked meanwhile, for what fails there a restart does not mend.
+async fn templates_in_force(folder: Option<&Path>) -> Result<Arc<Templates>, DaemonError> {
+    let templates = Arc::new(load_templates(folder)?);
+    let check = Arc::clone(&templates);
+    let Some(folder) = folder else {
+        tokio::task::spawn_blocking(move || {
+            match check_templates(&check, Thoroughness::EachPiece) {
+                Ok(checked) => {
+                    tracing::info!(validated = checked.validated, "built-in templates checked")
+                }
+                Err(error) => tracing::error!(error = %chain(&error),
+                    "this host's libvirt does not take what the built-in templates give; creating and rescuing servers will be refused (see salvord check-templates)"),
+            }
+        });
+        return Ok(templates);
+    };
+    let checked =
+        tokio::task::spawn_blocking(move || check_templates(&check, Thoroughness::Everything))
+            .await
+            .map_err(|_| DaemonError::Panicked { part: "templates" })??;
+    tracing::info!(templates_dir = %folder.display(), rendered = checked.rendered, "templates checked");
+    Ok(templates)
 }
 
 async fn open_store(config: &Config) -> Result<Store, DaemonError> {
