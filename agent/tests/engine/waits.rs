@@ -16,7 +16,7 @@ use uuid::Uuid;
 use crate::{
     dispatch::with_server,
     gate::{Gate, until},
-    host::{BASE, Host, ON, RESCUE, rescue},
+    host::{BASE, Host, ON, RESCUE, SERVER, rescue, rescue_action, unrescue},
 };
 
 fn now_ms() -> i64 {
@@ -76,4 +76,17 @@ async fn the_file_of_an_image_that_a_crash_left_without_a_record_goes_at_the_nex
     }
     let noted = agent.store.image_files_without_record().await.unwrap();
     assert_eq!(noted, Vec::<Uuid>::new());
+}
+
+#[tokio::test]
+async fn an_unrescue_removes_the_files_of_its_own_rescue_only() {
+    let host = Host::new();
+    let agent = with_server(&host, Arc::new(NoProbe)).await;
+    agent.succeed(ON, rescue_action()).await;
+    let own = agent.record().rescue.as_ref().unwrap().plan;
+    let other = host.layout().rescue(SERVER, Uuid::from_u128(1));
+    std::fs::create_dir_all(&other).unwrap();
+    agent.succeed(ON, Action::Unrescue(unrescue())).await;
+    assert!(std::fs::exists(other).unwrap());
+    assert!(!std::fs::exists(host.layout().rescue(SERVER, own)).unwrap());
 }
