@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use salvor_agent::config::{Config, ConfigError, Loaded};
 use salvor_agent::core::errors::chain;
-use salvor_agent::daemon;
+use salvor_agent::daemon::{self, DaemonError};
 use salvor_agent::telemetry::{self, FILTER_VARIABLE};
 
 /// The configuration that is read when none is named. It may be missing.
@@ -107,8 +107,9 @@ fn check_config(loaded: &Loaded) -> ExitCode {
 
 fn check_templates(loaded: &Loaded) -> ExitCode {
     let folder = loaded.config.templates_dir.as_deref();
-    let checked =
-        daemon::load_templates(folder).and_then(|templates| daemon::check_templates(&templates));
+    let checked = daemon::load_templates(folder).and_then(|templates| {
+        daemon::check_templates(&templates, daemon::Thoroughness::Everything)
+    });
     match checked {
         Ok(checked) => {
             let of = folder.map_or_else(
@@ -138,6 +139,7 @@ fn run(loaded: &Loaded) -> ExitCode {
     }
     match daemon::run(&loaded.config) {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error @ DaemonError::Templates(_)) => failed(CONFIG, &error),
         Err(error) => failed(FAILED, &error),
     }
 }

@@ -276,6 +276,8 @@ impl Api {
         if there.is_none() {
             // What an agent left that died between the file and its record is nobody's.
             self.remove_file(id).await;
+            // Nor is what this one leaves if it dies there.
+            self.store.note_image_file(id).await.map_err(refused)?;
         }
         Ok((claim, there))
     }
@@ -302,8 +304,16 @@ impl Api {
     pub(super) async fn remove_file(&self, id: Uuid) {
         let images = self.images.clone();
         let removed = tokio::task::spawn_blocking(move || images.remove(id)).await;
-        if let Ok(Err(error)) = removed {
-            tracing::error!(image = %id, error = %chain(&error), "the file of an image could not be removed");
+        match removed {
+            Ok(Ok(())) => {
+                if let Err(error) = self.store.forget_image_file(id).await {
+                    tracing::warn!(image = %id, error = %chain(&error), "it cannot be noted that the file of an image is gone");
+                }
+            }
+            Ok(Err(error)) => {
+                tracing::error!(image = %id, error = %chain(&error), "the file of an image could not be removed; it is tried again at the next start");
+            }
+            Err(_) => {}
         }
     }
 

@@ -36,7 +36,7 @@ Durations are a whole number and one of `ms`, `s`, `m`, `h`, `d`: `\"90s\"`, `\"
 | 0 | ended as asked |
 | 1 | failed while starting or running; the message says at what |
 | 64 | wrong arguments |
-| 78 | wrong configuration |
+| 78 | wrong configuration, templates in `templates_dir` included |
 ";
 
 struct Page {

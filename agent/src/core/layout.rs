@@ -17,6 +17,8 @@
 
 use uuid::Uuid;
 
+use super::image::ImageFormat;
+
 /// The state folder of this agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layout {
@@ -44,6 +46,12 @@ impl Layout {
     #[must_use]
     pub fn images(&self) -> String {
         format!("{}/images", self.state_dir)
+    }
+
+    /// The file of an image.
+    #[must_use]
+    pub fn image(&self, image: Uuid, format: ImageFormat) -> String {
+        format!("{}/{image}.{format}", self.images())
     }
 
     /// The folders of all servers.

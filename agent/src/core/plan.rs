@@ -386,8 +386,13 @@ pub struct PlannedStep {
 pub enum RescueChange {
     /// It stays as it is.
     Keep,
-    /// It begins.
-    Begin(Box<RescueRecord>),
+    /// It begins, when the outcome stands: its times are counted from then.
+    Begin {
+        /// What is known before. Its times are not.
+        rescue: Box<RescueRecord>,
+        /// The agent ends it by itself after so many milliseconds.
+        timeout_ms: Option<u64>,
+    },
     /// It ends.
     End,
     /// Its password was delivered.

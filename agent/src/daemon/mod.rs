@@ -43,7 +43,9 @@ pub use self::notify::{Notifier, NotifyEnvironment};
 pub use self::server::{Serving, serve};
 pub use self::signals::Drain;
 pub use self::socket::{SocketError, SocketGuard, SocketOptions, bind};
-pub use self::templates::{Checked, TemplatesDirError, check_templates, load_templates};
+pub use self::templates::{
+    Checked, TemplatesDirError, Thoroughness, check_templates, load_templates,
+};
 
 /// More workers than this have nothing to do: they pass messages on, and calls that wait run elsewhere.
 const WORKERS: usize = 4;

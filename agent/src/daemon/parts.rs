@@ -7,11 +7,11 @@ use salvor_domain_templates::Templates;
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use super::{DaemonError, Drain, Services, check_templates, load_templates};
+use super::{DaemonError, Drain, Services, Thoroughness, check_templates, load_templates};
 use crate::{
     api,
     config::Config,
-    core::{action::Shutdown, layout::Layout},
+    core::{action::Shutdown, errors::chain, layout::Layout},
     dispatch::{Dispatcher, Settings},
     engine::{Engine, Probe, now_ms},
     hypervisor::Hypervisor,
@@ -33,6 +33,9 @@ const STORE_FILE: &str = "salvor.db";
 /// Operations that ended long ago are forgotten so often.
 const FORGET_EVERY: Duration = Duration::from_secs(3600);
 
+/// When servers were seen last is written so often, and at the end of the agent.
+const SAVE_OBSERVATIONS_EVERY: Duration = Duration::from_secs(120);
+
 /// A change of the store takes milliseconds. One that takes this long hangs in the disk, and so does
 /// everything that the agent would do: the service manager is to know.
 const STORE_LIMIT: Duration = Duration::from_secs(60);
@@ -44,7 +47,7 @@ pub(super) async fn assemble(
     drain: &Drain,
 ) -> Result<Services, DaemonError> {
     let layout = open_folders(config)?;
-    let templates = open_templates(config)?;
+    let templates = templates_in_force(config.templates_dir.as_deref()).await?;
     let store = open_store(config).await?;
     let hypervisor: Arc<dyn Hypervisor> = Arc::new(open_libvirt(config)?);
     let images = open_images(config, &layout)?;
@@ -56,7 +59,7 @@ pub(super) async fn assemble(
         store.clone(),
         engine.clone(),
         Arc::clone(&hypervisor),
-        Arc::new(templates),
+        templates,
         settings(config, layout),
         draining.clone(),
     );
@@ -73,6 +76,7 @@ pub(super) async fn assemble(
         config.operations.keep,
         draining.clone(),
     ));
+    tokio::spawn(save_observations(store.clone(), draining.clone()));
     services(api::Parts {
         dispatcher,
         engine,
@@ -97,13 +101,28 @@ fn open_folders(config: &Config) -> Result<Layout, DaemonError> {
     Ok(layout)
 }
 
-/// The templates; an operator's own are checked first.
-fn open_templates(config: &Config) -> Result<Templates, DaemonError> {
-    let templates = load_templates(config.templates_dir.as_deref())?;
-    if let Some(folder) = &config.templates_dir {
-        let checked = check_templates(&templates)?;
-        tracing::info!(templates_dir = %folder.display(), rendered = checked.rendered, "templates checked");
-    }
+/// The templates, held against this host's libvirt. Those of an operator must pass before anything
+/// begins; the built-in ones are checked meanwhile, for what fails there a restart does not mend.
+async fn templates_in_force(folder: Option<&Path>) -> Result<Arc<Templates>, DaemonError> {
+    let templates = Arc::new(load_templates(folder)?);
+    let check = Arc::clone(&templates);
+    let Some(folder) = folder else {
+        tokio::task::spawn_blocking(move || {
+            match check_templates(&check, Thoroughness::EachPiece) {
+                Ok(checked) => {
+                    tracing::info!(validated = checked.validated, "built-in templates checked")
+                }
+                Err(error) => tracing::error!(error = %chain(&error),
+                    "this host's libvirt does not take what the built-in templates give; creating and rescuing servers will be refused (see salvord check-templates)"),
+            }
+        });
+        return Ok(templates);
+    };
+    let checked =
+        tokio::task::spawn_blocking(move || check_templates(&check, Thoroughness::Everything))
+            .await
+            .map_err(|_| DaemonError::Panicked { part: "templates" })??;
+    tracing::info!(templates_dir = %folder.display(), rendered = checked.rendered, "templates checked");
     Ok(templates)
 }
 
@@ -257,6 +276,24 @@ async fn forget_operations(store: Store, keep: Duration, mut stop: watch::Receiv
         {
             return;
         }
+    }
+}
+
+async fn save_observations(store: Store, mut stop: watch::Receiver<bool>) {
+    while tokio::time::timeout(SAVE_OBSERVATIONS_EVERY, stop.wait_for(|stop| *stop))
+        .await
+        .is_err()
+    {
+        save_observations_now(&store).await;
+    }
+}
+
+async fn save_observations_now(store: &Store) {
+    if let Err(error) = store.save_observations().await {
+        tracing::warn!(
+            error = &error as &dyn std::error::Error,
+            "when servers were seen last cannot be written"
+        );
     }
 }
 

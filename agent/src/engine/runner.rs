@@ -95,6 +95,6 @@ pub trait StepRunner: Send + Sync + 'static {
     /// Returns when the hypervisor can be asked.
     async fn ready(&self);
 
-    /// Returns when nothing that was given up on can change the server's domain any more.
+    /// Returns when nothing that was given up on can change the server's domain or files any more.
     async fn settled(&self, server: Uuid);
 }

@@ -6,12 +6,11 @@ use std::{
     time::Duration,
 };
 
-use super::{Applied, Steps, files::storage_reason};
+use super::{Applied, Steps, files::storage_reason, work::FileJob};
 use crate::{
     core::{backing::References, errors::chain, reason::Reason},
     engine::{StepContext, StepError, StepReport},
     storage::{
-        blocking,
         inspect::Format,
         look_at_disk, overlay, owners,
         qemu_img::{Disk, Job, QemuImgError},
@@ -23,41 +22,55 @@ use crate::{
 const NO_SHORTER_DEADLINE: Duration = Duration::from_secs(6 * 3600);
 
 impl Steps {
-    pub(super) async fn create_overlay(&self, path: &str, base: Base, size: u64) -> Applied {
+    pub(super) async fn create_overlay(
+        &self,
+        job: FileJob,
+        path: &str,
+        base: Base,
+        size: u64,
+    ) -> Applied {
         let path = self.own(path)?;
         // What is there already was made by this very plan: nothing has used it yet.
-        blocking(move || {
+        let create = move || {
             base.check()?;
             overlay::create(&path, &base.path, base.format, size)
                 .map_err(|error| StepError::new(storage_reason(&error), chain(&error)))
-        })
-        .await?;
+        };
+        self.files.run(job, create).await?;
         Ok(None)
     }
 
     /// Whatever the disk under it refers to by now: it is not opened for this.
-    pub(super) async fn empty_overlay(&self, path: &str, base: &str, base_format: &str) -> Applied {
+    pub(super) async fn empty_overlay(
+        &self,
+        job: FileJob,
+        path: &str,
+        base: &str,
+        base_format: &str,
+    ) -> Applied {
         let format = format(base_format)?;
         let (path, base) = (self.own(path)?, PathBuf::from(base));
-        blocking(move || {
+        let create = move || {
             overlay::create(&path, &base, format, overlay_size(&path)?)
                 .map_err(|error| StepError::new(storage_reason(&error), chain(&error)))
-        })
-        .await?;
+        };
+        self.files.run(job, create).await?;
         Ok(None)
     }
 
-    pub(super) async fn note_owners(&self, disks: &[String], note: &str) -> Applied {
+    pub(super) async fn note_owners(&self, job: FileJob, disks: &[String], note: &str) -> Applied {
         let disks: Vec<PathBuf> = disks.iter().map(PathBuf::from).collect();
         let note = self.own(note)?;
-        blocking(move || owners::note(&disks, &note).map_err(StepError::from)).await?;
+        let write = move || owners::note(&disks, &note).map_err(StepError::from);
+        self.files.run(job, write).await?;
         Ok(None)
     }
 
     /// What cannot be put back is told and does not hold up the server: it runs as before.
-    pub(super) async fn put_owners_back(&self, note: &str) -> Applied {
+    pub(super) async fn put_owners_back(&self, job: FileJob, note: &str) -> Applied {
         let note = self.own(note)?;
-        let failed = blocking(move || owners::put_back(&note).map_err(StepError::from)).await?;
+        let put_back = move || owners::put_back(&note).map_err(StepError::from);
+        let failed = self.files.run(job, put_back).await?;
         if failed.is_empty() {
             return Ok(None);
         }
@@ -72,16 +85,17 @@ impl Steps {
     pub(super) async fn commit_overlay(
         &self,
         context: &StepContext<'_>,
+        job: FileJob,
         path: &str,
         base: Base,
     ) -> Applied {
         let path = PathBuf::from(path);
-        let (path, base, size) = blocking(move || {
+        let look = move || {
             base.check()?;
             let size = overlay_size(&path)?;
-            Ok::<_, StepError>((path, base, size))
-        })
-        .await?;
+            Ok((path, base, size))
+        };
+        let (path, base, size) = self.files.run(job, look).await?;
         let base = Disk {
             path: &base.path,
             format: base.format,

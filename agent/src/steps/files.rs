@@ -6,62 +6,74 @@
 
 use std::path::{Component, Path, PathBuf};
 
-use super::{Applied, Steps};
+use tokio::sync::watch;
+
+use super::{Applied, Steps, work::FileJob};
 use crate::{
+    cancel::Cancel,
     core::{errors::chain, plan::ConfigDriveSpec, reason::Reason},
     engine::{StepContext, StepError},
     storage::{
-        Panicked, blocking, config_drive,
+        Panicked, config_drive,
         files::{self, DIR_MODE, DISK_MODE, FileError},
     },
 };
 
 impl Steps {
-    pub(super) async fn make_folder(&self, path: &str) -> Applied {
+    pub(super) async fn make_folder(&self, job: FileJob, path: &str) -> Applied {
         let path = self.own(path)?;
-        blocking(move || files::ensure_dir(&path, DIR_MODE).map_err(StepError::from)).await?;
+        let make = move || files::ensure_dir(&path, DIR_MODE).map_err(StepError::from);
+        self.files.run(job, make).await?;
         Ok(None)
     }
 
     pub(super) async fn copy_file(
         &self,
         context: &StepContext<'_>,
+        job: FileJob,
         from: &str,
         to: &str,
     ) -> Applied {
-        let (from, to, cancel) = (PathBuf::from(from), self.own(to)?, context.cancel.clone());
-        blocking(move || {
+        let (from, to) = (PathBuf::from(from), self.own(to)?);
+        let (not_wanted, cancel) = NotWanted::new();
+        let copy = self.files.run(job, move || {
             files::copy_file_durable(&from, &to, DISK_MODE, &cancel, &mut |_| {})
                 .map_err(StepError::from)
-        })
-        .await?;
+        });
+        not_wanted.unless_cancelled(context, copy).await?;
         Ok(None)
     }
 
-    pub(super) async fn build_config_drive(&self, path: &str, drive: &ConfigDriveSpec) -> Applied {
+    pub(super) async fn build_config_drive(
+        &self,
+        job: FileJob,
+        path: &str,
+        drive: &ConfigDriveSpec,
+    ) -> Applied {
         let (path, drive) = (self.own(path)?, drive.clone());
-        blocking(move || {
+        let build = move || {
             config_drive::build(&path, &drive)
                 .map_err(|error| StepError::new(storage_reason(&error), chain(&error)))
-        })
-        .await?;
+        };
+        self.files.run(job, build).await?;
         Ok(None)
     }
 
-    pub(super) async fn remove_file(&self, path: &str) -> Result<(), StepError> {
+    pub(super) async fn remove_file(&self, job: FileJob, path: &str) -> Result<(), StepError> {
         let path = self.own(path)?;
-        blocking(move || {
+        let remove = move || {
             files::remove_if_exists(&path)
                 .map(|_| ())
                 .map_err(StepError::from)
-        })
-        .await
+        };
+        self.files.run(job, remove).await
     }
 
     /// Removes a folder, and those above it that are empty then, up to the folder of servers.
-    pub(super) async fn remove_folder(&self, path: &str) -> Applied {
+    pub(super) async fn remove_folder(&self, job: FileJob, path: &str) -> Applied {
         let (path, servers) = (self.own(path)?, PathBuf::from(self.layout.servers()));
-        blocking(move || remove_tree(&path, &servers)).await?;
+        let remove = move || remove_tree(&path, &servers);
+        self.files.run(job, remove).await?;
         Ok(None)
     }
 
@@ -118,6 +130,38 @@ pub(super) fn remove_tree(path: &Path, top: &Path) -> Result<(), StepError> {
 impl From<Panicked> for StepError {
     fn from(panicked: Panicked) -> Self {
         Self::new(Reason::Internal, panicked.to_string())
+    }
+}
+
+/// Ends long work on files when nobody wants it any more: whoever waited for it is gone, or it was
+/// cancelled.
+pub(super) struct NotWanted(watch::Sender<bool>);
+
+impl NotWanted {
+    pub(super) fn new() -> (Self, Cancel) {
+        let (sender, receiver) = watch::channel(false);
+        (Self(sender), Cancel::from(receiver))
+    }
+
+    /// Waits for the work, which ends early if the operation is cancelled.
+    pub(super) async fn unless_cancelled<T>(
+        self,
+        context: &StepContext<'_>,
+        work: impl Future<Output = T>,
+    ) -> T {
+        tokio::pin!(work);
+        tokio::select! {
+            done = &mut work => return done,
+            () = context.cancel.cancelled() => {}
+        }
+        self.0.send_replace(true);
+        work.await
+    }
+}
+
+impl Drop for NotWanted {
+    fn drop(&mut self) {
+        self.0.send_replace(true);
     }
 }
 

@@ -9,6 +9,7 @@ mod domain;
 mod files;
 mod records;
 mod sweep;
+mod work;
 
 use std::{sync::Arc, time::Duration};
 
@@ -17,6 +18,7 @@ use uuid::Uuid;
 
 use disks::Base;
 pub use sweep::sweep;
+use work::{FileJob, FileWork};
 
 use crate::{
     core::{
@@ -39,6 +41,7 @@ pub struct Steps {
     store: Store,
     qemu_img: QemuImg,
     layout: Layout,
+    files: FileWork,
 }
 
 impl Steps {
@@ -55,6 +58,7 @@ impl Steps {
             store,
             qemu_img,
             layout,
+            files: FileWork::default(),
         }
     }
 }
@@ -63,6 +67,7 @@ impl Steps {
 impl StepRunner for Steps {
     async fn apply(&self, context: StepContext<'_>, step: &Step) -> Result<StepReport, StepError> {
         let (server, plan) = (context.plan.server, context.plan.id);
+        let job = || FileJob::apply(server, step);
         match step {
             Step::HoldImage {
                 image,
@@ -70,7 +75,7 @@ impl StepRunner for Steps {
                 size,
                 holder,
             } => self.hold_image(*image, path, *size, holder).await,
-            Step::MakeFolder { path } => self.make_folder(path).await,
+            Step::MakeFolder { path } => self.make_folder(job(), path).await,
             Step::CreateOverlay {
                 path,
                 backing,
@@ -79,17 +84,19 @@ impl StepRunner for Steps {
                 size,
             } => {
                 let base = Base::new(backing, backing_format, backing_references)?;
-                self.create_overlay(path, base, *size).await
+                self.create_overlay(job(), path, base, *size).await
             }
-            Step::CopyFile { from, to } => self.copy_file(&context, from, to).await,
-            Step::BuildConfigDrive { path, drive } => self.build_config_drive(path, drive).await,
+            Step::CopyFile { from, to } => self.copy_file(&context, job(), from, to).await,
+            Step::BuildConfigDrive { path, drive } => {
+                self.build_config_drive(job(), path, drive).await
+            }
             Step::SaveDefinition { xml } => self.save_definition(server, plan, xml).await,
             Step::PowerOff { shutdown, .. } => {
                 self.expects_definition(context.plan).await?;
                 self.power_off(&context, *shutdown).await
             }
-            Step::NoteOwners { disks, note } => self.note_owners(disks, note).await,
-            Step::PutOwnersBack { note } => self.put_owners_back(note).await,
+            Step::NoteOwners { disks, note } => self.note_owners(job(), disks, note).await,
+            Step::PutOwnersBack { note } => self.put_owners_back(job(), note).await,
             Step::MarkCommitStarted => self.mark_commit_started(server).await,
             Step::CommitOverlay {
                 path,
@@ -98,13 +105,13 @@ impl StepRunner for Steps {
                 base_references,
             } => {
                 let base = Base::new(base, base_format, base_references)?;
-                self.commit_overlay(&context, path, base).await
+                self.commit_overlay(&context, job(), path, base).await
             }
             Step::EmptyOverlay {
                 path,
                 base,
                 base_format,
-            } => self.empty_overlay(path, base, base_format).await,
+            } => self.empty_overlay(job(), path, base, base_format).await,
             Step::DefineDomain { xml, mark, before } => {
                 self.define(context.plan, xml, *mark, before.as_deref())
                     .await
@@ -119,7 +126,7 @@ impl StepRunner for Steps {
             Step::SetUserPassword { user, hash } => {
                 self.set_user_password(server, user, hash).await
             }
-            Step::RemoveFolder { path } => self.remove_folder(path).await,
+            Step::RemoveFolder { path } => self.remove_folder(job(), path).await,
             Step::ReleaseImage { image, holder } => self.release_image(*image, holder).await,
             Step::DropSavedDefinition => self.drop_saved_definition(server).await,
         }
@@ -128,14 +135,15 @@ impl StepRunner for Steps {
 
     async fn revert(&self, context: StepContext<'_>, step: &Step) -> Result<(), StepError> {
         let (server, plan) = (context.plan.server, context.plan.id);
+        let job = || FileJob::revert(server, step);
         match step {
             Step::HoldImage { image, holder, .. } => {
                 self.release_image(*image, holder).await.map(|_| ())
             }
-            Step::MakeFolder { path } => self.remove_folder(path).await.map(|_| ()),
+            Step::MakeFolder { path } => self.remove_folder(job(), path).await.map(|_| ()),
             Step::CreateOverlay { path, .. }
             | Step::CopyFile { to: path, .. }
-            | Step::BuildConfigDrive { path, .. } => self.remove_file(path).await,
+            | Step::BuildConfigDrive { path, .. } => self.remove_file(job(), path).await,
             Step::SaveDefinition { .. } => self.drop_definition_of(server, plan).await,
             Step::PowerOff { was_on: false, .. } => Ok(()),
             Step::PowerOff {
@@ -148,7 +156,7 @@ impl StepRunner for Steps {
                 let boot = boot(context.plan.steps.iter().any(defines));
                 self.power_on_again(server, *shutdown, boot).await
             }
-            Step::NoteOwners { note, .. } => self.put_owners_back(note).await.map(|_| ()),
+            Step::NoteOwners { note, .. } => self.put_owners_back(job(), note).await.map(|_| ()),
             // libvirt gives them to the guest that is started again.
             Step::PutOwnersBack { .. } => Ok(()),
             // The overlays show the same disk as before, however much of them was written.
@@ -226,6 +234,7 @@ impl StepRunner for Steps {
         while hangs() {
             tokio::time::sleep(STUCK_PAUSE).await;
         }
+        self.files.at_rest(server).await;
     }
 }
 
@@ -264,4 +273,78 @@ impl From<StoreError> for StepError {
 
 const fn boot(fresh: bool) -> Boot {
     if fresh { Boot::Fresh } else { Boot::Resume }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::{path::Path, sync::mpsc};
+
+    use super::*;
+    use crate::{
+        cancel::Cancel,
+        core::{
+            action::Verb,
+            plan::{Outcome, Plan},
+        },
+        hypervisor::fake::FakeHypervisor,
+    };
+
+    #[tokio::test]
+    async fn a_removal_that_was_given_up_on_does_not_meet_what_the_next_operation_makes() {
+        let folder = tempfile::tempdir().unwrap();
+        let layout = Layout::new(folder.path().to_str().unwrap());
+        let store = Store::open(&folder.path().join("db"), 10).unwrap();
+        let fake = Arc::new(FakeHypervisor::new());
+        let steps = Steps::new(fake, store, QemuImg::default(), layout.clone());
+        let server = Uuid::from_u128(1);
+        let path = layout.server(server);
+        std::fs::create_dir_all(&path).unwrap();
+
+        // A removal whose deadline is over and whose thread hangs in the disk.
+        let (release, held) = mpsc::channel::<()>();
+        let (began, beginning) = tokio::sync::oneshot::channel();
+        let remove = Step::RemoveFolder { path: path.clone() };
+        let removal = steps.files.run(FileJob::apply(server, &remove), {
+            let (path, top) = (path.clone(), layout.servers());
+            move || {
+                began.send(()).unwrap();
+                held.recv().unwrap();
+                files::remove_tree(Path::new(&path), Path::new(&top))
+            }
+        });
+        tokio::select! {
+            _ = removal => unreachable!(),
+            begun = beginning => begun.unwrap(),
+        }
+
+        let plan = Plan {
+            id: Uuid::from_u128(2),
+            server,
+            verb: Verb::Create,
+            initial: None,
+            steps: Vec::new(),
+            outcome: Outcome::Remove,
+            warnings: Vec::new(),
+            password_delivery: Vec::new(),
+        };
+        let context = StepContext {
+            plan: &plan,
+            cancel: Cancel::never(),
+            progress: &|_| {},
+        };
+        let make = Step::MakeFolder { path: path.clone() };
+        let make = steps.apply(context, &make);
+        let back = async {
+            tokio::task::yield_now().await;
+            let settled = tokio::time::timeout(Duration::from_millis(20), steps.settled(server));
+            assert!(settled.await.is_err(), "the removal is not back");
+            release.send(()).unwrap();
+            steps.settled(server).await;
+        };
+        let (made, ()) = tokio::join!(make, back);
+        made.unwrap();
+        assert!(Path::new(&path).is_dir());
+    }
 }

@@ -12,12 +12,13 @@ use uuid::Uuid;
 
 use super::files::remove_tree;
 use crate::{
-    core::layout::Layout,
+    core::{image::ImageFormat, layout::Layout},
     storage::blocking,
     store::{Store, StoreResult},
 };
 
-/// Removes folders of servers and rescues that only the journal knows, and says which; lets go of
+/// Removes folders of servers and rescues that only the journal knows, and files of images that only a
+/// note knows, and says which; lets go of
 /// images and forgets saved definitions that nobody knows.
 ///
 /// # Errors
@@ -60,7 +61,33 @@ pub async fn sweep(store: &Store, layout: &Layout) -> StoreResult<Vec<String>> {
             );
         }
     }
+    for image in store.image_files_without_record().await? {
+        if remove_image_files(layout, image, &mut removed).await {
+            store.forget_image_file(image).await?;
+        }
+    }
     Ok(removed)
+}
+
+/// Removes the files of an image that has no record: an import ended before it had one, or a removal
+/// after it was gone. Are they gone?
+async fn remove_image_files(layout: &Layout, image: Uuid, removed: &mut Vec<String>) -> bool {
+    let mut gone = true;
+    for format in [ImageFormat::Raw, ImageFormat::Qcow2, ImageFormat::Iso] {
+        let path = layout.image(image, format);
+        match tokio::fs::remove_file(&path).await {
+            Ok(()) => {
+                tracing::warn!(path, "removed the file of an image that has no record");
+                removed.push(path);
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => {
+                gone = false;
+                tracing::error!(path, %error, "the file of an image that has no record cannot be removed");
+            }
+        }
+    }
+    gone
 }
 
 /// Holders are named `servers/<server>/disk` and `servers/<server>/rescue/<plan>`.

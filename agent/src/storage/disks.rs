@@ -82,7 +82,7 @@ fn open_disk(path: &Path, options: &mut OpenOptions) -> Result<File, LookError> 
 /// The file of an image.
 #[must_use]
 pub fn image_path(layout: &Layout, image: &ImageRecord) -> String {
-    format!("{}/{}.{}", layout.images(), image.id, image.format)
+    layout.image(image.id, image.format)
 }
 
 #[cfg(test)]

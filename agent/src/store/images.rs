@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Records of images, and who stands on them.
 
-use rusqlite::{OptionalExtension as _, params};
+use rusqlite::{Connection, OptionalExtension as _, params};
 use uuid::Uuid;
 
 use super::{
@@ -13,8 +13,62 @@ use crate::core::{
     reason::{Reason, Refusal},
 };
 
+/// Notes that a file without a record may be there.
+fn note_file(tx: &Connection, id: Uuid) -> StoreResult<()> {
+    tx.execute(
+        "INSERT OR IGNORE INTO image_files (image) VALUES (?1)",
+        [id.to_string()],
+    )?;
+    Ok(())
+}
+
+fn forget_file(tx: &Connection, id: Uuid) -> StoreResult<()> {
+    tx.execute("DELETE FROM image_files WHERE image = ?1", [id.to_string()])?;
+    Ok(())
+}
+
+/// The file of an image comes before its record and goes after it. In between a note says that it may
+/// be there, and that it is nobody's: of a file that neither a record nor a note knows the agent
+/// cannot tell that, for the store may have been lost.
 impl Store {
-    /// Adds an image.
+    /// Notes, for good, that the file of an image is about to be made.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn note_image_file(&self, id: Uuid) -> StoreResult<()> {
+        self.run(move |db| db.change(Durability::Power, |tx, _| note_file(tx, id)))
+            .await
+    }
+
+    /// Forgets the note: there is no such file.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn forget_image_file(&self, id: Uuid) -> StoreResult<()> {
+        self.run(move |db| db.change(Durability::Process, |tx, _| forget_file(tx, id)))
+            .await
+    }
+
+    /// The images whose files may be there although they have no record.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn image_files_without_record(&self) -> StoreResult<Vec<Uuid>> {
+        self.run(|db| {
+            let mut statement = db
+                .connection
+                .prepare_cached("SELECT image FROM image_files ORDER BY image")?;
+            let ids = statement.query_map([], |row| row.get::<_, String>(0))?;
+            let mut files = Vec::new();
+            for id in ids {
+                files.extend(Uuid::parse_str(&id?));
+            }
+            Ok(files)
+        })
+        .await
+    }
+
+    /// Adds an image, whose file is in place.
     ///
     /// # Errors
     /// [`Reason::ImageExists`] if there is one with this id.
@@ -32,7 +86,7 @@ impl Store {
                     )
                     .into());
                 }
-                Ok(())
+                forget_file(tx, image.id)
             })
         })
         .await
@@ -77,7 +131,8 @@ impl Store {
         .await
     }
 
-    /// Removes an image that nobody stands on. Its file may go only after this.
+    /// Removes an image that nobody stands on. Its file may go only after this; until that is said
+    /// ([`Store::forget_image_file`]) it is noted.
     ///
     /// # Errors
     /// [`Reason::ImageInUse`] with the holders' names; [`Reason::ImageNotFound`].
@@ -103,7 +158,7 @@ impl Store {
                     )
                     .into());
                 }
-                Ok(())
+                note_file(tx, id)
             })
         })
         .await

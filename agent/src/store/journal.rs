@@ -11,6 +11,7 @@ use super::{
     definitions::saved_by,
     documents::{self, two_texts},
     events::{self, Change},
+    observations,
 };
 use crate::core::{
     action::Verb,
@@ -18,7 +19,7 @@ use crate::core::{
     operation::{OperationRecord, OperationState},
     plan::{Outcome, Plan, RescueChange},
     reason::{Reason, Refusal},
-    reconcile::{is_stale, reconcile},
+    reconcile::is_stale,
     record::{Fault, RescueRecord, ServerRecord},
     state::{ObservationSource, PowerObservation, VmState},
 };
@@ -59,11 +60,15 @@ pub enum Accepted {
 /// Reads all servers.
 pub(super) fn load_servers(connection: &Connection) -> StoreResult<Servers> {
     let mut servers = Servers::default();
+    let seen = observations::saved(connection)?;
     let mut statement = connection.prepare("SELECT id, doc, ord FROM servers ORDER BY ord")?;
     let rows = statement.query_map([], |row| Ok((two_texts(row)?, row.get(2)?)))?;
     for row in rows {
         let ((id, doc), order) = row?;
-        let record: ServerRecord = documents::SERVER.read(&id, &doc)?;
+        let mut record: ServerRecord = documents::SERVER.read(&id, &doc)?;
+        if let Some(seen) = seen.get(&order) {
+            seen.bring_back(&mut record);
+        }
         servers.by_order.insert(order, record.id);
         servers.by_id.insert(record.id, (order, Arc::new(record)));
     }
@@ -71,7 +76,7 @@ pub(super) fn load_servers(connection: &Connection) -> StoreResult<Servers> {
 }
 
 /// Writes a changed record with its event.
-fn put_server(
+pub(super) fn put_server(
     tx: &Connection,
     publish: &mut Publish,
     order: i64,
@@ -291,7 +296,7 @@ impl Store {
                         record.fault = None;
                         record.settled_at_ms = now_ms;
                         infer_power(&mut record, &plan, &operation, now_ms);
-                        change_rescue(&mut record, rescue);
+                        change_rescue(&mut record, rescue, now_ms);
                         if let Some((disks, nics)) = devices {
                             record.disks.clone_from(disks);
                             record.nics.clone_from(nics);
@@ -363,7 +368,7 @@ impl Store {
                             if let Outcome::Change { rescue, .. } = &plan.outcome
                                 && saved_by(tx, plan.server)? == Some(plan.id)
                             {
-                                change_rescue(&mut record, rescue);
+                                change_rescue(&mut record, rescue, now_ms);
                             }
                         }
                         put_server(tx, publish, order, record, now_ms)?;
@@ -499,57 +504,6 @@ impl Store {
         })
         .await
     }
-
-    /// Records the name that a server's domain was seen to have.
-    ///
-    /// # Errors
-    /// If the store fails.
-    pub async fn observe_name(&self, server: Uuid, name: String, now_ms: i64) -> StoreResult<()> {
-        self.run(move |db| {
-            let Some((order, mut record)) = db.server(server) else {
-                return Ok(());
-            };
-            record.domain_name = name;
-            db.change(Durability::Process, |tx, publish| {
-                put_server(tx, publish, order, record, now_ms).map(|_| ())
-            })
-        })
-        .await
-    }
-
-    /// Folds an observation into a server's record; says whether it told something new.
-    ///
-    /// # Errors
-    /// If the store fails.
-    pub async fn observe(&self, server: Uuid, seen: PowerObservation) -> StoreResult<bool> {
-        self.run(move |db| {
-            let Some((order, mut record)) = db.server(server) else {
-                return Ok(false);
-            };
-            if is_stale(&record, &seen) {
-                return Ok(false);
-            }
-            let now_ms = seen.observed_at_ms;
-            let Some(reconciled) = reconcile(&record, seen.clone()) else {
-                // Nothing new but its age, which is kept in memory only.
-                record.power.observed_at_ms = seen.observed_at_ms;
-                record.power.source = seen.source;
-                db.publish(Publish {
-                    put: vec![(order, record)],
-                    ..Publish::default()
-                });
-                return Ok(false);
-            };
-            record.power = reconciled.power;
-            record.last_known_power = reconciled.last_known_power;
-            record.vm_state = reconciled.vm_state;
-            db.change(Durability::Process, |tx, publish| {
-                put_server(tx, publish, order, record, now_ms).map(|_| ())
-            })?;
-            Ok(true)
-        })
-        .await
-    }
 }
 
 /// A server's record is gone when its delete is decided; what it left is removed only after that, and
@@ -652,10 +606,17 @@ fn check_lane(
     }
 }
 
-fn change_rescue(record: &mut ServerRecord, change: &RescueChange) {
+fn change_rescue(record: &mut ServerRecord, change: &RescueChange, now_ms: i64) {
     match change {
         RescueChange::Keep => {}
-        RescueChange::Begin(rescue) => record.rescue = Some(RescueRecord::clone(rescue)),
+        RescueChange::Begin { rescue, timeout_ms } => {
+            let ends = |after| now_ms.saturating_add(i64::try_from(after).unwrap_or(i64::MAX));
+            record.rescue = Some(RescueRecord {
+                started_at_ms: now_ms,
+                expires_at_ms: timeout_ms.map(ends),
+                ..RescueRecord::clone(rescue)
+            });
+        }
         RescueChange::End => record.rescue = None,
         RescueChange::Delivered(way) => {
             if let Some(rescue) = &mut record.rescue {

@@ -14,10 +14,11 @@ mod documents;
 mod events;
 mod images;
 mod journal;
+mod observations;
 mod schema;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     path::Path,
     sync::{
         Arc, RwLock,
@@ -117,6 +118,8 @@ struct Db {
     keep_events: i64,
     events_since_trim: i64,
     durability: Durability,
+    /// Servers that were seen again since that was last written.
+    seen_again: HashSet<Uuid>,
 }
 
 /// The store's thread does nothing.
@@ -166,6 +169,7 @@ impl Store {
             keep_events: i64::from(keep_events.max(1)),
             events_since_trim: 0,
             durability: Durability::Power,
+            seen_again: HashSet::new(),
         };
         // Requests are bounded by the callers: each waits for its answer before it sends another.
         let (jobs, mut inbox) = mpsc::unbounded_channel::<Job>();

@@ -48,6 +48,13 @@ const MIGRATIONS: &[&str] = &["
         server TEXT NOT NULL,
         doc TEXT NOT NULL
     ) STRICT;
+    CREATE TABLE observations (
+        server INTEGER PRIMARY KEY REFERENCES servers (ord) ON DELETE CASCADE,
+        revision INTEGER NOT NULL,
+        at INTEGER NOT NULL,
+        source TEXT NOT NULL
+    ) STRICT;
+    CREATE TABLE image_files (image TEXT PRIMARY KEY) STRICT, WITHOUT ROWID;
 "];
 
 /// Opens the store and brings it to the newest version.

@@ -37,6 +37,12 @@ fn chunk(bytes: &[u8]) -> Part {
     Part::Chunk(bytes.to_vec())
 }
 
+/// Images whose files may be there without a record.
+async fn noted(agent: &Agent) -> Vec<String> {
+    let noted = agent.store.image_files_without_record().await.unwrap();
+    noted.iter().map(Uuid::to_string).collect()
+}
+
 fn files(agent: &Agent) -> Vec<String> {
     let folder = agent.dir.path().join("state/images");
     let mut names: Vec<_> = std::fs::read_dir(folder)
@@ -122,6 +128,7 @@ async fn an_image_is_sent_shown_and_deleted() {
         .unwrap();
     delete().await.unwrap();
     assert!(files(&agent).is_empty());
+    assert!(noted(&agent).await.is_empty());
     let (code, reason, _) = refusal(get("abc").await);
     assert_eq!((code, reason.as_str()), (Code::NotFound, "IMAGE_NOT_FOUND"));
     assert_eq!(refusal(delete().await).0, Code::NotFound);
@@ -283,6 +290,8 @@ async fn an_upload_that_breaks_off_leaves_nothing_and_frees_its_id() {
         (code, reason.as_str()),
         (Code::AlreadyExists, "IMAGE_EXISTS")
     );
+    // An agent that died now would know at its next start that the file is nobody's.
+    assert_eq!(noted(&agent).await, [spec().id]);
     call.abort();
     while !files(&agent).is_empty() {
         assert!(
@@ -302,6 +311,7 @@ async fn an_upload_that_breaks_off_leaves_nothing_and_frees_its_id() {
             "the id is never free"
         );
     }
+    assert!(noted(&agent).await.is_empty());
 }
 
 #[tokio::test]

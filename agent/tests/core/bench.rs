@@ -245,7 +245,7 @@ pub(crate) fn rescued(server: &ServerRecord, xml: &str, args: RescueArgs) -> (Se
     .unwrap();
     let Outcome::Change {
         vm_state,
-        rescue: RescueChange::Begin(rescue),
+        rescue: RescueChange::Begin { rescue, .. },
         ..
     } = &plan.outcome
     else {

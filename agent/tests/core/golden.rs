@@ -174,10 +174,9 @@ fn outcome(outcome: &Outcome) -> String {
             RescueChange::Keep => vm_state.to_string(),
             RescueChange::End => format!("{vm_state}, the rescue ends"),
             RescueChange::Delivered(way) => format!("{vm_state}, password delivered by {way}"),
-            RescueChange::Begin(rescue) => {
-                let expires = rescue
-                    .expires_at_ms
-                    .map_or("never".to_owned(), |at| at.to_string());
+            RescueChange::Begin { rescue, timeout_ms } => {
+                let expires =
+                    timeout_ms.map_or("never".to_owned(), |after| format!("after {after} ms"));
                 let mut text = format!(
                     "{vm_state}, the rescue begins: {} {} {} {}, before {}, expires {expires}",
                     rescue.mode, rescue.bus, rescue.device, rescue.protection, rescue.power_before,
@@ -444,7 +443,7 @@ fn matrix(server: &ServerRecord, xml: &str) -> String {
                                 .map(|planned| planned.step.kind())
                                 .collect();
                             let Outcome::Change {
-                                rescue: RescueChange::Begin(rescue),
+                                rescue: RescueChange::Begin { rescue, .. },
                                 ..
                             } = &plan.outcome
                             else {

@@ -425,7 +425,9 @@ impl World {
                 record.fault = None;
                 match rescue {
                     RescueChange::Keep => {}
-                    RescueChange::Begin(rescue) => record.rescue = Some(rescue.as_ref().clone()),
+                    RescueChange::Begin { rescue, .. } => {
+                        record.rescue = Some(rescue.as_ref().clone());
+                    }
                     RescueChange::End => record.rescue = None,
                     RescueChange::Delivered(_) => {
                         record.rescue.as_mut().unwrap().password_for_agent = None;
@@ -456,7 +458,7 @@ impl World {
             at_ms: self.clock,
         });
         if let Outcome::Change {
-            rescue: RescueChange::Begin(rescue),
+            rescue: RescueChange::Begin { rescue, .. },
             ..
         } = &plan.outcome
             && saved_by_it

@@ -38,7 +38,7 @@ async fn agent(host: &Host, probe: Arc<dyn Probe>) -> Agent {
 }
 
 /// An agent with an adopted server that runs.
-async fn with_server(host: &Host, probe: Arc<dyn Probe>) -> Agent {
+pub(crate) async fn with_server(host: &Host, probe: Arc<dyn Probe>) -> Agent {
     let agent = agent(host, probe).await;
     host.define(&host.foreign_domain(false)).await;
     host.fake.start(SERVER, Boot::Resume).await.unwrap();

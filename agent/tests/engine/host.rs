@@ -253,6 +253,9 @@ impl Host {
             record.power.observed_at_ms = 0;
             record.power.source = salvor_agent::core::state::ObservationSource::Poll;
             record.power.reason.clear();
+            if let Some(rescue) = &mut record.rescue {
+                rescue.started_at_ms = 0;
+            }
         }
         // A process of its own, so that nothing that was planned for the agent's happens here.
         let fake = self.fake.attach();

@@ -21,3 +21,4 @@ mod power_off;
 mod store;
 mod switch;
 mod variants;
+mod waits;

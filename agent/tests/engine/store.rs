@@ -619,3 +619,52 @@ async fn a_trimmed_log_keeps_its_newest_revision() {
         .unwrap();
     assert_eq!(*store.revision().borrow(), newest + 1);
 }
+
+/// What is known of a server while libvirt is away.
+async fn last_known(store: &Store, id: Uuid) -> PowerObservation {
+    let away = PowerObservation {
+        source: ObservationSource::Inferred,
+        ..seen(PowerState::Unknown, 9_000_000)
+    };
+    assert!(store.observe(id, away).await.unwrap());
+    store.server(id).unwrap().last_known_power.clone().unwrap()
+}
+
+#[tokio::test]
+async fn when_a_server_was_seen_last_outlives_the_agent() {
+    let folder = folder();
+    let (first, second) = (Uuid::new_v4(), Uuid::new_v4());
+    let store = open(&folder);
+    for id in [first, second] {
+        adopt(&store, id).await;
+        store
+            .observe(id, seen(PowerState::Paused, 1_000_000))
+            .await
+            .unwrap();
+    }
+    let newest = *store.revision().borrow();
+    store
+        .observe(first, seen(PowerState::Paused, 2_000_000))
+        .await
+        .unwrap();
+    assert_eq!(store.save_observations().await.unwrap(), 1);
+    assert_eq!(store.save_observations().await.unwrap(), 0);
+    // Of a state that is over by the time of the restart, nothing is told.
+    store
+        .observe(second, seen(PowerState::Paused, 3_000_000))
+        .await
+        .unwrap();
+    assert_eq!(store.save_observations().await.unwrap(), 1);
+    assert_eq!(*store.revision().borrow(), newest, "no event");
+    store
+        .observe(second, seen(PowerState::Running, 4_000_000))
+        .await
+        .unwrap();
+    drop(store);
+
+    let store = open(&folder);
+    let seen_first = last_known(&store, first).await;
+    assert_eq!(seen_first, seen(PowerState::Paused, 2_000_000));
+    let power = &store.server(second).unwrap().power;
+    assert_eq!(*power, seen(PowerState::Running, 4_000_000));
+}

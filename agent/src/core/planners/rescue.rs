@@ -134,7 +134,7 @@ pub(super) fn plan(
     let mut builder = Builder::new(Verb::Rescue, server.id, facts);
     let warnings = &mut builder.plan.warnings;
     rescue.warn(warnings);
-    let expiry = expiry(args, facts, warnings)?;
+    let timeout_ms = timeout(args, facts, warnings)?;
     let rendering = render_rescue(templates, &rescue.domain.xml, &rescue.spec())
         .map_err(|error| unrenderable(&error))?;
     let bus = placed_bus(&rendering)?;
@@ -155,8 +155,8 @@ pub(super) fn plan(
         device: rescue.choice.device,
         protection: args.protection,
         power_before: rescue.domain.power,
-        started_at_ms: facts.host.now_ms,
-        expires_at_ms: expiry,
+        started_at_ms: 0,
+        expires_at_ms: None,
         expiry_overlay: args.timeout_overlay,
         disks: rendering.disks.into_iter().map(placed_disk).collect(),
         overlays: rescue
@@ -169,7 +169,11 @@ pub(super) fn plan(
         password_for_agent: has_agent_channel.then(|| args.password.clone()),
         password_user: rescue.password_user,
     };
-    Ok(builder.becomes(VmState::Rescued, RescueChange::Begin(Box::new(record))))
+    let begins = RescueChange::Begin {
+        rescue: Box::new(record),
+        timeout_ms,
+    };
+    Ok(builder.becomes(VmState::Rescued, begins))
 }
 
 impl<'a> Rescue<'a> {
@@ -498,12 +502,12 @@ fn choose(
     Ok(Choice { mode, bus, device })
 }
 
-/// When the rescue ends by itself.
-fn expiry(
+/// After how many milliseconds the rescue ends by itself.
+fn timeout(
     args: &RescueArgs,
     facts: &Facts,
     warnings: &mut Vec<Warning>,
-) -> Result<Option<i64>, Refusal> {
+) -> Result<Option<u64>, Refusal> {
     let undecided = args.protection == Protection::Overlay && args.timeout_overlay.is_none();
     let timeout_ms = match args.timeout_ms {
         Some(timeout) if timeout > 0 && undecided => {
@@ -523,12 +527,7 @@ fn expiry(
         }
         None => facts.host.rescue_timeout_ms,
     };
-    if timeout_ms == 0 {
-        return Ok(None);
-    }
-    Ok(Some(facts.host.now_ms.saturating_add(
-        i64::try_from(timeout_ms).unwrap_or(i64::MAX),
-    )))
+    Ok((timeout_ms > 0).then_some(timeout_ms))
 }
 
 fn template_bus(bus: RescueBus) -> Bus {

@@ -102,7 +102,7 @@ pub(super) fn plan(
     builder.step(
         Phase::CleanUp,
         Step::RemoveFolder {
-            path: facts.host.layout.rescues(server.id),
+            path: facts.host.layout.rescue(server.id, rescue.plan),
         },
     );
     builder.step(

@@ -314,7 +314,10 @@ pub(super) fn plans() -> Vec<(&'static str, Plan)> {
         verb: Verb::Rescue,
         initial: Some(Box::new(server())),
         steps: phases.into_iter().flat_map(planned).collect(),
-        outcome: change(RescueChange::Begin(Box::new(rescue()))),
+        outcome: change(RescueChange::Begin {
+            rescue: Box::new(rescue()),
+            timeout_ms: Some(7_200_000),
+        }),
         warnings: vec![warning()],
         password_delivery: vec![PasswordDelivery::ConfigDrive, PasswordDelivery::GuestAgent],
     };

@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Times: from when they are counted, and what comes back late.
+
+use std::sync::Arc;
+
+use salvor_agent::{
+    core::{
+        action::{Action, Verb},
+        image::ImageFormat,
+        operation::OperationState,
+    },
+    engine::{NoProbe, Point},
+};
+use uuid::Uuid;
+
+use crate::{
+    dispatch::with_server,
+    gate::{Gate, until},
+    host::{BASE, Host, ON, RESCUE, SERVER, rescue, rescue_action, unrescue},
+};
+
+fn now_ms() -> i64 {
+    let since = std::time::UNIX_EPOCH.elapsed().unwrap();
+    i64::try_from(since.as_millis()).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_rescue_lasts_as_long_as_was_asked_however_long_its_beginning_took() {
+    let host = Host::new();
+    let gate = Gate::new(Verb::Rescue, Point::BeforeCommit);
+    let agent = with_server(&host, Arc::clone(&gate) as _).await;
+    let mut args = rescue();
+    args.timeout_ms = Some(3_600_000);
+    let submitted = agent.submit(ON, Action::Rescue(Box::new(args))).await;
+    let operation = submitted.unwrap().operation;
+    gate.reached().await;
+    let ready = operation.created_at_ms + 50;
+    until("time goes by", || now_ms() >= ready).await;
+    gate.open();
+    assert_eq!(agent.ended(operation.id).await.state, OperationState::Done);
+    let begun = agent.record().rescue.clone().unwrap();
+    assert!(begun.started_at_ms >= ready, "{begun:?}");
+    assert_eq!(begun.expires_at_ms, Some(begun.started_at_ms + 3_600_000));
+}
+
+#[tokio::test]
+async fn the_file_of_an_image_that_a_crash_left_without_a_record_goes_at_the_next_start() {
+    let host = Host::new();
+    let first = host.agent(Arc::new(NoProbe)).await;
+    host.add_images(&first.store).await;
+    let path = |id, format| host.layout().image(id, format);
+    // Died between the record and the file of an image that was deleted,
+    first.store.remove_image(BASE).await.unwrap();
+    // between the file and the record of one that was imported,
+    let imported = Uuid::from_u128(1);
+    first.store.note_image_file(imported).await.unwrap();
+    std::fs::write(path(imported, ImageFormat::Qcow2), "").unwrap();
+    // and before the file of another. What a lost store knew is not ours to remove.
+    let never = Uuid::from_u128(2);
+    first.store.note_image_file(never).await.unwrap();
+    let unknown = path(Uuid::from_u128(3), ImageFormat::Raw);
+    std::fs::write(&unknown, "").unwrap();
+    drop(first);
+
+    let agent = host.agent(Arc::new(NoProbe)).await;
+    let gone = [
+        path(imported, ImageFormat::Qcow2),
+        path(BASE, ImageFormat::Raw),
+    ];
+    assert_eq!(agent.swept, gone);
+    for path in gone {
+        assert!(!std::fs::exists(path).unwrap());
+    }
+    for path in [unknown, path(RESCUE, ImageFormat::Raw)] {
+        assert!(std::fs::exists(path).unwrap());
+    }
+    let noted = agent.store.image_files_without_record().await.unwrap();
+    assert_eq!(noted, Vec::<Uuid>::new());
+}
+
+#[tokio::test]
+async fn an_unrescue_removes_the_files_of_its_own_rescue_only() {
+    let host = Host::new();
+    let agent = with_server(&host, Arc::new(NoProbe)).await;
+    agent.succeed(ON, rescue_action()).await;
+    let own = agent.record().rescue.as_ref().unwrap().plan;
+    let other = host.layout().rescue(SERVER, Uuid::from_u128(1));
+    std::fs::create_dir_all(&other).unwrap();
+    agent.succeed(ON, Action::Unrescue(unrescue())).await;
+    assert!(std::fs::exists(other).unwrap());
+    assert!(!std::fs::exists(host.layout().rescue(SERVER, own)).unwrap());
+}
