@@ -5,6 +5,8 @@ CREATE TABLE events (
         doc TEXT NOT NULL
     ) STRICT;
 
+CREATE TABLE image_files (image TEXT PRIMARY KEY) STRICT, WITHOUT ROWID;
+
 CREATE TABLE image_holders (
         image TEXT NOT NULL REFERENCES images (id),
         holder TEXT NOT NULL,
@@ -14,6 +16,13 @@ CREATE TABLE image_holders (
 CREATE TABLE images (id TEXT PRIMARY KEY, name TEXT NOT NULL, doc TEXT NOT NULL) STRICT;
 
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+
+CREATE TABLE observations (
+        server INTEGER PRIMARY KEY REFERENCES servers (ord) ON DELETE CASCADE,
+        revision INTEGER NOT NULL,
+        at INTEGER NOT NULL,
+        source TEXT NOT NULL
+    ) STRICT;
 
 CREATE TABLE operations (
         ord INTEGER PRIMARY KEY AUTOINCREMENT,
