@@ -253,10 +253,12 @@ fn explain(code: Code, message: &str, details: &ErrorDetails) -> Vec<String> {
         .bad_request()
         .map_or(&[][..], |bad| &bad.field_violations)
     {
-        lines.push(format!(
-            "  field {}: {}",
-            violation.field, violation.description
-        ));
+        // An agent often says here what its message says already.
+        lines.push(if violation.description == message {
+            format!("  field {}", violation.field)
+        } else {
+            format!("  field {}: {}", violation.field, violation.description)
+        });
     }
     for violation in details
         .precondition_failure()

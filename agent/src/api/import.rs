@@ -85,7 +85,8 @@ impl Wanted {
             Some(wanted) if wanted != found => Err(Refusal::new(
                 Reason::ImageChecksum,
                 format!("the content has the SHA-256 {found}, not {wanted}; fetch it again"),
-            )),
+            )
+            .about("spec.sha256", wanted)),
             _ => Ok(()),
         }
     }
@@ -96,7 +97,8 @@ impl Wanted {
             Some(wanted) if wanted != found => Err(Refusal::new(
                 Reason::ImageChecksum,
                 format!("{found} bytes came instead of {wanted}; send it again"),
-            )),
+            )
+            .about("spec.size_bytes", wanted.to_string())),
             _ => Ok(()),
         }
     }
@@ -188,7 +190,7 @@ impl Upload {
             Some(record) => Sink::Compare(Sha256::new(), Box::new(record)),
             None => {
                 let (images, id, size) = (api.images.clone(), wanted.id, wanted.size);
-                let begin = move || images.begin_import(id, size).map_err(import_refused);
+                let begin = move || images.begin_import(id, size).map_err(upload_refused);
                 Sink::Image(Box::new(blocking(begin).await?))
             }
         };
@@ -203,7 +205,7 @@ impl Upload {
         blocking(move || {
             let mut upload = self;
             match &mut upload.sink {
-                Sink::Image(writer) => writer.write(&chunk).map_err(import_refused)?,
+                Sink::Image(writer) => writer.write(&chunk).map_err(upload_refused)?,
                 Sink::Compare(sum, _) => sum.update(&chunk),
             }
             Ok(upload)
@@ -225,7 +227,7 @@ impl Upload {
                 Sink::Image(writer) => {
                     let declared = wanted.format;
                     let imported =
-                        blocking(move || writer.finish(declared).map_err(import_refused)).await?;
+                        blocking(move || writer.finish(declared).map_err(upload_refused)).await?;
                     claim.keep(wanted, imported).await
                 }
             }
@@ -334,7 +336,7 @@ impl Api {
             let imported = blocking(move || {
                 images
                     .import_from_path(id, &path, declared, &cancel, &mut |bytes| progress(bytes))
-                    .map_err(import_refused)
+                    .map_err(path_refused)
             });
             claim.keep(wanted, imported.await?).await
         };
@@ -385,7 +387,8 @@ fn file_refused(error: FileError) -> Refusal {
     Refusal::new(reason, chain(&error))
 }
 
-fn import_refused(error: ImportError) -> Refusal {
+/// `field` of the request is what brings the content.
+fn import_refused(error: ImportError, field: &str) -> Refusal {
     let reason = match error {
         ImportError::File(error) => return file_refused(error),
         ImportError::Unsafe(Unsafe::FileTooLarge { .. } | Unsafe::VirtualTooLarge { .. }) => {
@@ -396,7 +399,21 @@ fn import_refused(error: ImportError) -> Refusal {
         ImportError::NoSpace { .. } => Reason::NoSpace,
         ImportError::Exists { .. } | ImportError::Busy { .. } => Reason::ImageExists,
     };
-    Refusal::new(reason, chain(&error))
+    let refusal = Refusal::new(reason, chain(&error));
+    match reason {
+        Reason::ImageUnsafe | Reason::ImageTooLarge => refusal.about(field, ""),
+        _ => refusal,
+    }
+}
+
+/// The refusal of content that a client sends.
+fn upload_refused(error: ImportError) -> Refusal {
+    import_refused(error, "chunk")
+}
+
+/// The refusal of a file of this host.
+fn path_refused(error: ImportError) -> Refusal {
+    import_refused(error, "path")
 }
 
 /// The ids of the imports and deletions under way.

@@ -322,9 +322,14 @@ async fn a_file_of_an_import_folder_is_imported_and_no_other() {
         ..spec()
     };
     let empty = agent.importable("empty.raw", b"");
+    let (code, reason, details) = refusal(from_path(&agent, new(), empty.to_str().unwrap()).await);
     assert_eq!(
-        refusal(from_path(&agent, new(), empty.to_str().unwrap()).await).1,
-        "IMAGE_UNSAFE"
+        (code, reason.as_str()),
+        (Code::InvalidArgument, "IMAGE_UNSAFE")
+    );
+    assert_eq!(
+        details.bad_request().unwrap().field_violations[0].field,
+        "path"
     );
     let secret = agent.dir.path().join("state/salvor.db");
     for outside in [
