@@ -30,6 +30,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use uuid::Uuid;
 
 pub use events::{Change, EventPage, StoredEvent};
+pub use images::ImageAnswer;
 pub use journal::{Accept, Accepted, Request};
 
 use crate::core::record::ServerRecord;

@@ -9,7 +9,8 @@ use uuid::Uuid;
 use super::{StoreError, StoreResult};
 
 /// Each entry brings the store from the version of its index to the next.
-const MIGRATIONS: &[&str] = &["
+const MIGRATIONS: &[&str] = &[
+    "
     CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
     CREATE TABLE servers (
         ord INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -46,7 +47,16 @@ const MIGRATIONS: &[&str] = &["
         server TEXT NOT NULL,
         doc TEXT NOT NULL
     ) STRICT;
-"];
+",
+    "
+    CREATE TABLE image_requests (
+        request_id TEXT PRIMARY KEY,
+        body_hash TEXT NOT NULL,
+        created_at INTEGER NOT NULL,
+        doc TEXT
+    ) STRICT;
+",
+];
 
 /// Opens the store and brings it to the newest version.
 pub(super) fn open(path: &Path) -> StoreResult<Connection> {
