@@ -97,11 +97,25 @@ pub(crate) struct How {
     pub(crate) no_wait: bool,
     #[command(flatten)]
     pub(crate) patience: Patience,
-    /// Makes the request repeatable: the same id with the same arguments gives the operation that the
-    /// first request began. Generated if absent, and used when a broken connection makes the request
-    /// be sent again.
+    #[command(flatten)]
+    pub(crate) repeatable: Repeatable,
+}
+
+/// How a request is known again.
+#[derive(Debug, Clone, Copy, Args)]
+pub(crate) struct Repeatable {
+    /// Makes the request repeatable: the same id with the same arguments gives the answer that the
+    /// first request was given, and does nothing twice. Generated if absent, and used when a broken
+    /// connection makes the request be sent again.
     #[arg(long, value_name = "UUID")]
-    pub(crate) request_id: Option<Uuid>,
+    request_id: Option<Uuid>,
+}
+
+impl Repeatable {
+    /// The request id to use: the one that was given, or a new one.
+    pub(crate) fn request_id(&self) -> String {
+        self.request_id.unwrap_or_else(Uuid::new_v4).to_string()
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -174,6 +188,8 @@ pub(crate) enum ImageCommand {
     Delete {
         /// The image.
         image: String,
+        #[command(flatten)]
+        repeatable: Repeatable,
     },
 }
 
@@ -202,6 +218,8 @@ pub(crate) struct ImportArgs {
     pub(crate) on_host: bool,
     #[command(flatten)]
     pub(crate) patience: Patience,
+    #[command(flatten)]
+    pub(crate) repeatable: Repeatable,
 }
 
 #[derive(Debug, Subcommand)]

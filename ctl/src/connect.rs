@@ -25,6 +25,7 @@ use tonic::{
     Code, Request, Status,
     transport::{Channel, Endpoint},
 };
+use tonic_types::StatusExt as _;
 
 use crate::{
     errors::{broken, is_libvirt},
@@ -34,7 +35,10 @@ use crate::{
 /// Longest time that a connection may take to be made.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest time that an answer may take: the agent answers from its records, or accepts and goes on.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+pub(crate) const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+/// Longest time that the answer to an action may take: what it overtakes is taken back first, for up to
+/// five minutes. The first answer is the only one with a generated password, so it is worth waiting.
+pub(crate) const ACTION_TIMEOUT: Duration = Duration::from_secs(360);
 /// A peer that is silent for so long is asked whether it is there, and has as long again to say so.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// For so long a request that may be repeated is repeated after the connection broke.
@@ -219,10 +223,20 @@ pub(crate) fn ask_within<T>(message: T, time: Duration) -> Request<T> {
     request
 }
 
-/// Did the connection break, or did the answer not come in time? What an agent answers has no cause
-/// on this side; but both sides know the deadline, and either may be the first to end the call.
+/// Did the connection break, or did no answer come in time? What an agent answers has no cause on this
+/// side, and says why. Both sides know the deadline, and either may be the first to end the call.
 pub(crate) fn is_broken(status: &Status) -> bool {
-    status.source().is_some() || is_late(status)
+    status.source().is_some() || (is_late(status) && !is_answer(status))
+}
+
+/// Is it the agent's word that something was not done in time? What was begun goes on.
+pub(crate) fn is_unfinished(status: &Status) -> bool {
+    status.code() == Code::DeadlineExceeded && is_answer(status)
+}
+
+/// Did the agent itself answer?
+fn is_answer(status: &Status) -> bool {
+    status.get_error_details().error_info().is_some()
 }
 
 /// Did the answer not come in time? Nobody but the deadline cancels a call.
@@ -232,11 +246,13 @@ pub(crate) fn is_late(status: &Status) -> bool {
 
 /// Is the agent away for the moment: not there, or about to stop?
 pub(crate) fn is_away(status: &Status) -> bool {
-    is_broken(status) || (status.code() == Code::Unavailable && !is_libvirt(status))
+    is_broken(status)
+        || is_unfinished(status)
+        || (status.code() == Code::Unavailable && !is_libvirt(status))
 }
 
 /// Calls until there is an answer: a call that broke off is repeated. Only for calls that may be made
-/// twice, because they read or because they carry a request id.
+/// twice, because they read.
 ///
 /// # Errors
 /// The agent's status, or the last broken one after half a minute.
@@ -258,5 +274,70 @@ pub(crate) async fn repeat<T>(
             }
             Err(status) => return Err(status),
         }
+    }
+}
+
+/// Calls an action, which carries a request id, until there is an answer: one that broke off is
+/// repeated for half a minute, and one that the agent could not answer in time until `limit` is over.
+///
+/// # Errors
+/// The agent's status, or the last one of a call that was not answered.
+pub(crate) async fn repeat_for<T>(
+    ui: &Ui,
+    limit: Duration,
+    call: impl AsyncFn() -> Result<tonic::Response<T>, Status>,
+) -> Result<T, Status> {
+    let mut again = Again::new(limit);
+    loop {
+        match call().await {
+            Ok(answer) => return Ok(answer.into_inner()),
+            Err(status) => again.after(ui, status).await?,
+        }
+    }
+}
+
+/// When a call with a request id is made again.
+#[derive(Debug)]
+pub(crate) struct Again {
+    /// Answers that came too late are asked for until then.
+    limit: Instant,
+    /// The agent was away since then.
+    broke: Option<Instant>,
+    pause: BackOff,
+    told: bool,
+}
+
+impl Again {
+    /// Of calls that are to end within `limit`.
+    pub(crate) fn new(limit: Duration) -> Self {
+        Self {
+            limit: Instant::now() + limit,
+            broke: None,
+            pause: BackOff::default(),
+            told: false,
+        }
+    }
+
+    /// Waits until the call is to be made again.
+    ///
+    /// # Errors
+    /// The status, if it is not to be.
+    pub(crate) async fn after(&mut self, ui: &Ui, status: Status) -> Result<(), Status> {
+        let deadline = if is_unfinished(&status) {
+            self.broke = None;
+            self.limit
+        } else if is_broken(&status) {
+            *self.broke.get_or_insert_with(Instant::now) + REPEAT_FOR
+        } else {
+            return Err(status);
+        };
+        if !self.pause.wait(deadline).await {
+            return Err(status);
+        }
+        if !self.told {
+            ui.note(&format!("{}; asking again", broken(&status)));
+            self.told = true;
+        }
+        Ok(())
     }
 }

@@ -8,7 +8,7 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, RpcStatusExt as _, StatusExt as _};
 
 use crate::{
-    connect::{ConnectError, is_broken, is_late},
+    connect::{ConnectError, is_broken, is_late, is_unfinished},
     output::{json::JsonError, text::clean},
     units::show_duration,
 };
@@ -30,7 +30,8 @@ pub(crate) const INTERRUPTED: u8 = 130;
 pub(crate) const EXIT_CODES: &str = "\
 Exit codes:
   0    done
-  1    failed: the operation ended in an error or was cancelled, or anything not named below
+  1    failed: the operation ended in an error or was cancelled, it was not accepted or did not end
+       while it was waited for, or anything not named below
   2    wrong usage, or the agent found an argument invalid
   3    refused: the state of the server or host does not allow it, or another operation is under way
   4    the agent cannot be reached
@@ -85,6 +86,14 @@ pub(crate) enum Failure {
         /// The request's id.
         request_id: String,
     },
+    /// The answer to a request with an id did not come.
+    #[error("no answer")]
+    Unanswered {
+        /// The request's id.
+        request_id: String,
+        /// What came of the last try.
+        status: Box<Status>,
+    },
     /// A plan that would be refused.
     #[error("the action would be refused")]
     PlanRefused,
@@ -126,11 +135,27 @@ pub(crate) fn is_libvirt(status: &Status) -> bool {
 }
 
 impl Failure {
+    /// The same of a call with a request id: if it was not answered, the id is the way to find out
+    /// what became of it.
+    pub(crate) fn unanswered(self, request_id: &str) -> Self {
+        match self {
+            Self::Call(status) if is_broken(&status) || is_unfinished(&status) => {
+                Self::Unanswered {
+                    request_id: request_id.to_owned(),
+                    status,
+                }
+            }
+            other => other,
+        }
+    }
+
     /// The exit code that says so.
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
             Self::Unreachable(_) => UNREACHABLE,
-            Self::Call(status) if is_broken(status) => UNREACHABLE,
+            Self::Call(status) | Self::Unanswered { status, .. } if is_broken(status) => {
+                UNREACHABLE
+            }
             Self::Call(status) => match status.code() {
                 Code::InvalidArgument => USAGE,
                 Code::FailedPrecondition | Code::Aborted => REFUSED,
@@ -142,7 +167,8 @@ impl Failure {
             Self::Interrupted { .. } | Self::InterruptedEarly { .. } => INTERRUPTED,
             // Whoever reads has read enough.
             Self::Output(cause) if cause.kind() == io::ErrorKind::BrokenPipe => DONE,
-            Self::Operation { .. }
+            Self::Unanswered { .. }
+            | Self::Operation { .. }
             | Self::StillRunning { .. }
             | Self::TooLate { .. }
             | Self::ImportTooSlow { .. }
@@ -158,10 +184,7 @@ impl Failure {
         let mut lines = match self {
             Self::Output(cause) if cause.kind() == io::ErrorKind::BrokenPipe => return Vec::new(),
             Self::Unreachable(error) => vec![error.to_string(), hint(&error.hint())],
-            Self::Call(status) if is_broken(status) => vec![
-                broken(status),
-                hint("Is salvord running? See: systemctl status salvord, journalctl -u salvord"),
-            ],
+            Self::Call(status) if is_broken(status) => vec![broken(status), hint(RUNNING)],
             Self::Call(status) => {
                 explain(status.code(), status.message(), &status.get_error_details())
             }
@@ -187,10 +210,20 @@ impl Failure {
             Self::InterruptedEarly { request_id } => vec![
                 "interrupted before the agent had answered; it may have accepted the request"
                     .to_owned(),
-                hint(&format!(
-                    "The same command with --request-id {request_id} finds out, and does nothing twice."
-                )),
+                find_out(request_id),
             ],
+            Self::Unanswered { request_id, status } => {
+                let mut lines = if is_broken(status) {
+                    vec![
+                        format!("{}; it may have accepted the request", broken(status)),
+                        hint(RUNNING),
+                    ]
+                } else {
+                    explain(status.code(), status.message(), &status.get_error_details())
+                };
+                lines.push(find_out(request_id));
+                lines
+            }
             Self::Json(error) => {
                 let mut lines = vec![self.to_string()];
                 let mut next: Option<&dyn std::error::Error> = Some(error);
@@ -222,6 +255,16 @@ fn hint(text: &str) -> String {
     format!("  hint: {text}")
 }
 
+/// What to check if nothing answers.
+const RUNNING: &str = "Is salvord running? See: systemctl status salvord, journalctl -u salvord";
+
+/// How to find out what became of a request.
+fn find_out(request_id: &str) -> String {
+    hint(&format!(
+        "The same command with --request-id {request_id} finds out, and does nothing twice."
+    ))
+}
+
 fn go_on(name: &str) -> String {
     format!(
         "`salvor operation wait {name}` waits for it, `salvor operation cancel {name}` cancels it."
@@ -230,7 +273,9 @@ fn go_on(name: &str) -> String {
 
 /// A call without an answer, in words.
 pub(crate) fn broken(status: &Status) -> String {
-    if is_late(status) {
+    if is_unfinished(status) {
+        format!("the agent has no answer yet: {}", status.message())
+    } else if is_late(status) {
         "the agent did not answer in time".to_owned()
     } else {
         "the connection to the agent broke".to_owned()
@@ -253,10 +298,12 @@ fn explain(code: Code, message: &str, details: &ErrorDetails) -> Vec<String> {
         .bad_request()
         .map_or(&[][..], |bad| &bad.field_violations)
     {
-        lines.push(format!(
-            "  field {}: {}",
-            violation.field, violation.description
-        ));
+        // An agent often says here what its message says already.
+        lines.push(if violation.description == message {
+            format!("  field {}", violation.field)
+        } else {
+            format!("  field {}: {}", violation.field, violation.description)
+        });
     }
     for violation in details
         .precondition_failure()

@@ -17,7 +17,7 @@ use tokio::time::{Instant, sleep_until};
 pub(crate) use progress::Progress;
 
 use crate::{
-    connect::{Agent, BackOff, ask_within, is_away, is_broken},
+    connect::{Agent, BackOff, ask_within, is_away, is_broken, is_unfinished},
     errors::{Failure, broken},
     output::{Ui, show},
     units::{show_duration, to_api},
@@ -113,7 +113,7 @@ async fn follow(
             }
             Err(status) if is_away(&status) => {
                 let (_, pause) = away.get_or_insert_with(|| {
-                    let why = if is_broken(&status) {
+                    let why = if is_broken(&status) || is_unfinished(&status) {
                         broken(&status)
                     } else {
                         format!("the agent is away: {}", status.message())

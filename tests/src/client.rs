@@ -172,10 +172,12 @@ impl Client {
     ) -> Result<tonic::Response<ImportImageResponse>, Status> {
         let mut parts = vec![ImportImageRequest {
             part: Some(Part::Spec(spec)),
+            ..ImportImageRequest::default()
         }];
         for chunk in bytes.chunks(1 << 20) {
             parts.push(ImportImageRequest {
                 part: Some(Part::Chunk(chunk.to_vec())),
+                ..ImportImageRequest::default()
             });
         }
         let parts = futures_util::stream::iter(parts);

@@ -3,7 +3,7 @@
 //!
 //! Every refusal carries an `ErrorInfo` of the domain [`DOMAIN`] with a reason of
 //! [`Reason`]; `docs/REASONS.md` is made from that table. The further details
-//! follow from the code: `BadRequest` for a field, `PreconditionFailure` for a state, `ResourceInfo`
+//! follow from the code: `BadRequest` with the field for INVALID_ARGUMENT, `PreconditionFailure` for a state, `ResourceInfo`
 //! for what is missing or exists, `RetryInfo` where trying again is worth while.
 
 use std::{collections::HashMap, time::Duration};
@@ -85,7 +85,21 @@ fn message(refusal: &Refusal) -> String {
     }
 }
 
-fn details(refusal: &Refusal, about: &About) -> ErrorDetails {
+/// The field of the request that a refusal is about: the one that it names, else the one that its
+/// reason is usually about. `None` if the request is not what is wrong.
+fn field(refusal: &Refusal) -> Option<&str> {
+    if refusal.reason.code() != Code::InvalidArgument {
+        return None;
+    }
+    let named = refusal.subject.as_ref().map(|(field, _)| field.as_str());
+    Some(named.unwrap_or(match refusal.reason {
+        Reason::RequestIdReused => "request_id",
+        Reason::OverlayDecisionNeeded | Reason::NoOverlays => "overlay",
+        _ => "image",
+    }))
+}
+
+fn details(code: tonic::Code, refusal: &Refusal, about: &About) -> ErrorDetails {
     let Refusal {
         reason, subject, ..
     } = refusal;
@@ -97,28 +111,37 @@ fn details(refusal: &Refusal, about: &About) -> ErrorDetails {
     if let Some(verb) = about.verb {
         metadata.insert("action".to_owned(), verb.name().to_owned());
     }
+    // What a call itself is about and is missing is no wrong field of it.
+    let field = field(refusal)
+        .filter(|_| code == tonic::Code::InvalidArgument)
+        .map(text::echo);
+    if let Some(field) = &field {
+        metadata.insert("field".to_owned(), field.clone());
+    }
     match (reason, &subject) {
-        (Reason::InvalidField, Some((field, _))) => {
-            metadata.insert("field".to_owned(), field.clone());
-        }
+        (Reason::InvalidField, _) => {}
         (Reason::InvalidState, Some((attribute, state))) => {
             metadata.insert("attr".to_owned(), attribute.clone());
             metadata.insert("state".to_owned(), state.clone());
         }
-        (_, Some((kind, name))) => {
+        (_, Some((kind, name))) if !name.is_empty() => {
             metadata.insert(kind.clone(), name.clone());
         }
-        (_, None) => {}
+        _ => {}
     }
     let mut details = ErrorDetails::with_error_info(reason.name(), DOMAIN, metadata);
     let named = match &subject {
         Some((_, name)) if *reason != Reason::InvalidState => name.clone(),
         _ => text::echo(&about.subject),
     };
+    if let Some(field) = field {
+        let rule = match (reason, &subject) {
+            (Reason::InvalidField, Some((_, rule))) => rule,
+            _ => &message,
+        };
+        details.add_bad_request_violation(field, rule.as_str());
+    }
     match (reason, &subject) {
-        (Reason::InvalidField, Some((field, rule))) => {
-            details.add_bad_request_violation(field, rule);
-        }
         (Reason::InvalidState, Some((attribute, _))) => {
             details.add_precondition_failure_violation(
                 attribute.to_uppercase(),
@@ -158,7 +181,7 @@ pub(super) fn coded(code: tonic::Code, refusal: &Refusal, about: &About) -> Stat
     if refusal.reason == Reason::Internal {
         tracing::error!(message = %text::message(&refusal.message), "a request failed");
     }
-    Status::with_error_details(code, message(refusal), details(refusal, about))
+    Status::with_error_details(code, message(refusal), details(code, refusal, about))
 }
 
 /// Why an operation failed, as `Operation.error`.
@@ -168,11 +191,7 @@ pub(super) fn operation_error(record: &OperationRecord, refusal: &Refusal) -> rp
         verb: Some(record.verb),
         subject: record.server.to_string(),
     };
-    let status = Status::with_error_details(
-        grpc(refusal.reason.code()),
-        message(refusal),
-        details(refusal, &about),
-    );
+    let status = status(refusal, &about);
     // The details of a status are themselves an encoded google.rpc.Status.
     rpc::Status::decode(status.details()).unwrap_or_else(|_| rpc::Status {
         code: status.code().into(),
@@ -219,6 +238,17 @@ mod tests {
                 state,
                 "{reason}"
             );
+            let fields = details
+                .bad_request()
+                .map_or(&[][..], |bad| &bad.field_violations);
+            match reason.code() {
+                Code::InvalidArgument => {
+                    assert_eq!(fields.len(), 1, "{reason}");
+                    assert!(!fields[0].field.is_empty() && !fields[0].description.is_empty());
+                    assert_eq!(info.metadata["field"], fields[0].field, "{reason}");
+                }
+                _ => assert!(fields.is_empty(), "{reason}"),
+            }
             if reason.code() == Code::NotFound {
                 assert_eq!(details.resource_info().unwrap().resource_name, "web");
             }
@@ -232,6 +262,32 @@ mod tests {
         let violation = &details.bad_request().unwrap().field_violations[0];
         assert_eq!(violation.field, "name");
         assert_eq!(violation.description, "1 to 255 characters");
+    }
+
+    #[test]
+    fn each_reason_names_the_field_that_it_is_about() {
+        let field = |refusal: Refusal| {
+            let details = status(&refusal, &about()).get_error_details();
+            details.bad_request().unwrap().field_violations[0]
+                .field
+                .clone()
+        };
+        let plain = |reason| Refusal::new(reason, "why");
+        assert_eq!(field(plain(Reason::RequestIdReused)), "request_id");
+        assert_eq!(field(plain(Reason::OverlayDecisionNeeded)), "overlay");
+        assert_eq!(field(plain(Reason::NoOverlays)), "overlay");
+        assert_eq!(field(plain(Reason::ImageNotFound)), "image");
+        let several = plain(Reason::AmbiguousName).about("server", "db");
+        assert_eq!(field(several), "server");
+        let small = plain(Reason::ImageTooLarge).about("flavor.disk_gib", "2");
+        assert_eq!(field(small), "flavor.disk_gib");
+    }
+
+    #[test]
+    fn an_image_that_a_call_is_about_is_no_wrong_field() {
+        let missing = Refusal::new(Reason::ImageNotFound, "why").about("image", "debian");
+        let status = coded(tonic::Code::NotFound, &missing, &about());
+        assert!(status.get_error_details().bad_request().is_none());
     }
 
     #[test]

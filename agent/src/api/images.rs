@@ -27,6 +27,7 @@ use super::{
     page::{self, PAGE_BYTES},
     resolve,
     validate::{self, Checked},
+    wish::hash_of,
 };
 use crate::{
     cancel::Cancel,
@@ -35,7 +36,9 @@ use crate::{
         reason::{Reason, Refusal},
     },
     dispatch::refused,
+    engine::now_ms,
     storage::blocking,
+    store::Request as Repeatable,
 };
 
 /// The most bytes of an image in one message.
@@ -50,8 +53,8 @@ const UPLOAD: Duration = Duration::from_secs(6 * 3_600);
 /// Progress is told after so many more bytes.
 const PROGRESS: u64 = 16 << 20;
 
-/// The next message of an upload; `None` at its end.
-async fn next<S>(stream: &mut S, end: Instant) -> Result<Option<Part>, Failure>
+/// The next message of an upload and the request id in it; `None` at its end.
+async fn next<S>(stream: &mut S, end: Instant) -> Result<Option<(Part, String)>, Failure>
 where
     S: Stream<Item = Result<ImportImageRequest, Status>> + Unpin,
 {
@@ -59,7 +62,7 @@ where
     match timeout_at(until, stream.next()).await {
         Ok(None) => Ok(None),
         Ok(Some(Ok(message))) => match message.part {
-            Some(part) => Ok(Some(part)),
+            Some(part) => Ok(Some((part, message.request_id))),
             None => Err(Refusal::field("part", "must be a spec or a chunk").into()),
         },
         Ok(Some(Err(status))) => Err(Failure::Stream(status)),
@@ -107,16 +110,17 @@ impl Drop for Listening {
 }
 
 impl Api {
-    async fn upload<S>(&self, mut stream: S) -> Result<ImageRecord, Failure>
+    async fn upload<S>(&self, call: &Call, mut stream: S) -> Result<ImageRecord, Failure>
     where
         S: Stream<Item = Result<ImportImageRequest, Status>> + Unpin,
     {
         let end = Instant::now() + UPLOAD;
-        let Some(Part::Spec(spec)) = next(&mut stream, end).await? else {
+        let Some((Part::Spec(spec), request_id)) = next(&mut stream, end).await? else {
             return Err(Refusal::field("spec", "must be the first message").into());
         };
-        let mut upload = Upload::begin(self, Wanted::read(spec)?).await?;
-        while let Some(part) = next(&mut stream, end).await? {
+        let wanted = Wanted::read(spec, "", &request_id, call.caller.to_string())?;
+        let mut upload = Upload::begin(self, wanted).await?;
+        while let Some((part, _)) = next(&mut stream, end).await? {
             let Part::Chunk(chunk) = part else {
                 return Err(Refusal::field("spec", "must be the first message only").into());
             };
@@ -170,10 +174,25 @@ impl Api {
         Ok(response)
     }
 
-    async fn delete(&self, word: &str) -> Checked<()> {
-        let (record, _) = resolve::image(&self.store, word).await?;
-        let _claim = self.hold(record.id)?;
-        self.store.remove_image(record.id).await.map_err(refused)?;
+    async fn delete(&self, call: &Call, mut message: DeleteImageRequest) -> Checked<()> {
+        let id = validate::request_id(&std::mem::take(&mut message.request_id))?;
+        let request = Repeatable {
+            id,
+            body_hash: hash_of("delete image", &message, &[]),
+            caller: call.caller.to_string(),
+        };
+        let found = resolve::image(&self.store, &message.image).await;
+        // What a repeated request names is gone by now, by its own doing.
+        let repeated = self.store.repeated_on_image(request.clone()).await;
+        if repeated.map_err(refused)?.is_some() {
+            return Ok(());
+        }
+        let (record, _) = found?;
+        let _claim = self.hold(record.id, &request).await?;
+        self.store
+            .remove_image(record.id, request, now_ms())
+            .await
+            .map_err(refused)?;
         // The record is gone and with it the image; a file that stays is swept at the next start.
         self.remove_file(record.id).await;
         Ok(())
@@ -190,7 +209,7 @@ impl ImageService for Api {
         request: Request<Streaming<ImportImageRequest>>,
     ) -> Result<Response<ImportImageResponse>, Status> {
         let (call, stream) = Call::open(request)?;
-        match self.upload(stream).await {
+        match self.upload(&call, stream).await {
             Ok(record) => Ok(Response::new(ImportImageResponse {
                 image: Some(self.shown(&record).await),
             })),
@@ -208,7 +227,8 @@ impl ImageService for Api {
             let spec = message
                 .spec
                 .ok_or_else(|| Refusal::field("spec", "must be given"))?;
-            let wanted = Wanted::read(spec)?;
+            let caller = call.caller.to_string();
+            let wanted = Wanted::read(spec, &message.path, &message.request_id, caller)?;
             let folders = self.host.import_dirs.clone();
             let path = blocking(move || allowed(&message.path, &folders)).await?;
             Ok((wanted, path))
@@ -287,7 +307,7 @@ impl ImageService for Api {
             subject: message.image.chars().take(256).collect(),
             ..call.about()
         };
-        match self.delete(&message.image).await {
+        match self.delete(&call, message).await {
             Ok(()) => Ok(Response::new(DeleteImageResponse {})),
             Err(refusal) if refusal.reason == Reason::ImageNotFound => {
                 Err(about_image(&call, &refusal))

@@ -7,17 +7,19 @@
 use std::{
     collections::{BTreeMap, HashSet},
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
+    time::Duration,
 };
 
 use salvor_proto::v1::ImageSpec;
 use sha2::{Digest as _, Sha256};
+use tokio::{sync::watch, time::timeout};
 use uuid::Uuid;
 
 use super::{
     Api,
     convert::states::Wire as _,
     validate::{self, Checked},
+    wish::hash_of,
 };
 use crate::{
     cancel::Cancel,
@@ -35,7 +37,14 @@ use crate::{
         images::{ImportError, ImportWriter, Imported},
         inspect::Unsafe,
     },
+    store::{ImageAnswer, Request},
 };
+
+/// Ids of images that are made from request ids, so that a repeated import means the same one.
+const IMAGE_IDS: Uuid = Uuid::from_u128(0x1c47_5a0e_62f3_4b9d_8e51_0b7d_93a6_f2c8);
+
+/// A repeated call waits so long for the first one to end, which its caller may have left.
+const FIRST_CALL: Duration = Duration::from_secs(60);
 
 /// A checked [`ImageSpec`].
 #[derive(Debug, Clone)]
@@ -47,12 +56,31 @@ pub(super) struct Wanted {
     sha256: Option<String>,
     /// So many bytes are to come, if that was said.
     pub(super) size: Option<u64>,
+    /// The call.
+    request: Request,
 }
 
 impl Wanted {
-    pub(super) fn read(spec: ImageSpec) -> Checked<Self> {
+    /// `path` is that of the file that is to be read, or nothing.
+    pub(super) fn read(
+        mut spec: ImageSpec,
+        path: &str,
+        request_id: &str,
+        caller: String,
+    ) -> Checked<Self> {
+        let request_id = validate::request_id(request_id)?;
+        let properties = std::mem::take(&mut spec.properties);
+        let request = Request {
+            body_hash: hash_of(&format!("import {path}"), &spec, &[&properties]),
+            id: request_id,
+            caller,
+        };
         validate::name("spec.name", &spec.name)?;
-        let id = validate::optional_uuid("spec.id", &spec.id)?.unwrap_or_else(Uuid::new_v4);
+        let id = match (validate::optional_uuid("spec.id", &spec.id)?, &request.id) {
+            (Some(id), _) => id,
+            (None, Some(request_id)) => Uuid::new_v5(&IMAGE_IDS, request_id.as_bytes()),
+            (None, None) => Uuid::new_v4(),
+        };
         let sha256 = match spec.sha256.as_str() {
             "" => None,
             sum if sum.len() == 64 && sum.bytes().all(|byte| byte.is_ascii_hexdigit()) => {
@@ -65,7 +93,7 @@ impl Wanted {
                 ));
             }
         };
-        let properties = validate::properties("spec.properties", spec.properties)?;
+        let properties = validate::properties("spec.properties", properties)?;
         Understood::read(&properties).map_err(|error| {
             let rule = format!("{}, and is {:?}", error.rule, text::echo(&error.value));
             Refusal::field(format!("spec.properties[{}]", error.name), rule)
@@ -77,6 +105,7 @@ impl Wanted {
             sha256,
             size: spec.size_bytes,
             name: spec.name,
+            request,
         })
     }
 
@@ -86,7 +115,8 @@ impl Wanted {
             Some(wanted) if wanted != found => Err(Refusal::new(
                 Reason::ImageChecksum,
                 format!("the content has the SHA-256 {found}, not {wanted}; fetch it again"),
-            )),
+            )
+            .about("spec.sha256", wanted)),
             _ => Ok(()),
         }
     }
@@ -97,7 +127,8 @@ impl Wanted {
             Some(wanted) if wanted != found => Err(Refusal::new(
                 Reason::ImageChecksum,
                 format!("{found} bytes came instead of {wanted}; send it again"),
-            )),
+            )
+            .about("spec.size_bytes", wanted.to_string())),
             _ => Ok(()),
         }
     }
@@ -146,13 +177,21 @@ pub(super) struct Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        let mut importing = self
-            .api
-            .importing
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        importing.remove(&self.id);
+        let id = self.id;
+        self.api.importing.0.send_modify(|ids| {
+            ids.remove(&id);
+        });
     }
+}
+
+/// What is to become of the bytes.
+enum There {
+    /// Nothing has the id: they become an image.
+    Nothing,
+    /// This image has it, and may be the same.
+    Image(Box<ImageRecord>),
+    /// This image was the answer to the same call.
+    Answer(Box<ImageRecord>),
 }
 
 /// Where the bytes of an upload go.
@@ -161,6 +200,8 @@ enum Sink {
     Image(Box<ImportWriter>),
     /// Nowhere: the image is there, and only its sum is compared.
     Compare(Sha256, Box<ImageRecord>),
+    /// Nowhere: the call was answered before with this image, and only its sum is compared.
+    Repeat(Sha256, Box<ImageRecord>),
 }
 
 /// An import of bytes that a client sends.
@@ -178,12 +219,13 @@ impl From<Panicked> for Refusal {
 
 impl Upload {
     pub(super) async fn begin(api: &Api, wanted: Wanted) -> Checked<Self> {
-        let (claim, there) = api.claim(wanted.id).await?;
+        let (claim, there) = api.claim(&wanted).await?;
         let sink = match there {
-            Some(record) => Sink::Compare(Sha256::new(), Box::new(record)),
-            None => {
+            There::Answer(record) => Sink::Repeat(Sha256::new(), record),
+            There::Image(record) => Sink::Compare(Sha256::new(), record),
+            There::Nothing => {
                 let (images, id, size) = (api.images.clone(), wanted.id, wanted.size);
-                let begin = move || images.begin_import(id, size).map_err(import_refused);
+                let begin = move || images.begin_import(id, size).map_err(upload_refused);
                 Sink::Image(Box::new(blocking(begin).await?))
             }
         };
@@ -198,8 +240,8 @@ impl Upload {
         blocking(move || {
             let mut upload = self;
             match &mut upload.sink {
-                Sink::Image(writer) => writer.write(&chunk).map_err(import_refused)?,
-                Sink::Compare(sum, _) => sum.update(&chunk),
+                Sink::Image(writer) => writer.write(&chunk).map_err(upload_refused)?,
+                Sink::Compare(sum, _) | Sink::Repeat(sum, _) => sum.update(&chunk),
             }
             Ok(upload)
         })
@@ -216,11 +258,24 @@ impl Upload {
         } = self;
         let work = async move {
             match sink {
-                Sink::Compare(sum, there) => wanted.same(*there, &format!("{:x}", sum.finalize())),
+                Sink::Compare(sum, there) => {
+                    let there = wanted.same(*there, &format!("{:x}", sum.finalize()))?;
+                    claim.keep_answer(wanted, there).await
+                }
+                Sink::Repeat(sum, answer) => {
+                    if answer.sha256 == format!("{:x}", sum.finalize()) {
+                        Ok(*answer)
+                    } else {
+                        Err(Refusal::new(
+                            Reason::RequestIdReused,
+                            "the request id was used before with other content; use a new one",
+                        ))
+                    }
+                }
                 Sink::Image(writer) => {
                     let declared = wanted.format;
                     let imported =
-                        blocking(move || writer.finish(declared).map_err(import_refused)).await?;
+                        blocking(move || writer.finish(declared).map_err(upload_refused)).await?;
                     claim.keep(wanted, imported).await
                 }
             }
@@ -249,8 +304,9 @@ impl Claim {
             .and_then(|()| wanted.check_sum(&imported.sha256));
         let kept = match complete {
             Ok(()) => {
+                let request = wanted.request.clone();
                 let record = wanted.record(imported);
-                let added = self.api.store.add_image(record.clone()).await;
+                let added = self.api.store.add_image(record.clone(), request).await;
                 added.map(|()| record).map_err(refused)
             }
             Err(refusal) => Err(refusal),
@@ -260,35 +316,64 @@ impl Claim {
         }
         kept
     }
+
+    /// Records that a call imported what was there already.
+    async fn keep_answer(&self, wanted: Wanted, there: ImageRecord) -> Checked<ImageRecord> {
+        let store = &self.api.store;
+        store
+            .imported_again(there.clone(), wanted.request, now_ms())
+            .await
+            .map_err(refused)?;
+        Ok(there)
+    }
 }
 
 impl Api {
-    /// Takes the id for one import, and says which image has it already.
-    async fn claim(&self, id: Uuid) -> Checked<(Claim, Option<ImageRecord>)> {
+    /// Takes the id for one import, and says what there is of it already.
+    async fn claim(&self, wanted: &Wanted) -> Checked<(Claim, There)> {
         if *self.draining.borrow() {
             return Err(Refusal::new(
                 Reason::Draining,
                 "the agent is stopping and imports no images; retry when it is back",
             ));
         }
-        let claim = self.hold(id)?;
-        let there = self.store.image(id).await.map_err(refused)?;
-        if there.is_none() {
-            // What an agent left that died between the file and its record is nobody's.
-            self.remove_file(id).await;
-            // Nor is what this one leaves if it dies there.
-            self.store.note_image_file(id).await.map_err(refused)?;
+        let (id, request) = (wanted.id, &wanted.request);
+        let claim = self.hold(id, request).await?;
+        let answered = self.store.repeated_on_image(request.clone()).await;
+        match answered.map_err(refused)? {
+            Some(ImageAnswer::Imported(image)) => return Ok((claim, There::Answer(image))),
+            // The hash tells imports from deletions.
+            Some(ImageAnswer::Deleted) | None => {}
         }
-        Ok((claim, there))
+        let there = self.store.image(id).await.map_err(refused)?;
+        Ok((
+            claim,
+            match there {
+                Some(image) => There::Image(Box::new(image)),
+                None => {
+                    // What an agent left that died between the file and its record is nobody's.
+                    self.remove_file(id).await;
+                    // Nor is what this one leaves if it dies there.
+                    self.store.note_image_file(id).await.map_err(refused)?;
+                    There::Nothing
+                }
+            },
+        ))
     }
 
-    /// Keeps an id from being imported or deleted by somebody else meanwhile.
-    pub(super) fn hold(&self, id: Uuid) -> Checked<Claim> {
-        let mut importing = self
-            .importing
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if importing.insert(id) {
+    /// Keeps an id from being imported or deleted by somebody else meanwhile. A call that can be
+    /// repeated may be the repetition of one that has not ended, and waits for it.
+    pub(super) async fn hold(&self, id: Uuid, request: &Request) -> Checked<Claim> {
+        let hold = async {
+            while !self.importing.take(id) {
+                self.importing.freed(id).await;
+            }
+        };
+        let held = match request.id {
+            Some(_) => timeout(FIRST_CALL, hold).await.is_ok(),
+            None => self.importing.take(id),
+        };
+        if held {
             return Ok(Claim {
                 api: self.clone(),
                 id,
@@ -325,21 +410,26 @@ impl Api {
         cancel: Cancel,
         progress: impl Fn(u64) + Send + 'static,
     ) -> Checked<ImageRecord> {
-        let (claim, there) = self.claim(wanted.id).await?;
+        let (claim, there) = self.claim(&wanted).await?;
         let images = self.images.clone();
         let work = async move {
-            if let Some(there) = there {
-                let sum = blocking(move || {
-                    files::sha256_file(&path, &cancel, &mut |bytes| progress(bytes))
-                        .map_err(file_refused)
-                });
-                return wanted.same(there, &sum.await?);
+            match there {
+                There::Answer(image) => return Ok(*image),
+                There::Image(there) => {
+                    let sum = blocking(move || {
+                        files::sha256_file(&path, &cancel, &mut |bytes| progress(bytes))
+                            .map_err(file_refused)
+                    });
+                    let there = wanted.same(*there, &sum.await?)?;
+                    return claim.keep_answer(wanted, there).await;
+                }
+                There::Nothing => {}
             }
             let (id, declared) = (wanted.id, wanted.format);
             let imported = blocking(move || {
                 images
                     .import_from_path(id, &path, declared, &cancel, &mut |bytes| progress(bytes))
-                    .map_err(import_refused)
+                    .map_err(path_refused)
             });
             claim.keep(wanted, imported.await?).await
         };
@@ -390,7 +480,8 @@ fn file_refused(error: FileError) -> Refusal {
     Refusal::new(reason, chain(&error))
 }
 
-fn import_refused(error: ImportError) -> Refusal {
+/// `field` of the request is what brings the content.
+fn import_refused(error: ImportError, field: &str) -> Refusal {
     let reason = match error {
         ImportError::File(error) => return file_refused(error),
         ImportError::Unsafe(Unsafe::FileTooLarge { .. } | Unsafe::VirtualTooLarge { .. }) => {
@@ -401,11 +492,39 @@ fn import_refused(error: ImportError) -> Refusal {
         ImportError::NoSpace { .. } => Reason::NoSpace,
         ImportError::Exists { .. } | ImportError::Busy { .. } => Reason::ImageExists,
     };
-    Refusal::new(reason, chain(&error))
+    let refusal = Refusal::new(reason, chain(&error));
+    match reason {
+        Reason::ImageUnsafe | Reason::ImageTooLarge => refusal.about(field, ""),
+        _ => refusal,
+    }
+}
+
+/// The refusal of content that a client sends.
+fn upload_refused(error: ImportError) -> Refusal {
+    import_refused(error, "chunk")
+}
+
+/// The refusal of a file of this host.
+fn path_refused(error: ImportError) -> Refusal {
+    import_refused(error, "path")
 }
 
 /// The ids of the imports and deletions under way.
-pub(super) type Importing = Mutex<HashSet<Uuid>>;
+#[derive(Debug, Default)]
+pub(super) struct Importing(watch::Sender<HashSet<Uuid>>);
+
+impl Importing {
+    /// Takes an id; false if it is taken.
+    fn take(&self, id: Uuid) -> bool {
+        self.0.send_if_modified(|ids| ids.insert(id))
+    }
+
+    /// Waits until an id is free.
+    async fn freed(&self, id: Uuid) {
+        // The sender lives as long as `self`.
+        let _ = self.0.subscribe().wait_for(|ids| !ids.contains(&id)).await;
+    }
+}
 
 #[cfg(test)]
 mod tests {

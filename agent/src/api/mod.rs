@@ -29,11 +29,7 @@ mod validate;
 mod watch;
 mod wish;
 
-use std::{
-    ops::Deref,
-    path::PathBuf,
-    sync::{Arc, Mutex},
-};
+use std::{ops::Deref, path::PathBuf, sync::Arc};
 
 use salvor_proto::{
     google::longrunning::operations_server::OperationsServer,
@@ -140,7 +136,7 @@ pub fn routes(parts: Parts) -> Result<Routes, tonic_reflection::server::Error> {
     let reflection = parts.host.reflection;
     let api = Api(Arc::new(Shared {
         known: host::Known::follow(&parts.hypervisor),
-        importing: Mutex::default(),
+        importing: import::Importing::default(),
         parts,
     }));
     let mut routes = RoutesBuilder::default();

@@ -75,12 +75,21 @@ pub(super) trait Ask: Message + Sized {
 /// without its id. Of a password it holds only whether one was given: an unsalted hash of a password
 /// at rest would be as good as the password. Maps have no order in the encoding and are hashed apart.
 fn body_hash(verb: Verb, message: &impl Message, maps: &[&HashMap<String, String>]) -> String {
+    hash_of(verb.name(), message, maps)
+}
+
+/// The same for a call that is no action on a server.
+pub(super) fn hash_of(
+    call: &str,
+    message: &impl Message,
+    maps: &[&HashMap<String, String>],
+) -> String {
     let mut hash = Sha256::new();
     let mut part = |bytes: &[u8]| {
         hash.update(bytes.len().to_be_bytes());
         hash.update(bytes);
     };
-    part(verb.name().as_bytes());
+    part(call.as_bytes());
     part(&message.encode_to_vec());
     for map in maps {
         part(&map.len().to_be_bytes());

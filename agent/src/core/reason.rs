@@ -365,7 +365,8 @@ pub struct Refusal {
     pub reason: Reason,
     /// What is the matter and what would help, for people.
     pub message: String,
-    /// What it is about: the field of the request and its rule (INVALID_FIELD), the attribute and its
+    /// What it is about: the field of the request and its rule (INVALID_FIELD) or its value (what else
+    /// has the code INVALID_ARGUMENT), the attribute and its
     /// value (INVALID_STATE: `vm_state`, `rescued`), or a kind of thing and its name (SERVER_BUSY:
     /// `operation`, `operations/…`).
     pub subject: Option<(String, String)>,

@@ -40,6 +40,8 @@ pub(super) const OPERATION: Column = column("operations", "doc");
 pub(super) const PLAN: Column = column("operations", "plan");
 /// Images.
 pub(super) const IMAGE: Column = column("images", "doc");
+/// Images that calls were answered with.
+pub(super) const IMAGE_REQUEST: Column = column("image_requests", "doc");
 /// Changes in the log of events.
 pub(super) const CHANGE: Column = column("events", "doc");
 

@@ -1,17 +1,85 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Records of images, and who stands on them.
+//! Records of images, who stands on them, and which calls made and removed them.
 
 use rusqlite::{Connection, OptionalExtension as _, params};
 use uuid::Uuid;
 
 use super::{
-    Durability, Store, StoreError, StoreResult,
+    Durability, Request, Store, StoreError, StoreResult,
     documents::{self, column, two_texts},
+    journal::reused,
 };
 use crate::core::{
     image::ImageRecord,
     reason::{Reason, Refusal},
 };
+
+/// What a call on an image was answered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ImageAnswer {
+    /// It imported this image.
+    Imported(Box<ImageRecord>),
+    /// It deleted an image.
+    Deleted,
+}
+
+/// The hash of what the call with this request id asked for, and the image that it imported.
+pub(super) fn answered(
+    connection: &Connection,
+    id: &str,
+) -> StoreResult<Option<(String, Option<String>)>> {
+    Ok(connection
+        .prepare_cached("SELECT body_hash, doc FROM image_requests WHERE request_id = ?1")?
+        .query_row([id], |row| Ok((row.get(0)?, row.get(1)?)))
+        .optional()?)
+}
+
+fn repeated(connection: &Connection, request: &Request) -> StoreResult<Option<ImageAnswer>> {
+    let Some(id) = &request.id else {
+        return Ok(None);
+    };
+    let Some((body_hash, doc)) = answered(connection, id)? else {
+        let operation: bool = connection.query_row(
+            "SELECT EXISTS (SELECT 1 FROM operations WHERE request_id = ?1)",
+            [id],
+            |row| row.get(0),
+        )?;
+        return if operation { Err(reused(id)) } else { Ok(None) };
+    };
+    if body_hash != request.body_hash {
+        return Err(reused(id));
+    }
+    Ok(Some(match doc {
+        Some(doc) => ImageAnswer::Imported(Box::new(documents::IMAGE_REQUEST.read(id, &doc)?)),
+        None => ImageAnswer::Deleted,
+    }))
+}
+
+/// Notes what a call is answered, if it can be repeated.
+fn note(
+    tx: &Connection,
+    request: &Request,
+    imported: Option<&ImageRecord>,
+    now_ms: i64,
+) -> StoreResult<()> {
+    if let Some(id) = &request.id {
+        let doc = imported.map(documents::write).transpose()?;
+        tx.execute(
+            "INSERT INTO image_requests (request_id, body_hash, created_at, doc) VALUES (?1, ?2, ?3, ?4)",
+            params![id, request.body_hash, now_ms, doc],
+        )?;
+    }
+    Ok(())
+}
+
+/// Forgets calls that are older than `before_ms`.
+pub(super) fn forget_calls(tx: &Connection, before_ms: i64) -> StoreResult<()> {
+    tx.execute(
+        "DELETE FROM image_requests WHERE created_at < ?1",
+        [before_ms],
+    )?;
+    Ok(())
+}
 
 /// Notes that a file without a record may be there.
 fn note_file(tx: &Connection, id: Uuid) -> StoreResult<()> {
@@ -68,13 +136,44 @@ impl Store {
         .await
     }
 
-    /// Adds an image, whose file is in place.
+    /// What a call on an image with this request id was answered, if there was one.
     ///
     /// # Errors
-    /// [`Reason::ImageExists`] if there is one with this id.
-    pub async fn add_image(&self, image: ImageRecord) -> StoreResult<()> {
+    /// [`Reason::RequestIdReused`] if the call asked for something else.
+    pub async fn repeated_on_image(&self, request: Request) -> StoreResult<Option<ImageAnswer>> {
+        self.run(move |db| repeated(&db.connection, &request)).await
+    }
+
+    /// Notes that a call imported an image that was there already.
+    ///
+    /// # Errors
+    /// [`Reason::RequestIdReused`].
+    pub async fn imported_again(
+        &self,
+        image: ImageRecord,
+        request: Request,
+        now_ms: i64,
+    ) -> StoreResult<()> {
+        self.run(move |db| {
+            db.change(Durability::Power, |tx, _| match repeated(tx, &request)? {
+                Some(_) => Ok(()),
+                None => note(tx, &request, Some(&image), now_ms),
+            })
+        })
+        .await
+    }
+
+    /// Adds an image, for this call.
+    ///
+    /// # Errors
+    /// [`Reason::ImageExists`] if there is one with this id; [`Reason::RequestIdReused`].
+    pub async fn add_image(&self, image: ImageRecord, request: Request) -> StoreResult<()> {
         self.run(move |db| {
             db.change(Durability::Power, |tx, _| {
+                if let (Some(id), Some(_)) = (&request.id, repeated(tx, &request)?) {
+                    return Err(reused(id));
+                }
+                note(tx, &request, Some(&image), image.created_at_ms)?;
                 let added = tx.execute(
                     "INSERT OR IGNORE INTO images (id, name, doc) VALUES (?1, ?2, ?3)",
                     params![image.id.to_string(), image.name, documents::write(&image)?],
@@ -131,14 +230,19 @@ impl Store {
         .await
     }
 
-    /// Removes an image that nobody stands on. Its file may go only after this; until that is said
-    /// ([`Store::forget_image_file`]) it is noted.
+    /// Removes an image that nobody stands on, for this call; if it did so before, that is success.
+    /// Its file may go only after this; until that is said ([`Store::forget_image_file`]) it is noted.
     ///
     /// # Errors
-    /// [`Reason::ImageInUse`] with the holders' names; [`Reason::ImageNotFound`].
-    pub async fn remove_image(&self, id: Uuid) -> StoreResult<()> {
+    /// [`Reason::ImageInUse`] with the holders' names; [`Reason::ImageNotFound`];
+    /// [`Reason::RequestIdReused`].
+    pub async fn remove_image(&self, id: Uuid, request: Request, now_ms: i64) -> StoreResult<()> {
         self.run(move |db| {
             db.change(Durability::Power, |tx, _| {
+                if repeated(tx, &request)?.is_some() {
+                    return Ok(());
+                }
+                note(tx, &request, None, now_ms)?;
                 let mut statement =
                     tx.prepare_cached("SELECT holder FROM image_holders WHERE image = ?1 LIMIT 5")?;
                 let holders = statement

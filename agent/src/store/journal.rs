@@ -11,7 +11,7 @@ use super::{
     definitions::saved_by,
     documents::{self, two_texts},
     events::{self, Change},
-    observations,
+    images, observations,
 };
 use crate::core::{
     action::Verb,
@@ -25,7 +25,7 @@ use crate::core::{
 };
 
 /// Who asks for an action, and how the call can be repeated.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Request {
     /// The client's id for the call.
     pub id: Option<String>,
@@ -471,13 +471,15 @@ impl Store {
         .await
     }
 
-    /// Forgets operations that ended and are older than `before_ms`; says how many.
+    /// Forgets operations that ended and are older than `before_ms`, and as old calls on images; says
+    /// how many operations.
     ///
     /// # Errors
     /// If the store fails.
     pub async fn forget_operations(&self, before_ms: i64) -> StoreResult<usize> {
         self.run(move |db| {
             db.change(Durability::Process, |tx, _| {
+                images::forget_calls(tx, before_ms)?;
                 Ok(tx.execute(
                     "DELETE FROM operations WHERE final = 1 AND created_at < ?1",
                     [before_ms],
@@ -544,6 +546,15 @@ fn infer_power(record: &mut ServerRecord, plan: &Plan, operation: &OperationReco
     }
 }
 
+/// A request id that came before with something else.
+pub(super) fn reused(id: &str) -> StoreError {
+    Refusal::new(
+        Reason::RequestIdReused,
+        format!("request id {id} was used before with other content; use a new one"),
+    )
+    .into()
+}
+
 fn repeated(connection: &Connection, request: &Request) -> StoreResult<Option<OperationRecord>> {
     let Some(id) = &request.id else {
         return Ok(None);
@@ -556,14 +567,14 @@ fn repeated(connection: &Connection, request: &Request) -> StoreResult<Option<Op
         )
         .optional()?;
     let Some(((operation, doc), body_hash)) = found else {
-        return Ok(None);
+        // Ids are not of one service: the same one for a call on an image is other content.
+        return match images::answered(connection, id)? {
+            Some(_) => Err(reused(id)),
+            None => Ok(None),
+        };
     };
     if body_hash != request.body_hash {
-        return Err(Refusal::new(
-            Reason::RequestIdReused,
-            format!("request id {id} was used before with other content; use a new one"),
-        )
-        .into());
+        return Err(reused(id));
     }
     documents::OPERATION.read(&operation, &doc).map(Some)
 }

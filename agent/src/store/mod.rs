@@ -33,6 +33,7 @@ use uuid::Uuid;
 
 pub use documents::Damage;
 pub use events::{Change, EventPage, StoredEvent};
+pub use images::ImageAnswer;
 pub use journal::{Accept, Accepted, Request};
 
 use crate::core::record::ServerRecord;

@@ -55,6 +55,12 @@ const MIGRATIONS: &[&str] = &["
         source TEXT NOT NULL
     ) STRICT;
     CREATE TABLE image_files (image TEXT PRIMARY KEY) STRICT, WITHOUT ROWID;
+    CREATE TABLE image_requests (
+        request_id TEXT PRIMARY KEY,
+        body_hash TEXT NOT NULL,
+        created_at INTEGER NOT NULL,
+        doc TEXT
+    ) STRICT;
 "];
 
 /// Opens the store and brings it to the newest version.

@@ -288,7 +288,10 @@ pub fn upload(name: &str, content: &[u8]) -> Vec<v1::ImportImageRequest> {
     [Part::Spec(spec)]
         .into_iter()
         .chain(content.chunks(600).map(|chunk| Part::Chunk(chunk.to_vec())))
-        .map(|part| v1::ImportImageRequest { part: Some(part) })
+        .map(|part| v1::ImportImageRequest {
+            part: Some(part),
+            ..Default::default()
+        })
         .collect()
 }
 

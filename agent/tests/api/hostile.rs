@@ -156,15 +156,17 @@ async fn no_text_in_any_field_does_harm() {
             import_image_from_path(v1::ImportImageFromPathRequest {
                 spec: Some(v1::ImageSpec { name: "n".to_owned(), ..Default::default() }),
                 path: t(),
+                request_id: String::new(),
             }),
             import_image(tokio_stream::once(v1::ImportImageRequest {
                 part: Some(v1::import_image_request::Part::Spec(v1::ImageSpec {
                     id: t(), name: t(), sha256: t(), properties: [(t(), t())].into(), ..Default::default()
                 })),
+                request_id: t(),
             })),
         );
         if text != "cirros" {
-            try_all!(images; delete_image(v1::DeleteImageRequest { image: t() }));
+            try_all!(images; delete_image(v1::DeleteImageRequest { image: t(), ..Default::default() }));
         }
         let mut watch = agent.watch().max_encoding_message_size(usize::MAX);
         try_all!(watch; watch_events(v1::WatchEventsRequest { after_revision: None, servers: vec![t()] }));

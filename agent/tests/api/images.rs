@@ -13,9 +13,10 @@ use crate::harness::{Agent, refusal, upload};
 const ABC: &str = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
 
 async fn send(agent: &Agent, parts: Vec<Part>) -> Result<v1::Image, Status> {
-    let messages = parts
-        .into_iter()
-        .map(|part| v1::ImportImageRequest { part: Some(part) });
+    let messages = parts.into_iter().map(|part| v1::ImportImageRequest {
+        part: Some(part),
+        ..Default::default()
+    });
     let answer = agent
         .images()
         .import_image(tokio_stream::iter(messages.collect::<Vec<_>>()))
@@ -57,6 +58,7 @@ async fn from_path(agent: &Agent, spec: v1::ImageSpec, path: &str) -> Result<v1:
     let request = v1::ImportImageFromPathRequest {
         spec: Some(spec),
         path: path.to_owned(),
+        ..Default::default()
     };
     let mut stream = agent
         .images()
@@ -105,6 +107,7 @@ async fn an_image_is_sent_shown_and_deleted() {
     let delete = async || {
         let request = v1::DeleteImageRequest {
             image: "abc".to_owned(),
+            ..Default::default()
         };
         agent.images().delete_image(request).await
     };
@@ -266,7 +269,10 @@ async fn an_upload_that_breaks_off_leaves_nothing_and_frees_its_id() {
     let (sender, receiver) = tokio::sync::mpsc::channel(4);
     for part in [Part::Spec(spec()), chunk(b"abc")] {
         sender
-            .send(v1::ImportImageRequest { part: Some(part) })
+            .send(v1::ImportImageRequest {
+                part: Some(part),
+                ..Default::default()
+            })
             .await
             .unwrap();
     }
@@ -332,9 +338,14 @@ async fn a_file_of_an_import_folder_is_imported_and_no_other() {
         ..spec()
     };
     let empty = agent.importable("empty.raw", b"");
+    let (code, reason, details) = refusal(from_path(&agent, new(), empty.to_str().unwrap()).await);
     assert_eq!(
-        refusal(from_path(&agent, new(), empty.to_str().unwrap()).await).1,
-        "IMAGE_UNSAFE"
+        (code, reason.as_str()),
+        (Code::InvalidArgument, "IMAGE_UNSAFE")
+    );
+    assert_eq!(
+        details.bad_request().unwrap().field_violations[0].field,
+        "path"
     );
     let secret = agent.dir.path().join("state/salvor.db");
     for outside in [
@@ -390,6 +401,7 @@ async fn pages_of_images_stay_valid_while_images_are_deleted() {
     assert_eq!(first.images, all.images[..2]);
     let request = v1::DeleteImageRequest {
         image: first.images[1].id.clone(),
+        ..Default::default()
     };
     agent.images().delete_image(request).await.unwrap();
     let second = list(2, &first.next_page_token).await;

@@ -14,6 +14,7 @@
 mod harness;
 mod host;
 mod hostile;
+mod image_requests;
 mod images;
 mod lists;
 mod operations;

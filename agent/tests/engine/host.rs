@@ -123,7 +123,10 @@ impl Host {
         ] {
             let path = format!("{}/{id}.{format}", self.layout().images());
             fs::write(path, vec![name.as_bytes()[0]; DISK]).unwrap();
-            store.add_image(image(id, name, format)).await.unwrap();
+            store
+                .add_image(image(id, name, format), Request::default())
+                .await
+                .unwrap();
         }
     }
 

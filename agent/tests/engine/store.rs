@@ -358,24 +358,33 @@ async fn an_image_that_somebody_stands_on_is_not_removed() {
     let store = open(&folder);
     let image = crate::host::BASE;
     let record = crate::host::image(image, "base", ImageFormat::Raw);
-    store.add_image(record.clone()).await.unwrap();
-    assert_eq!(reason(store.add_image(record).await), Reason::ImageExists);
+    store
+        .add_image(record.clone(), Request::default())
+        .await
+        .unwrap();
+    assert_eq!(
+        reason(store.add_image(record, Request::default()).await),
+        Reason::ImageExists
+    );
     let hold = || store.hold_image(image, "servers/a/disk".to_owned());
     hold().await.unwrap();
     hold().await.unwrap();
-    let refused = store.remove_image(image).await;
+    let refused = store.remove_image(image, Request::default(), 1).await;
     assert_eq!(reason(refused), Reason::ImageInUse);
     store
         .release_image(image, "servers/a/disk".to_owned())
         .await
         .unwrap();
-    store.remove_image(image).await.unwrap();
+    store
+        .remove_image(image, Request::default(), 1)
+        .await
+        .unwrap();
     assert!(matches!(
         hold().await,
         Err(StoreError::Missing { what: "image", .. })
     ));
     assert_eq!(
-        reason(store.remove_image(image).await),
+        reason(store.remove_image(image, Request::default(), 1).await),
         Reason::ImageNotFound
     );
     assert!(store.image_holders().await.unwrap().is_empty());

@@ -16,7 +16,7 @@ use uuid::Uuid;
 use crate::{
     dispatch::with_server,
     gate::{Gate, until},
-    host::{BASE, Host, ON, RESCUE, SERVER, rescue, rescue_action, unrescue},
+    host::{BASE, Host, ON, RESCUE, SERVER, anonymous, rescue, rescue_action, unrescue},
 };
 
 fn now_ms() -> i64 {
@@ -50,7 +50,11 @@ async fn the_file_of_an_image_that_a_crash_left_without_a_record_goes_at_the_nex
     host.add_images(&first.store).await;
     let path = |id, format| host.layout().image(id, format);
     // Died between the record and the file of an image that was deleted,
-    first.store.remove_image(BASE).await.unwrap();
+    first
+        .store
+        .remove_image(BASE, anonymous(), 1)
+        .await
+        .unwrap();
     // between the file and the record of one that was imported,
     let imported = Uuid::from_u128(1);
     first.store.note_image_file(imported).await.unwrap();

@@ -68,21 +68,14 @@ impl Reply {
     }
 }
 
-/// The request id to use: the one that was given, or a new one.
-pub(super) fn request_id(how: &How) -> String {
-    how.request_id
-        .unwrap_or_else(uuid::Uuid::new_v4)
-        .to_string()
-}
-
 /// Waits for an answer unless somebody presses Ctrl-C: then the request may have been accepted
 /// already, and its id is the way to find out.
 pub(super) async fn unless_interrupted<T>(
     request_id: &str,
-    call: impl Future<Output = Result<T, tonic::Status>>,
+    call: impl Future<Output = Result<T, Failure>>,
 ) -> Result<T, Failure> {
     tokio::select! {
-        answer = call => Ok(answer?),
+        answer = call => answer.map_err(|failure| failure.unanswered(request_id)),
         _ = tokio::signal::ctrl_c() => {
             Err(Failure::InterruptedEarly { request_id: request_id.to_owned() })
         }
@@ -115,8 +108,17 @@ pub(super) async fn finish(
         if password.is_empty() {
             warn(
                 "salvor: the password is not in this answer: the agent gives it in the first answer to \
-                 a request only, and keeps but its hash",
+                 a request only, and keeps but its hash, so nobody can tell it any more",
             );
+            warn(match reply {
+                Reply::Rescue(_) => {
+                    "  hint: To set another, unrescue the server and rescue it again; a key of the \
+                     rescue image is a way in as well."
+                }
+                Reply::Action(..) | Reply::Create(_) => {
+                    "  hint: To set another, log in with a key, or rescue the server and do it from there."
+                }
+            });
         } else if !ui.is_json() {
             // At once: whatever happens while the operation is waited for, it is not lost.
             let mut fields = Fields::new();

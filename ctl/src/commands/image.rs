@@ -9,10 +9,10 @@ use tokio::{fs::File, io::AsyncReadExt as _, sync::mpsc, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Request;
 
-use super::{Session, pages};
+use super::{Session, action::unless_interrupted, pages};
 use crate::{
     cli::{ImageCommand, ImportArgs},
-    connect::{ask, repeat},
+    connect::{ANSWER_TIMEOUT, Again, ask, repeat, repeat_for},
     errors::Failure,
     output::{Ui, show},
     requests::map,
@@ -43,14 +43,16 @@ pub(super) async fn run(session: &Session, command: ImageCommand) -> Result<(), 
                 .ok_or(Failure::Protocol("answered without the image"))?;
             session.ui.result(&image, show::image)
         }
-        ImageCommand::Delete { image } => {
-            // No second try: after a broken connection it could only say that there is no such image.
-            let request = v1::DeleteImageRequest { image };
-            let answer = agent
-                .images()
-                .delete_image(ask(request))
-                .await?
-                .into_inner();
+        ImageCommand::Delete { image, repeatable } => {
+            let request_id = repeatable.request_id();
+            let request = v1::DeleteImageRequest {
+                image,
+                request_id: request_id.clone(),
+            };
+            let call = repeat_for(&session.ui, ANSWER_TIMEOUT, async || {
+                agent.images().delete_image(ask(request.clone())).await
+            });
+            let answer = unless_interrupted(&request_id, async { Ok(call.await?) }).await?;
             session.ui.result(&answer, |_| String::new())
         }
     }
@@ -99,17 +101,26 @@ async fn import(session: &Session, args: ImportArgs) -> Result<(), Failure> {
         size_bytes: None,
     };
     let limit = args.patience.wait_timeout;
+    let id = args.repeatable.request_id();
     let imported = timeout(limit, async {
-        if args.on_host {
-            from_host(session, spec, &args.file).await
-        } else {
-            send(session, spec, &args.file).await
+        let mut again = Again::new(limit);
+        loop {
+            let end = if args.on_host {
+                from_host(session, spec.clone(), &args.file, &id).await
+            } else {
+                send(session, spec.clone(), &args.file, &id).await
+            };
+            match end {
+                Err(Failure::Call(status)) => again.after(&session.ui, *status).await?,
+                end => return end,
+            }
         }
     });
     // Giving up drops the call, and with it what was imported in part.
     let image = imported
         .await
-        .map_err(|_| Failure::ImportTooSlow { after: limit })??;
+        .map_err(|_| Failure::ImportTooSlow { after: limit })?
+        .map_err(|failure| failure.unanswered(&id))?;
     session.ui.result(&image, show::image)
 }
 
@@ -118,6 +129,7 @@ async fn from_host(
     session: &Session,
     spec: v1::ImageSpec,
     file: &Path,
+    request_id: &str,
 ) -> Result<v1::Image, Failure> {
     let Some(path) = file.to_str() else {
         return Err(Failure::Usage(format!(
@@ -128,6 +140,7 @@ async fn from_host(
     let request = v1::ImportImageFromPathRequest {
         spec: Some(spec),
         path: path.to_owned(),
+        request_id: request_id.to_owned(),
     };
     let mut stream = session
         .agent
@@ -149,6 +162,7 @@ async fn send(
     session: &Session,
     mut spec: v1::ImageSpec,
     path: &Path,
+    request_id: &str,
 ) -> Result<v1::Image, Failure> {
     let failed = |cause: io::Error| Failure::File {
         what: format!("cannot read {}", path.display()),
@@ -162,6 +176,10 @@ async fn send(
     // A block device has no length of its own; there the end is the end.
     let length = metadata.is_file().then_some(metadata.len());
     spec.size_bytes = length;
+    let first = v1::ImportImageRequest {
+        part: Some(Part::Spec(spec)),
+        request_id: request_id.to_owned(),
+    };
     let bar = Bytes::new(&session.ui, length.unwrap_or(0));
     let (parts, stream) = mpsc::channel(AHEAD);
     let mut images = session.agent.images();
@@ -171,7 +189,7 @@ async fn send(
         // If the agent has answered, what became of the file is of no interest.
         biased;
         answer = &mut call => answer,
-        end = feed(file, spec, &parts, &bar) => match end {
+        end = feed(file, first, &parts, &bar) => match end {
             // Returning drops the call: a file that was read in part must never look complete.
             Err(cause) => return Err(failed(cause)),
             Ok(read) if length.is_some_and(|length| length != read) => {
@@ -192,17 +210,12 @@ async fn send(
 /// Puts the file into the stream and returns its length. The stream stays open.
 async fn feed(
     mut file: File,
-    spec: v1::ImageSpec,
+    first: v1::ImportImageRequest,
     parts: &mpsc::Sender<v1::ImportImageRequest>,
     bar: &Bytes,
 ) -> io::Result<u64> {
     let gone = |_| io::Error::other("the agent no longer takes it");
-    parts
-        .send(v1::ImportImageRequest {
-            part: Some(Part::Spec(spec)),
-        })
-        .await
-        .map_err(gone)?;
+    parts.send(first).await.map_err(gone)?;
     file.set_max_buf_size(CHUNK);
     let mut sent = 0_u64;
     loop {
@@ -217,6 +230,7 @@ async fn feed(
         parts
             .send(v1::ImportImageRequest {
                 part: Some(Part::Chunk(chunk)),
+                ..v1::ImportImageRequest::default()
             })
             .await
             .map_err(gone)?;

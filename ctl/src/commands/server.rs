@@ -5,12 +5,12 @@ use salvor_proto::{google::longrunning::Operation, v1};
 
 use super::{
     Session,
-    action::{Password, Reply, finish, request_id, unless_interrupted},
+    action::{Password, Reply, finish, unless_interrupted},
     pages,
 };
 use crate::{
     cli::{ListServers, ServerCommand},
-    connect::{ask, repeat},
+    connect::{ACTION_TIMEOUT, ask, ask_within, repeat, repeat_for},
     errors::Failure,
     output::show,
     requests,
@@ -22,13 +22,15 @@ const PAGE: i32 = 500;
 /// Sends a request with its id until there is an answer.
 macro_rules! send {
     ($session:expr, $how:expr, $method:ident, $request:expr) => {{
-        let id = request_id(&$how);
+        let id = $how.repeatable.request_id();
         let mut request = $request;
         request.request_id.clone_from(&id);
-        let call = repeat(&$session.ui, async || {
-            $session.agent.servers().$method(ask(request.clone())).await
+        let limit = $how.patience.wait_timeout;
+        let call = repeat_for(&$session.ui, limit, async || {
+            let request = ask_within(request.clone(), ACTION_TIMEOUT);
+            $session.agent.servers().$method(request).await
         });
-        unless_interrupted(&id, call).await
+        unless_interrupted(&id, async { Ok(call.await?) }).await
     }};
 }
 

@@ -84,6 +84,13 @@ async fn an_invalid_argument_is_2_and_names_the_field() {
 }
 
 #[tokio::test]
+async fn a_field_whose_rule_is_the_message_is_named_and_the_rule_said_once() {
+    let details = ErrorDetails::with_bad_request_violation("overlay", "the agent says no");
+    let ended = refused(Code::InvalidArgument, details).await.with(2);
+    assert_eq!(ended.err, "salvor: the agent says no\n  field overlay\n");
+}
+
+#[tokio::test]
 async fn arguments_that_the_program_cannot_read_are_2() {
     let mock = Mock::new(State::default());
     for arguments in [

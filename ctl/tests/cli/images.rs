@@ -153,6 +153,71 @@ async fn an_import_on_the_host_is_read_by_the_agent() {
     assert_eq!(mock.state().calls, ["import from path"]);
 }
 
+/// The one request id that an agent was given `times` times.
+fn one_id(mock: &Mock, times: usize) -> String {
+    let ids = mock.state().request_ids;
+    assert_eq!(ids.len(), times);
+    assert!(ids.iter().all(|id| *id == ids[0]), "{ids:?}");
+    ids[0].clone()
+}
+
+#[tokio::test]
+async fn an_image_is_deleted_again_with_the_same_id_after_the_connection_broke() {
+    let mut mock = Mock::new(State {
+        hang: true,
+        ..Default::default()
+    });
+    let run = Running::start(&mock.socket(), &["image", "delete", "fixer"]);
+    mock.until(|state| state.calls.contains(&"delete image"))
+        .await;
+    mock.stop();
+    mock.change(|state| state.hang = false);
+    mock.start();
+    let ended = run.end().await.with(0);
+    assert!(ended.err.contains("broke; asking again"), "{}", ended.err);
+    assert!(uuid::Uuid::parse_str(&one_id(&mock, 2)).is_ok());
+}
+
+#[tokio::test]
+async fn an_import_is_sent_again_with_the_same_id_after_the_connection_broke() {
+    let mut mock = Mock::new(State {
+        hang: true,
+        ..Default::default()
+    });
+    let file = mock.folder().join("fix.raw");
+    std::fs::write(&file, "content").unwrap();
+    let run = Running::start(&mock.socket(), &["image", "import", file.to_str().unwrap()]);
+    mock.until(|state| state.import_begun).await;
+    mock.stop();
+    mock.change(|state| {
+        state.hang = false;
+        state.late = 1;
+    });
+    mock.start();
+    run.end().await.with(0);
+    one_id(&mock, 3);
+    assert_eq!(mock.state().imports.len(), 1);
+    assert_eq!(mock.state().imports[0].1, b"content");
+}
+
+#[tokio::test]
+async fn an_import_on_the_host_is_asked_for_again_with_the_same_id() {
+    let mock = Mock::new(State {
+        late: 1,
+        ..Default::default()
+    });
+    let arguments = [
+        "image",
+        "import",
+        "/srv/on-host.iso",
+        "--on-host",
+        "--request-id",
+        ID,
+    ];
+    run(&mock.socket(), &arguments).await.with(0);
+    assert_eq!(one_id(&mock, 2), ID);
+}
+
 #[tokio::test]
 async fn images_are_listed_shown_and_deleted() {
     let image = v1::Image {

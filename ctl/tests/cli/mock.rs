@@ -49,6 +49,8 @@ pub struct State {
     pub refusal: Option<(Code, String, ErrorDetails)>,
     /// Actions are taken but never answered.
     pub hang: bool,
+    /// So many actions are taken, and the agent says that it has no answer in time.
+    pub late: usize,
     /// The methods called, in order.
     pub calls: Vec<&'static str>,
     pub request_ids: Vec<String>,
@@ -200,8 +202,25 @@ impl Services {
         if state.hang {
             std::future::pending::<()>().await;
         }
+        if state.late > 0 {
+            self.0.send_modify(|state| state.late -= 1);
+            return Err(late());
+        }
         Ok(state)
     }
+}
+
+/// What the agent says at the deadline of a call.
+fn late() -> Status {
+    Status::with_error_details(
+        Code::DeadlineExceeded,
+        "what was begun goes on",
+        ErrorDetails::with_error_info(
+            "DEADLINE_EXCEEDED",
+            "salvor.compute",
+            [] as [(String, String); 0],
+        ),
+    )
 }
 
 type Answer<T> = Result<Response<T>, Status>;
@@ -414,7 +433,11 @@ impl ImageService for Services {
         loop {
             match stream.message().await {
                 Ok(Some(message)) => match message.part {
-                    Some(Part::Spec(spec)) => found.0 = spec,
+                    Some(Part::Spec(spec)) => {
+                        found.0 = spec;
+                        self.0
+                            .send_modify(|state| state.request_ids.push(message.request_id));
+                    }
                     Some(Part::Chunk(chunk)) => {
                         assert!(chunk.len() <= 1 << 20);
                         found.1.extend(chunk);
@@ -426,6 +449,10 @@ impl ImageService for Services {
                 },
                 // The end never comes to an answer.
                 Ok(None) if self.state().hang => std::future::pending::<()>().await,
+                Ok(None) if self.state().late > 0 => {
+                    self.0.send_modify(|state| state.late -= 1);
+                    return Err(late());
+                }
                 Ok(None) => break,
                 Err(broken) => {
                     self.0.send_modify(|state| state.broken_imports += 1);
@@ -451,8 +478,10 @@ impl ImageService for Services {
         &self,
         request: Request<v1::ImportImageFromPathRequest>,
     ) -> Answer<Self::ImportImageFromPathStream> {
-        self.call("import from path", |_| ())?;
-        let name = request.into_inner().path;
+        let request = request.into_inner();
+        self.accept("import from path", &request.request_id, |_| ())
+            .await?;
+        let name = request.path;
         let messages = vec![
             Ok(v1::ImportImageFromPathResponse {
                 copied_bytes: 1,
@@ -491,9 +520,10 @@ impl ImageService for Services {
 
     async fn delete_image(
         &self,
-        _: Request<v1::DeleteImageRequest>,
+        request: Request<v1::DeleteImageRequest>,
     ) -> Answer<v1::DeleteImageResponse> {
-        self.call("delete image", |_| ())?;
+        self.accept("delete image", &request.get_ref().request_id, |_| ())
+            .await?;
         Ok(Response::new(v1::DeleteImageResponse {}))
     }
 }

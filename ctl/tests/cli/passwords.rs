@@ -31,6 +31,56 @@ async fn a_request_whose_answer_was_lost_is_repeated_with_the_same_id() {
         "{}",
         ended.err
     );
+    assert!(
+        ended
+            .err
+            .contains("hint: To set another, unrescue the server and rescue it again"),
+        "{}",
+        ended.err
+    );
+}
+
+#[tokio::test]
+async fn an_answer_that_comes_late_is_asked_for_again_with_the_same_id() {
+    let mock = agent(done());
+    mock.change(|state| {
+        state.late = 2;
+        state.admin_pass = String::new();
+    });
+    let ended = run(&mock.socket(), &["server", "rescue", "web-1"])
+        .await
+        .with(0);
+    let ids = mock.state().request_ids;
+    assert_eq!(ids.len(), 3);
+    assert!(ids.iter().all(|id| *id == ids[0]));
+    let note = "the agent has no answer yet: what was begun goes on; asking again";
+    assert!(ended.err.contains(note), "{}", ended.err);
+    assert!(
+        ended.err.contains("nobody can tell it any more"),
+        "{}",
+        ended.err
+    );
+}
+
+#[tokio::test]
+async fn an_answer_that_never_comes_is_1_and_names_the_request_id() {
+    let mock = agent(done());
+    mock.change(|state| state.late = usize::MAX);
+    let arguments = ["server", "rescue", "web-1", "--wait-timeout", "300ms"];
+    let ended = run(&mock.socket(), &arguments).await.with(1);
+    let ids = mock.state().request_ids;
+    assert!(ids.len() > 1 && ids.iter().all(|id| *id == ids[0]));
+    assert!(
+        ended.err.contains("salvor: what was begun goes on\n"),
+        "{}",
+        ended.err
+    );
+    assert!(
+        ended.err.contains(&format!("--request-id {}", ids[0])),
+        "{}",
+        ended.err
+    );
+    assert!(!ended.err.contains("Is salvord running"), "{}", ended.err);
 }
 
 #[tokio::test]

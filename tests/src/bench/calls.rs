@@ -13,6 +13,7 @@ use virt::connect::Connect;
 
 use super::Bench;
 use super::peers::{Agent, Peer as _, Raw};
+use super::process;
 use super::report::{Goal, Row};
 use super::samples::Samples;
 use crate::agent::TestAgent;
@@ -130,20 +131,22 @@ pub(super) fn lists(bench: &mut Bench) {
         let rounds = (bench.settings.calls / 10).max(10);
         let mut turns = [Turn::Raw, Turn::Agent];
         let mut client = client.clone();
+        let runtime = &bench.runtime;
+        let mut list_ours = || {
+            let request = ListServersRequest {
+                page_size: 1000,
+                ..ListServersRequest::default()
+            };
+            let page = runtime.block_on(client.servers.list_servers(request));
+            page.unwrap().into_inner().servers.len()
+        };
         for round in 0..rounds + WARM_UP {
             turns.shuffle(&mut bench.random);
             for turn in turns {
                 let began = Instant::now();
                 let (samples, listed) = match turn {
                     Turn::Raw | Turn::Empty => (&mut raw, list_raw(&connection)),
-                    Turn::Agent => {
-                        let request = ListServersRequest {
-                            page_size: 1000,
-                            ..ListServersRequest::default()
-                        };
-                        let page = bench.runtime.block_on(client.servers.list_servers(request));
-                        (&mut ours, page.unwrap().into_inner().servers.len())
-                    }
+                    Turn::Agent => (&mut ours, list_ours()),
                 };
                 let took = began.elapsed();
                 assert_eq!(listed, size, "not all are in the list");
@@ -152,6 +155,18 @@ pub(super) fn lists(bench: &mut Bench) {
                 }
             }
         }
+        // CPU is told in ticks that may be longer than a call, so it is taken of many calls in a row.
+        let calls = bench.settings.calls;
+        let before = process::own_cpu();
+        for _ in 0..calls {
+            list_raw(&connection);
+        }
+        raw.add_cpu(process::own_cpu() - before, calls);
+        let before = process::cpu(pid);
+        for _ in 0..calls {
+            list_ours();
+        }
+        ours.add_cpu(process::cpu(pid) - before, calls);
         bench.rows.push(Row {
             operation: format!("list of {size}"),
             base_is: "raw list",

@@ -116,16 +116,28 @@ impl Row {
 }
 
 impl Figure {
-    fn verdict(&self) -> &'static str {
-        match self.goal {
-            None => "",
-            Some(goal) if self.value <= goal => "met",
-            Some(_) => "MISSED",
+    /// By how much the goal is missed; `None` if it is met.
+    fn missed_by(&self) -> Option<f64> {
+        let goal = self.goal?;
+        (self.value > goal).then_some(self.value - goal)
+    }
+
+    fn verdict(&self) -> String {
+        match (self.goal, self.missed_by()) {
+            (None, _) => String::new(),
+            (_, None) => "met".to_owned(),
+            (_, Some(by)) => format!("MISSED by {by:.3} {}", self.unit),
         }
     }
 
     fn json(&self) -> Value {
-        json!({ "what": self.what, "value": self.value, "unit": self.unit, "goal": self.goal })
+        json!({
+            "what": self.what,
+            "value": self.value,
+            "unit": self.unit,
+            "goal": self.goal,
+            "missed": self.missed_by(),
+        })
     }
 }
 
@@ -267,5 +279,33 @@ mod tests {
         let within = Goal::Within(Duration::from_millis(8));
         assert_eq!(row(1, 8, within).verdict(), "met");
         assert_eq!(row(1, 9, within).verdict(), "MISSED by 1000 us");
+    }
+
+    #[test]
+    fn a_figure_that_misses_its_goal_says_by_how_much() {
+        let figure = |value, goal| Figure {
+            what: "RSS".to_owned(),
+            value,
+            unit: "MiB",
+            goal,
+        };
+        assert_eq!(figure(46.0, None).verdict(), "");
+        assert_eq!(figure(45.0, Some(45.0)).verdict(), "met");
+        let missed = figure(46.25, Some(45.0));
+        assert_eq!(missed.verdict(), "MISSED by 1.250 MiB");
+        assert_eq!(missed.json()["missed"], 1.25);
+    }
+
+    #[test]
+    fn the_cpu_of_each_operation_is_in_the_table() {
+        let mut list = row(100, 110, Goal::None);
+        list.operation = "list of 10".to_owned();
+        list.agent.add_cpu(Duration::from_millis(30), 10);
+        let table = table(&[list], &[]);
+        let line = table.lines().find(|line| line.starts_with("CPU")).unwrap();
+        assert!(
+            line.contains("list of 10") && line.contains("3000 us"),
+            "{line}"
+        );
     }
 }

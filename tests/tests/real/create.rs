@@ -239,6 +239,7 @@ async fn an_image_is_not_deleted_while_a_servers_or_a_rescues_disk_stands_on_it(
     console.wait_line(mark, "TINY-READY resc", SOON);
     let delete = |image: &Image| DeleteImageRequest {
         image: image.id.clone(),
+        ..DeleteImageRequest::default()
     };
     for image in [&base, &resc] {
         let answer = scene.client.images.delete_image(delete(image)).await;

@@ -24,6 +24,7 @@ async fn by_path(scene: &mut Scene<'_>, path: &str, spec: ImageSpec) -> Result<I
     let request = ImportImageFromPathRequest {
         spec: Some(spec),
         path: path.into(),
+        ..ImportImageFromPathRequest::default()
     };
     let answer = scene.client.images.import_image_from_path(request).await?;
     let mut stream = answer.into_inner();
@@ -413,6 +414,7 @@ async fn an_import_can_be_repeated_is_checked_and_is_found_by_what_is_unique() {
     for image in [first.id, two.id, twin.id] {
         let request = DeleteImageRequest {
             image: image.clone(),
+            ..DeleteImageRequest::default()
         };
         scene
             .client

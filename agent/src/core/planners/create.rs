@@ -118,7 +118,8 @@ fn disk_size(args: &CreateArgs, image: &ImageFacts) -> Result<u64, Refusal> {
                 image.record.id,
                 image.record.virtual_size.div_ceil(GIB)
             ),
-        ));
+        )
+        .about("flavor.disk_gib", args.flavor.disk_gib.to_string()));
     }
     Ok(size)
 }

@@ -270,7 +270,8 @@ impl Fuzz<'_> {
                 2 | 3 => Some(Part::Chunk(self.bytes(60_000))),
                 _ => None,
             };
-            parts.push(ImportImageRequest { part }.encode_to_vec());
+            let request_id = self.maybe_id();
+            parts.push(ImportImageRequest { part, request_id }.encode_to_vec());
         }
         parts
     }
@@ -355,7 +356,11 @@ impl Fuzz<'_> {
                 } else {
                     self.word()
                 };
-                one(images, "DeleteImage", &DeleteImageRequest { image })
+                one(
+                    images,
+                    "DeleteImage",
+                    &DeleteImageRequest { image, request_id },
+                )
             }
             _ => Call {
                 path: format!("/{images}/ImportImage"),
@@ -473,7 +478,12 @@ impl Fuzz<'_> {
                 } else {
                     self.word()
                 };
-                let request = ImportImageFromPathRequest { spec, path };
+                let request_id = self.maybe_id();
+                let request = ImportImageFromPathRequest {
+                    spec,
+                    path,
+                    request_id,
+                };
                 one(images, "ImportImageFromPath", &request)
             }
             _ if self.chance(50) => one(hosts, "GetHost", &GetHostRequest {}),

@@ -13,6 +13,13 @@ CREATE TABLE image_holders (
         PRIMARY KEY (image, holder)
     ) STRICT, WITHOUT ROWID;
 
+CREATE TABLE image_requests (
+        request_id TEXT PRIMARY KEY,
+        body_hash TEXT NOT NULL,
+        created_at INTEGER NOT NULL,
+        doc TEXT
+    ) STRICT;
+
 CREATE TABLE images (id TEXT PRIMARY KEY, name TEXT NOT NULL, doc TEXT NOT NULL) STRICT;
 
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
