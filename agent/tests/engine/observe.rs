@@ -364,3 +364,36 @@ async fn a_question_that_hangs_holds_up_nothing_else() {
     watched.sees(PowerState::Running).await;
     watched.end().await;
 }
+
+#[tokio::test]
+async fn a_list_of_all_domains_that_hangs_holds_up_no_news_of_one() {
+    let watched = Watched::new().await;
+    let fake = &watched.host.fake;
+    fake.hang(Some("domains"));
+    fake.set_link(down());
+    watched.sees(PowerState::Unknown).await;
+    // Everything is to be looked at.
+    fake.set_link(LinkState::Up);
+    fake.set_power(SERVER, PowerState::Paused, "user");
+    watched.sees(PowerState::Paused).await;
+    fake.hang(None);
+    fake.set_power(SERVER, PowerState::Running, "unpaused");
+    watched.sees(PowerState::Running).await;
+    watched.end().await;
+}
+
+#[tokio::test]
+async fn a_due_action_that_hangs_holds_up_no_news() {
+    let watched = Watched::new().await;
+    let fake = &watched.host.fake;
+    watched.rescue(|args| args.timeout_ms = Some(300)).await;
+    // What the unrescue begins with.
+    fake.hang(Some("domain"));
+    until("it hangs", || fake.hanging() > 0).await;
+    fake.set_power(SERVER, PowerState::Paused, "user");
+    watched.sees(PowerState::Paused).await;
+    assert_eq!(watched.agent.record().vm_state, VmState::Rescued);
+    fake.hang(None);
+    watched.becomes(VmState::Active).await;
+    watched.end().await;
+}
