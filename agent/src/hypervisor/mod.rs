@@ -140,6 +140,9 @@ pub struct HostFacts {
     pub domain_types: Vec<String>,
 }
 
+/// The word of [`HypervisorEvent::Domain`] for a definition that is new or was changed.
+pub const DEFINED: &str = "defined";
+
 /// Something that happened at the hypervisor.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum HypervisorEvent {

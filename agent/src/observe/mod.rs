@@ -26,18 +26,24 @@ use uuid::Uuid;
 use crate::{
     core::{
         action::Verb,
+        devices::{may_follow, own_devices},
         record::ServerRecord,
         state::{ObservationSource, PowerObservation, PowerState, VmState},
     },
     dispatch::Dispatcher,
     engine::now_ms,
-    hypervisor::{Hypervisor, HypervisorError, HypervisorEvent, LinkState, PowerReading},
+    hypervisor::{
+        DEFINED, Definition, Hypervisor, HypervisorError, HypervisorEvent, LinkState, PowerReading,
+    },
     store::Store,
 };
 use due::Tried;
 
 /// So many due actions are submitted at a time. Each may wait for a domain that is slow to answer.
 const ACTS: usize = 8;
+
+/// So many definitions are read at a time, when all are.
+const READS: usize = 4;
 
 /// What the hypervisor is asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -46,6 +52,8 @@ enum Question {
     All,
     /// That of one.
     Power(Uuid),
+    /// What devices has its definition?
+    Definition(Uuid),
     /// Does its guest agent answer?
     GuestAgent(Uuid),
 }
@@ -69,6 +77,8 @@ pub struct Observer {
     resync_interval: Duration,
     /// Who may submit an action that is due.
     acts: Arc<Semaphore>,
+    /// Who may read a definition.
+    reads: Arc<Semaphore>,
 }
 
 impl Observer {
@@ -86,6 +96,7 @@ impl Observer {
             dispatcher,
             resync_interval,
             acts: Arc::new(Semaphore::new(ACTS)),
+            reads: Arc::new(Semaphore::new(READS)),
         }
     }
 
@@ -103,12 +114,22 @@ impl Observer {
         let mut tried = Tried::default();
         let mut due = self.act_on_due(&mut tried);
         let mut agents = HashSet::new();
+        // Domains whose definitions are to be read as soon as that makes sense.
+        let mut defined = HashSet::new();
+        defined.extend(self.servers());
+        self.look_at_defined(&mut questions, &mut defined);
         loop {
             let at = due.unwrap_or_else(|| Instant::now() + self.resync_interval);
             tokio::select! {
                 () = stopped(&mut stop) => return,
                 event = events.recv() => match event {
-                    Ok(HypervisorEvent::Domain { id, .. }) => self.ask(&mut questions, Question::Power(id)),
+                    Ok(HypervisorEvent::Domain { id, what }) => {
+                        self.ask(&mut questions, Question::Power(id));
+                        if what == DEFINED {
+                            defined.insert(id);
+                            self.look_at_defined(&mut questions, &mut defined);
+                        }
+                    }
                     Ok(HypervisorEvent::GuestAgent { id, connected: true }) => {
                         agents.insert(id);
                         if let Some(rescue) = self.store.server(id).and_then(|server| Some(server.rescue.as_ref()?.plan)) {
@@ -122,6 +143,9 @@ impl Observer {
                     Ok(HypervisorEvent::Link(LinkState::Down { reason })) => self.lost(&reason).await,
                     Ok(HypervisorEvent::Link(LinkState::Up) | HypervisorEvent::Resync) | Err(RecvError::Lagged(_)) => {
                         self.ask(&mut questions, Question::All);
+                        // Events may have been missed: every definition may be another.
+                        defined.extend(self.servers());
+                        self.look_at_defined(&mut questions, &mut defined);
                     }
                     Err(RecvError::Closed) => return,
                 },
@@ -138,17 +162,20 @@ impl Observer {
                             }
                         }
                         Question::GuestAgent(id) if answered => self.deliver_password(id, &mut tried),
-                        Question::GuestAgent(_) | Question::Power(_) => {}
+                        Question::GuestAgent(_) | Question::Power(_) | Question::Definition(_) => {}
                     }
                     if questions.again.remove(&question) {
                         match question {
                             Question::GuestAgent(id) => self.offer_password(&mut questions, id, &tried),
-                            Question::All | Question::Power(_) => self.ask(&mut questions, question),
+                            Question::All | Question::Power(_) | Question::Definition(_) => {
+                                self.ask(&mut questions, question);
+                            }
                         }
                     }
                 }
-                // A rescue may have begun or ended.
+                // An operation or a rescue may have begun or ended.
                 _ = revision.changed() => {
+                    self.look_at_defined(&mut questions, &mut defined);
                     due = self.next_due(&tried);
                     for id in &agents {
                         self.offer_password(&mut questions, *id, &tried);
@@ -205,6 +232,7 @@ impl Observer {
             match question {
                 Question::All => observer.look_at_all().await,
                 Question::Power(id) => observer.look_at(id, ObservationSource::Event).await,
+                Question::Definition(id) => observer.look_at_definition(id).await,
                 Question::GuestAgent(id) => {
                     return observer.hypervisor.ping_guest_agent(id).await.is_ok();
                 }
@@ -226,6 +254,49 @@ impl Observer {
             }
             Err(HypervisorError::LinkDown { .. }) => {}
             Err(error) => tracing::warn!(server = %id, %error, "the domain cannot be looked at"),
+        }
+    }
+
+    fn servers(&self) -> impl Iterator<Item = Uuid> {
+        let servers = self.store.servers_after(i64::MIN);
+        servers.into_iter().map(|(_, server)| server.id)
+    }
+
+    /// Asks for the definitions that were changed. While an operation or a rescue is in force the
+    /// definition is its business, and is looked at after it.
+    fn look_at_defined(self: &Arc<Self>, questions: &mut Questions, defined: &mut HashSet<Uuid>) {
+        defined.retain(|id| match self.store.server(*id) {
+            None => false,
+            Some(server) if !may_follow(&server) => true,
+            Some(_) => {
+                self.ask(questions, Question::Definition(*id));
+                false
+            }
+        });
+    }
+
+    /// Has the record show what the definition has, unless that is an operation's or a rescue's business.
+    async fn look_at_definition(&self, id: Uuid) {
+        if !self
+            .store
+            .server(id)
+            .is_some_and(|server| may_follow(&server))
+        {
+            return;
+        }
+        // It is never closed.
+        let _turn = self.reads.acquire().await;
+        let seen = match self.hypervisor.domain_xml(id, Definition::Inactive).await {
+            Ok(xml) => own_devices(&xml),
+            Err(HypervisorError::LinkDown { .. } | HypervisorError::NoDomain { .. }) => None,
+            Err(error) => {
+                tracing::warn!(server = %id, %error, "the definition cannot be looked at");
+                None
+            }
+        };
+        let Some(devices) = seen else { return };
+        if let Err(error) = self.store.observe_devices(id, devices, now_ms()).await {
+            tracing::error!(server = %id, error = &error as &dyn std::error::Error, "the devices of a server cannot be recorded");
         }
     }
 

@@ -13,11 +13,12 @@ use super::{
 };
 use crate::core::{
     action::Verb,
+    devices::may_follow,
     operation::{OperationRecord, OperationState},
     plan::{Outcome, Plan, RescueChange},
     reason::{Reason, Refusal},
     reconcile::{is_stale, reconcile},
-    record::{Fault, RescueRecord, ServerRecord},
+    record::{Devices, Fault, RescueRecord, ServerRecord},
     state::{ObservationSource, PowerObservation, VmState},
 };
 
@@ -292,9 +293,8 @@ impl Store {
                         record.settled_at_ms = now_ms;
                         infer_power(&mut record, &plan, &operation, now_ms);
                         change_rescue(&mut record, rescue);
-                        if let Some((disks, nics)) = devices {
-                            record.disks.clone_from(disks);
-                            record.nics.clone_from(nics);
+                        if let Some(devices) = devices {
+                            record.show(devices);
                         }
                         put_server(tx, publish, order, record, now_ms)?;
                     }
@@ -523,6 +523,34 @@ impl Store {
             record.power = reconciled.power;
             record.last_known_power = reconciled.last_known_power;
             record.vm_state = reconciled.vm_state;
+            db.change(Durability::Process, |tx, publish| {
+                put_server(tx, publish, order, record, now_ms).map(|_| ())
+            })?;
+            Ok(true)
+        })
+        .await
+    }
+}
+
+impl Store {
+    /// Has a server's record show the devices that were read from its definition, unless an operation or
+    /// a rescue has begun since; says whether they were others.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn observe_devices(
+        &self,
+        server: Uuid,
+        devices: Devices,
+        now_ms: i64,
+    ) -> StoreResult<bool> {
+        self.run(move |db| {
+            let Some((order, mut record)) = db.server(server) else {
+                return Ok(false);
+            };
+            if !may_follow(&record) || !record.show(&devices) {
+                return Ok(false);
+            }
             db.change(Durability::Process, |tx, publish| {
                 put_server(tx, publish, order, record, now_ms).map(|_| ())
             })?;
