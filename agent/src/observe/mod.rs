@@ -45,6 +45,11 @@ const ACTS: usize = 8;
 /// So many definitions are read at a time, when all are.
 const READS: usize = 4;
 
+/// So many definitions are read with each look at everything, in turn: libvirt tells of what is defined
+/// anew, but not of a device that is attached to a definition (`virsh attach-device --config`). More at a
+/// time would make an idle host busy.
+const IN_TURN: usize = 8;
+
 /// What the hypervisor is asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Question {
@@ -118,6 +123,8 @@ impl Observer {
         let mut defined = HashSet::new();
         defined.extend(self.servers());
         self.look_at_defined(&mut questions, &mut defined);
+        // Whose definition was read last of those that are read in turn.
+        let mut turn = i64::MIN;
         loop {
             let at = due.unwrap_or_else(|| Instant::now() + self.resync_interval);
             tokio::select! {
@@ -149,7 +156,11 @@ impl Observer {
                     }
                     Err(RecvError::Closed) => return,
                 },
-                _ = tick.tick() => self.ask(&mut questions, Question::All),
+                _ = tick.tick() => {
+                    self.ask(&mut questions, Question::All);
+                    defined.extend(self.next_in_turn(&mut turn));
+                    self.look_at_defined(&mut questions, &mut defined);
+                }
                 Some(ended) = questions.tasks.join_next_with_id() => {
                     let (task, answered) = ended.unwrap_or_else(|error| (error.id(), false));
                     let Some(question) = questions.under_way.remove(&task) else {
@@ -260,6 +271,19 @@ impl Observer {
     fn servers(&self) -> impl Iterator<Item = Uuid> {
         let servers = self.store.servers_after(i64::MIN);
         servers.into_iter().map(|(_, server)| server.id)
+    }
+
+    /// The servers whose turn it is, beginning after the one with the number `turn`.
+    fn next_in_turn(&self, turn: &mut i64) -> Vec<Uuid> {
+        let mut next = self.store.servers_after(*turn);
+        if next.is_empty() {
+            next = self.store.servers_after(i64::MIN);
+        }
+        next.truncate(IN_TURN);
+        if let Some((last, _)) = next.last() {
+            *turn = *last;
+        }
+        next.into_iter().map(|(_, server)| server.id).collect()
     }
 
     /// Asks for the definitions that were changed. While an operation or a rescue is in force the

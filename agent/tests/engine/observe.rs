@@ -9,6 +9,7 @@ use salvor_agent::{
         record::{OverlayDisposition, PasswordDelivery, Protection},
         state::{ObservationSource, PowerState, VmState},
     },
+    dispatch::Target,
     engine::NoProbe,
     hypervisor::{
         Boot, Definition, Hypervisor as _, HypervisorError, LinkState, fake::FakeHypervisor,
@@ -16,6 +17,7 @@ use salvor_agent::{
     observe::Observer,
 };
 use tokio::{sync::watch, task::JoinHandle};
+use uuid::Uuid;
 
 use crate::{
     gate::{stays, until},
@@ -459,6 +461,47 @@ async fn what_was_defined_while_nobody_observed_is_seen_at_the_start() {
     let (_stop, stopped) = watch::channel(false);
     let observer = tokio::spawn(observer.run(stopped));
     until("the interface is shown", || shown(&agent) == macs).await;
+    observer.abort();
+}
+
+#[tokio::test]
+async fn definitions_that_no_event_tells_of_are_read_in_turn() {
+    let host = Host::new();
+    let agent = host.agent(Arc::new(NoProbe)).await;
+    let xml = host.foreign_domain(false);
+    let ids: Vec<Uuid> = (1..=20).map(Uuid::from_u128).collect();
+    for id in &ids {
+        let own = xml
+            .replace(&SERVER.to_string(), &id.to_string())
+            .replace("<name>foreign", &format!("<name>foreign-{id}"));
+        host.fake.define(&own).await.unwrap();
+        agent.succeed(Target::New(*id), adopt()).await;
+    }
+    let observer = Observer::new(
+        agent.store.clone(),
+        Arc::new(agent.fake.clone()),
+        agent.dispatcher.clone(),
+        Duration::from_secs(1),
+    );
+    let (_stop, stopped) = watch::channel(false);
+    let observer = tokio::spawn(observer.run(stopped));
+    let read = || {
+        let calls = host.fake.calls();
+        let ids = calls
+            .iter()
+            .filter_map(|call| call.strip_prefix("domain_xml "));
+        ids.map(str::to_owned).collect::<Vec<_>>()
+    };
+    // At the start all are.
+    until("all are read", || {
+        ids.iter().all(|id| read().contains(&id.to_string()))
+    })
+    .await;
+    host.fake.clear_calls();
+    until("all are read again", || {
+        ids.iter().all(|id| read().contains(&id.to_string()))
+    })
+    .await;
     observer.abort();
 }
 

@@ -15,6 +15,7 @@ use salvor_tests::host::TestHost;
 use salvor_tests::run_folder::RunFolder;
 use salvor_tests::wait::SOON;
 use uuid::Uuid;
+use virt::sys;
 
 /// Defines a domain with one tiny guest.
 fn define(host: &TestHost, folder: &RunFolder, guest: &TinyGuest) -> Uuid {
@@ -100,5 +101,54 @@ async fn a_repair_made_in_the_rescue_is_there_afterwards() {
     Client::assert_settled(&back.done().server.unwrap(), VmState::Active);
     Console::of(&libvirt, id).wait_line(Mark::START, "TINY-READY patient", SOON);
     assert_eq!(libvirt.inactive_xml(id).unwrap(), definition);
+    libvirt.remove(id);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_somebody_attaches_with_virsh_is_shown() {
+    let folder = RunFolder::for_this_test();
+    let host = TestHost::shared();
+    let libvirt = host.libvirt();
+    let id = define(host, &folder, &TinyGuest::new("attached"));
+    // libvirt tells nobody of this: it is seen with the next look at everything.
+    let settings = AgentSettings::default().set("libvirt.resync_interval", "1s");
+    let agent = TestAgent::start(host, folder.path(), settings).await;
+    let mut client = Client::new(agent.channel());
+    let server = client.adopt(id).await;
+    let before = server.interfaces.len();
+    let nic = "<interface type='user'><mac address='52:54:00:00:0a:01'/></interface>";
+    libvirt
+        .domain(id, move |domain| {
+            domain.attach_device_flags(nic, sys::VIR_DOMAIN_AFFECT_CONFIG)
+        })
+        .unwrap();
+    let server = client
+        .wait_server(id, "the interface is shown", |server| {
+            server.interfaces.len() > before
+        })
+        .await;
+    let macs = server.interfaces.iter().map(|nic| nic.mac.as_str());
+    assert!(macs.into_iter().any(|mac| mac == "52:54:00:00:0a:01"));
+    libvirt.remove(id);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_definition_that_somebody_edits_is_shown() {
+    let folder = RunFolder::for_this_test();
+    let host = TestHost::shared();
+    let libvirt = host.libvirt();
+    let id = define(host, &folder, &TinyGuest::new("edited"));
+    let settings = AgentSettings::default().set("libvirt.resync_interval", "1h");
+    let agent = TestAgent::start(host, folder.path(), settings).await;
+    let mut client = Client::new(agent.channel());
+    let before = client.adopt(id).await.interfaces.len();
+    let nic = "<interface type='user'><mac address='52:54:00:00:0a:02'/></interface></devices>";
+    let xml = libvirt.inactive_xml(id).unwrap();
+    libvirt.define(&xml.replace("</devices>", nic)).unwrap();
+    client
+        .wait_server(id, "the interface is shown", |server| {
+            server.interfaces.len() == before + 1
+        })
+        .await;
     libvirt.remove(id);
 }
