@@ -23,7 +23,7 @@ use super::{
     convert::image::image,
     edge::Call,
     errors::{About, coded, status},
-    import::{Upload, Wanted, allowed},
+    import::{Upload, Wanted, allowed, reader},
     page::{self, PAGE_BYTES},
     resolve,
     validate::{self, Checked},
@@ -35,6 +35,7 @@ use crate::{
         reason::{Reason, Refusal},
     },
     dispatch::refused,
+    storage::apart,
 };
 
 /// The most bytes of an image in one message.
@@ -209,13 +210,13 @@ impl ImageService for Api {
                 .ok_or_else(|| Refusal::field("spec", "must be given"))?;
             let wanted = Wanted::read(spec)?;
             let folders = self.host.import_dirs.clone();
-            let path = tokio::task::spawn_blocking(move || allowed(&message.path, &folders))
+            let whose = reader(&message.path, &folders);
+            let (path, size) = apart::look(&whose, move || allowed(&message.path, &folders))
                 .await
-                .map_err(|_| Refusal::new(Reason::Internal, "looking at a path panicked"))??;
-            Ok((wanted, path))
+                .map_err(|error| Refusal::field("path", error.to_string()))??;
+            Ok((wanted, (whose, path), size))
         };
-        let (wanted, (path, total_bytes)) =
-            checked.await.map_err(|refusal| call.refuse(&refusal))?;
+        let (wanted, path, total_bytes) = checked.await.map_err(|refusal| call.refuse(&refusal))?;
 
         // Progress that nobody has fetched yet is dropped; the outcome never is.
         let (tell, told) = mpsc::channel(2);

@@ -30,6 +30,7 @@ use crate::{
     dispatch::refused,
     engine::now_ms,
     storage::{
+        apart,
         files::{self, FileError},
         images::{ImportError, ImportWriter, Imported},
         inspect::Unsafe,
@@ -169,16 +170,17 @@ pub(super) struct Upload {
     sink: Sink,
 }
 
-/// Runs what blocks on a thread that may.
+/// Whose work it is to read and to write files of the image store.
+const STORE: &str = "images";
+
+/// Does work on files that blocks.
 async fn blocking<T: Send + 'static>(
+    whose: &str,
     work: impl FnOnce() -> Checked<T> + Send + 'static,
 ) -> Checked<T> {
-    tokio::task::spawn_blocking(work).await.unwrap_or_else(|_| {
-        Err(Refusal::new(
-            Reason::Internal,
-            "importing an image panicked",
-        ))
-    })
+    apart::run(whose, work)
+        .await
+        .unwrap_or_else(|error| Err(Refusal::new(Reason::Internal, chain(&error))))
 }
 
 impl Upload {
@@ -189,7 +191,7 @@ impl Upload {
             None => {
                 let (images, id, size) = (api.images.clone(), wanted.id, wanted.size);
                 let begin = move || images.begin_import(id, size).map_err(import_refused);
-                Sink::Image(Box::new(blocking(begin).await?))
+                Sink::Image(Box::new(blocking(STORE, begin).await?))
             }
         };
         Ok(Self {
@@ -200,7 +202,7 @@ impl Upload {
     }
 
     pub(super) async fn write(self, chunk: Vec<u8>) -> Checked<Self> {
-        blocking(move || {
+        blocking(STORE, move || {
             let mut upload = self;
             match &mut upload.sink {
                 Sink::Image(writer) => writer.write(&chunk).map_err(import_refused)?,
@@ -224,8 +226,10 @@ impl Upload {
                 Sink::Compare(sum, there) => wanted.same(*there, &format!("{:x}", sum.finalize())),
                 Sink::Image(writer) => {
                     let declared = wanted.format;
-                    let imported =
-                        blocking(move || writer.finish(declared).map_err(import_refused)).await?;
+                    let imported = blocking(STORE, move || {
+                        writer.finish(declared).map_err(import_refused)
+                    })
+                    .await?;
                     claim.keep(wanted, imported).await
                 }
             }
@@ -306,7 +310,7 @@ impl Api {
 
     pub(super) async fn remove_file(&self, id: Uuid) {
         let images = self.images.clone();
-        let removed = tokio::task::spawn_blocking(move || images.remove(id)).await;
+        let removed = apart::run(STORE, move || images.remove(id)).await;
         if let Ok(Err(error)) = removed {
             tracing::error!(image = %id, error = %chain(&error), "the file of an image could not be removed");
         }
@@ -316,7 +320,7 @@ impl Api {
     pub(super) async fn import_path(
         &self,
         wanted: Wanted,
-        path: PathBuf,
+        (whose, path): (String, PathBuf),
         cancel: Cancel,
         progress: impl Fn(u64) + Send + 'static,
     ) -> Checked<ImageRecord> {
@@ -324,14 +328,14 @@ impl Api {
         let images = self.images.clone();
         let work = async move {
             if let Some(there) = there {
-                let sum = blocking(move || {
+                let sum = blocking(&whose, move || {
                     files::sha256_file(&path, &cancel, &mut |bytes| progress(bytes))
                         .map_err(file_refused)
                 });
                 return wanted.same(there, &sum.await?);
             }
             let (id, declared) = (wanted.id, wanted.format);
-            let imported = blocking(move || {
+            let imported = blocking(&whose, move || {
                 images
                     .import_from_path(id, &path, declared, &cancel, &mut |bytes| progress(bytes))
                     .map_err(import_refused)
@@ -340,6 +344,18 @@ impl Api {
         };
         detached(work).await
     }
+}
+
+/// Whose work it is to read a file of this path: that of the import folder that it is in by its name, for
+/// each may lie on a file server of its own.
+pub(super) fn reader(path: &str, folders: &[PathBuf]) -> String {
+    let folder = folders
+        .iter()
+        .find(|folder| Path::new(path).starts_with(folder));
+    format!(
+        "import {}",
+        folder.map_or("elsewhere".into(), |folder| folder.display().to_string())
+    )
 }
 
 /// The file that `path` names, if it is a regular one under one of `folders`, and its size.

@@ -3,6 +3,8 @@
 
 use std::{path::PathBuf, time::Duration};
 
+use uuid::Uuid;
+
 use super::{
     Applied, Steps,
     files::{blocking, storage_reason},
@@ -22,10 +24,16 @@ use crate::{
 const NO_SHORTER_DEADLINE: Duration = Duration::from_secs(6 * 3600);
 
 impl Steps {
-    pub(super) async fn create_overlay(&self, path: &str, base: Base, size: u64) -> Applied {
+    pub(super) async fn create_overlay(
+        &self,
+        server: Uuid,
+        path: &str,
+        base: Base,
+        size: u64,
+    ) -> Applied {
         let path = self.own(path)?;
         // What is there already was made by this very plan: nothing has used it yet.
-        blocking(move || {
+        blocking(server, move || {
             base.check()?;
             overlay::create(&path, &base.path, base.format, size)
                 .map_err(|error| StepError::new(storage_reason(&error), chain(&error)))
@@ -40,8 +48,9 @@ impl Steps {
         path: &str,
         base: Base,
     ) -> Applied {
+        let server = context.plan.server;
         let path = PathBuf::from(path);
-        let (path, base, size) = blocking(move || {
+        let (path, base, size) = blocking(server, move || {
             base.check()?;
             let overlay = look_at_disk(&path, Format::Qcow2.driver()).map_err(|error| {
                 let message = format!("the overlay {} cannot be read: {error}", path.display());

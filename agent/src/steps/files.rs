@@ -6,20 +6,25 @@
 
 use std::path::{Component, Path, PathBuf};
 
+use uuid::Uuid;
+
 use super::{Applied, Steps};
 use crate::{
     core::{errors::chain, plan::ConfigDriveSpec, reason::Reason},
     engine::{StepContext, StepError},
     storage::{
-        config_drive,
+        apart, config_drive,
         files::{self, DIR_MODE, DISK_MODE, FileError},
     },
 };
 
 impl Steps {
-    pub(super) async fn make_folder(&self, path: &str) -> Applied {
+    pub(super) async fn make_folder(&self, server: Uuid, path: &str) -> Applied {
         let path = self.own(path)?;
-        blocking(move || files::ensure_dir(&path, DIR_MODE).map_err(StepError::from)).await?;
+        blocking(server, move || {
+            files::ensure_dir(&path, DIR_MODE).map_err(StepError::from)
+        })
+        .await?;
         Ok(None)
     }
 
@@ -29,8 +34,9 @@ impl Steps {
         from: &str,
         to: &str,
     ) -> Applied {
+        let server = context.plan.server;
         let (from, to, cancel) = (PathBuf::from(from), self.own(to)?, context.cancel.clone());
-        blocking(move || {
+        blocking(server, move || {
             files::copy_file_durable(&from, &to, DISK_MODE, &cancel, &mut |_| {})
                 .map_err(StepError::from)
         })
@@ -38,9 +44,14 @@ impl Steps {
         Ok(None)
     }
 
-    pub(super) async fn build_config_drive(&self, path: &str, drive: &ConfigDriveSpec) -> Applied {
+    pub(super) async fn build_config_drive(
+        &self,
+        server: Uuid,
+        path: &str,
+        drive: &ConfigDriveSpec,
+    ) -> Applied {
         let (path, drive) = (self.own(path)?, drive.clone());
-        blocking(move || {
+        blocking(server, move || {
             config_drive::build(&path, &drive)
                 .map_err(|error| StepError::new(storage_reason(&error), chain(&error)))
         })
@@ -48,9 +59,9 @@ impl Steps {
         Ok(None)
     }
 
-    pub(super) async fn remove_file(&self, path: &str) -> Result<(), StepError> {
+    pub(super) async fn remove_file(&self, server: Uuid, path: &str) -> Result<(), StepError> {
         let path = self.own(path)?;
-        blocking(move || {
+        blocking(server, move || {
             files::remove_if_exists(&path)
                 .map(|_| ())
                 .map_err(StepError::from)
@@ -59,9 +70,9 @@ impl Steps {
     }
 
     /// Removes a folder, and those above it that are empty then, up to the folder of servers.
-    pub(super) async fn remove_folder(&self, path: &str) -> Applied {
+    pub(super) async fn remove_folder(&self, server: Uuid, path: &str) -> Applied {
         let (path, servers) = (self.own(path)?, PathBuf::from(self.layout.servers()));
-        blocking(move || remove_tree(&path, &servers)).await?;
+        blocking(server, move || remove_tree(&path, &servers)).await?;
         Ok(None)
     }
 
@@ -115,15 +126,14 @@ pub(super) fn remove_tree(path: &Path, top: &Path) -> Result<(), StepError> {
     Ok(())
 }
 
+/// Does work on files of a server that blocks. The step's deadline ends the wait for it.
 pub(super) async fn blocking<T: Send + 'static>(
+    server: Uuid,
     work: impl FnOnce() -> Result<T, StepError> + Send + 'static,
 ) -> Result<T, StepError> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| {
-        StepError::new(
-            Reason::Internal,
-            format!("a file operation panicked: {error}"),
-        )
-    })?
+    apart::run(&server.to_string(), work)
+        .await
+        .map_err(|error| StepError::new(Reason::Internal, chain(&error)))?
 }
 
 impl From<FileError> for StepError {

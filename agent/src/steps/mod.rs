@@ -69,8 +69,8 @@ impl StepRunner for Steps {
                 path,
                 size,
                 holder,
-            } => self.hold_image(*image, path, *size, holder).await,
-            Step::MakeFolder { path } => self.make_folder(path).await,
+            } => self.hold_image(server, *image, (path, *size), holder).await,
+            Step::MakeFolder { path } => self.make_folder(server, path).await,
             Step::CreateOverlay {
                 path,
                 backing,
@@ -79,10 +79,12 @@ impl StepRunner for Steps {
                 size,
             } => {
                 let base = Base::new(backing, backing_format, backing_references)?;
-                self.create_overlay(path, base, *size).await
+                self.create_overlay(server, path, base, *size).await
             }
             Step::CopyFile { from, to } => self.copy_file(&context, from, to).await,
-            Step::BuildConfigDrive { path, drive } => self.build_config_drive(path, drive).await,
+            Step::BuildConfigDrive { path, drive } => {
+                self.build_config_drive(server, path, drive).await
+            }
             Step::SaveDefinition { xml } => self.save_definition(server, plan, xml).await,
             Step::PowerOff { shutdown, .. } => self.power_off(&context, *shutdown).await,
             Step::MarkCommitStarted => self.mark_commit_started(server).await,
@@ -104,7 +106,7 @@ impl StepRunner for Steps {
             Step::SetUserPassword { user, hash } => {
                 self.set_user_password(server, user, hash).await
             }
-            Step::RemoveFolder { path } => self.remove_folder(path).await,
+            Step::RemoveFolder { path } => self.remove_folder(server, path).await,
             Step::ReleaseImage { image, holder } => self.release_image(*image, holder).await,
             Step::DropSavedDefinition => self.drop_saved_definition(server).await,
         }
@@ -117,10 +119,10 @@ impl StepRunner for Steps {
             Step::HoldImage { image, holder, .. } => {
                 self.release_image(*image, holder).await.map(|_| ())
             }
-            Step::MakeFolder { path } => self.remove_folder(path).await.map(|_| ()),
+            Step::MakeFolder { path } => self.remove_folder(server, path).await.map(|_| ()),
             Step::CreateOverlay { path, .. }
             | Step::CopyFile { to: path, .. }
-            | Step::BuildConfigDrive { path, .. } => self.remove_file(path).await,
+            | Step::BuildConfigDrive { path, .. } => self.remove_file(server, path).await,
             Step::SaveDefinition { .. } => self.drop_definition_of(server, plan).await,
             Step::PowerOff { was_on: false, .. } => Ok(()),
             Step::PowerOff {

@@ -8,12 +8,14 @@
 //!   overlay         empty qcow2 overlays
 //!   qemu_img        disks: conversions, commits, under limits
 //!   config_drive    the small disk that tells cloud-init who it is
+//!   apart           threads for work on files that may hang
 //!   files           durable writing, copying, names that stay in their folder
 //! ```
 //!
 //! Records of images and servers are the store's; here are only the files. Formats come from those
 //! records and are never guessed from what a guest wrote.
 
+pub mod apart;
 pub mod config_drive;
 mod disks;
 pub mod files;
