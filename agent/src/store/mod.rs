@@ -13,6 +13,7 @@ mod definitions;
 mod events;
 mod images;
 mod journal;
+mod observations;
 mod schema;
 
 use std::{
