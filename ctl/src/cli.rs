@@ -227,7 +227,10 @@ pub(crate) enum OperationCommand {
     /// List operations.
     #[command(visible_alias = "ls")]
     List {
-        /// Only operations that this filter of the agent selects.
+        /// Only operations of this server: its id, the unique beginning of it, or its unique name. Those of a
+        /// server that was deleted are found by the whole id.
+        server: Option<String>,
+        /// Only operations that this filter of the agent selects, for instance done=false.
         #[arg(long, default_value = "", hide_default_value = true)]
         filter: String,
     },

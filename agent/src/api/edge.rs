@@ -21,7 +21,7 @@ use std::{
 use futures_util::FutureExt as _;
 use tokio::time::Instant;
 use tonic::{
-    Status,
+    Code, Status,
     body::Body,
     codegen::{BoxFuture, Service, http},
     server::NamedService,
@@ -30,7 +30,7 @@ use tonic::{
 use tracing::Instrument as _;
 use uuid::Uuid;
 
-use super::errors::{About, status};
+use super::errors::{self, About, status};
 use crate::core::reason::{Reason, Refusal};
 
 /// The header that names a call across services, as OpenStack's services do.
@@ -73,7 +73,7 @@ impl Call {
         let (_, extensions, message) = request.into_parts();
         match extensions.get::<Self>() {
             Some(call) => Ok((call.clone(), message)),
-            None => Err(Status::unauthenticated("the caller is not known")),
+            None => Err(stranger(&About::default())),
         }
     }
 
@@ -133,8 +133,12 @@ where
         let mut inner = self.0.clone();
         let work = async move {
             let Some(caller) = caller else {
-                return Status::unauthenticated("the peer of this connection cannot be told")
-                    .into_http();
+                let request_id = request_id.to_string();
+                let about = About {
+                    request_id,
+                    ..About::default()
+                };
+                return stranger(&about).into_http();
             };
             let call = Call {
                 request_id,
@@ -144,7 +148,10 @@ where
             request.extensions_mut().insert(call.clone());
             let handler = AssertUnwindSafe(async move { inner.call(request).await }).catch_unwind();
             let mut response = match within(times.map(|(_, at)| at), handler).await {
-                Some(Ok(Ok(response))) => response,
+                Some(Ok(Ok(response))) => match without_details(&response) {
+                    Some(bare) => call.refuse(&errors::bare(&bare)).into_http(),
+                    None => response,
+                },
                 Some(Err(_)) => {
                     tracing::error!("a handler panicked");
                     call.refuse(&Refusal::new(Reason::Internal, "a handler panicked"))
@@ -172,6 +179,19 @@ where
         };
         Box::pin(work.map(Ok).instrument(span))
     }
+}
+
+/// The error of a call whose peer is not known.
+fn stranger(about: &About) -> Status {
+    let message =
+        "the peer of this connection cannot be told; connect over the agent's Unix socket";
+    status(&Refusal::new(Reason::UnknownCaller, message), about)
+}
+
+/// The error that is the whole response, if it says nothing that a program could read.
+fn without_details(response: &http::Response<Body>) -> Option<Status> {
+    let status = Status::from_header_map(response.headers())?;
+    (status.code() != Code::Ok && status.details().is_empty()).then_some(status)
 }
 
 /// When a handler should answer, and when it is no longer waited for.

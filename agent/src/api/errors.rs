@@ -46,6 +46,8 @@ const fn grpc(code: Code) -> tonic::Code {
         Code::DeadlineExceeded => tonic::Code::DeadlineExceeded,
         Code::Cancelled => tonic::Code::Cancelled,
         Code::Internal => tonic::Code::Internal,
+        Code::Unimplemented => tonic::Code::Unimplemented,
+        Code::Unauthenticated => tonic::Code::Unauthenticated,
     }
 }
 
@@ -182,6 +184,21 @@ pub(super) fn coded(code: tonic::Code, refusal: &Refusal, about: &About) -> Stat
         tracing::error!(message = %text::message(&refusal.message), "a request failed");
     }
     Status::with_error_details(code, message(refusal), details(code, refusal, about))
+}
+
+/// The refusal that an error without details stands for. Handlers give every error of theirs its details:
+/// such a one comes from what is around them, which finds calls and reads requests.
+pub(super) fn bare(status: &Status) -> Refusal {
+    let reason = match status.code() {
+        tonic::Code::Unimplemented => Reason::NotSupported,
+        tonic::Code::Cancelled => Reason::Cancelled,
+        _ => Reason::InvalidRequest,
+    };
+    let message = match (reason, status.message()) {
+        (Reason::NotSupported, "") => "there is no such call",
+        (_, message) => message,
+    };
+    Refusal::new(reason, message)
 }
 
 /// Why an operation failed, as `Operation.error`.

@@ -29,6 +29,7 @@ use crate::{
     core::reason::Refusal,
     engine::now_ms,
     hypervisor::{HostFacts, Hypervisor, LinkState},
+    storage::apart,
 };
 
 /// GetHost waits so long for libvirt, then answers without it.
@@ -158,8 +159,9 @@ impl Api {
     /// Size and free bytes of the filesystem of the state folder; zeros if it cannot be asked.
     async fn space(&self) -> (u64, u64) {
         let state_dir = self.dispatcher.settings().layout.state_dir().to_owned();
-        let asked =
-            tokio::task::spawn_blocking(move || nix::sys::statvfs::statvfs(Path::new(&state_dir)));
+        let asked = apart::look("host", move || {
+            nix::sys::statvfs::statvfs(Path::new(&state_dir))
+        });
         match asked.await {
             Ok(Ok(stat)) => (
                 stat.blocks().saturating_mul(stat.fragment_size()),
@@ -169,7 +171,10 @@ impl Api {
                 tracing::warn!(%error, "the free space of the state folder cannot be told");
                 (0, 0)
             }
-            Err(_) => (0, 0),
+            Err(error) => {
+                tracing::warn!(%error, "the free space of the state folder cannot be told");
+                (0, 0)
+            }
         }
     }
 

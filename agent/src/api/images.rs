@@ -23,7 +23,7 @@ use super::{
     convert::image::image,
     edge::Call,
     errors::{About, coded, status},
-    import::{Upload, Wanted, allowed},
+    import::{Upload, Wanted, allowed, reader},
     page::{self, PAGE_BYTES},
     resolve,
     validate::{self, Checked},
@@ -37,7 +37,7 @@ use crate::{
     },
     dispatch::refused,
     engine::now_ms,
-    storage::blocking,
+    storage::apart,
     store::Request as Repeatable,
 };
 
@@ -230,11 +230,13 @@ impl ImageService for Api {
             let caller = call.caller.to_string();
             let wanted = Wanted::read(spec, &message.path, &message.request_id, caller)?;
             let folders = self.host.import_dirs.clone();
-            let path = blocking(move || allowed(&message.path, &folders)).await?;
-            Ok((wanted, path))
+            let whose = reader(&message.path, &folders);
+            let (path, size) = apart::look(&whose, move || allowed(&message.path, &folders))
+                .await
+                .map_err(|error| Refusal::field("path", error.to_string()))??;
+            Ok((wanted, (whose, path), size))
         };
-        let (wanted, (path, total_bytes)) =
-            checked.await.map_err(|refusal| call.refuse(&refusal))?;
+        let (wanted, path, total_bytes) = checked.await.map_err(|refusal| call.refuse(&refusal))?;
 
         // Progress that nobody has fetched yet is dropped; the outcome never is.
         let (tell, told) = mpsc::channel(2);

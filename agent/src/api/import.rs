@@ -32,7 +32,7 @@ use crate::{
     dispatch::refused,
     engine::now_ms,
     storage::{
-        Panicked, blocking,
+        apart,
         files::{self, FileError},
         images::{ImportError, ImportWriter, Imported},
         inspect::Unsafe,
@@ -211,10 +211,17 @@ pub(super) struct Upload {
     sink: Sink,
 }
 
-impl From<Panicked> for Refusal {
-    fn from(panicked: Panicked) -> Self {
-        Self::new(Reason::Internal, panicked.to_string())
-    }
+/// Whose work it is to read and to write files of the image store.
+const STORE: &str = "images";
+
+/// Does work on files that blocks.
+async fn blocking<T: Send + 'static>(
+    whose: &str,
+    work: impl FnOnce() -> Checked<T> + Send + 'static,
+) -> Checked<T> {
+    apart::run(whose, work)
+        .await
+        .unwrap_or_else(|error| Err(Refusal::new(Reason::Internal, chain(&error))))
 }
 
 impl Upload {
@@ -226,7 +233,7 @@ impl Upload {
             There::Nothing => {
                 let (images, id, size) = (api.images.clone(), wanted.id, wanted.size);
                 let begin = move || images.begin_import(id, size).map_err(upload_refused);
-                Sink::Image(Box::new(blocking(begin).await?))
+                Sink::Image(Box::new(blocking(STORE, begin).await?))
             }
         };
         Ok(Self {
@@ -237,7 +244,7 @@ impl Upload {
     }
 
     pub(super) async fn write(self, chunk: Vec<u8>) -> Checked<Self> {
-        blocking(move || {
+        blocking(STORE, move || {
             let mut upload = self;
             match &mut upload.sink {
                 Sink::Image(writer) => writer.write(&chunk).map_err(upload_refused)?,
@@ -274,8 +281,10 @@ impl Upload {
                 }
                 Sink::Image(writer) => {
                     let declared = wanted.format;
-                    let imported =
-                        blocking(move || writer.finish(declared).map_err(upload_refused)).await?;
+                    let imported = blocking(STORE, move || {
+                        writer.finish(declared).map_err(upload_refused)
+                    })
+                    .await?;
                     claim.keep(wanted, imported).await
                 }
             }
@@ -388,7 +397,7 @@ impl Api {
 
     pub(super) async fn remove_file(&self, id: Uuid) {
         let images = self.images.clone();
-        let removed = tokio::task::spawn_blocking(move || images.remove(id)).await;
+        let removed = apart::run(STORE, move || images.remove(id)).await;
         match removed {
             Ok(Ok(())) => {
                 if let Err(error) = self.store.forget_image_file(id).await {
@@ -406,7 +415,7 @@ impl Api {
     pub(super) async fn import_path(
         &self,
         wanted: Wanted,
-        path: PathBuf,
+        (whose, path): (String, PathBuf),
         cancel: Cancel,
         progress: impl Fn(u64) + Send + 'static,
     ) -> Checked<ImageRecord> {
@@ -416,7 +425,7 @@ impl Api {
             match there {
                 There::Answer(image) => return Ok(*image),
                 There::Image(there) => {
-                    let sum = blocking(move || {
+                    let sum = blocking(&whose, move || {
                         files::sha256_file(&path, &cancel, &mut |bytes| progress(bytes))
                             .map_err(file_refused)
                     });
@@ -426,7 +435,7 @@ impl Api {
                 There::Nothing => {}
             }
             let (id, declared) = (wanted.id, wanted.format);
-            let imported = blocking(move || {
+            let imported = blocking(&whose, move || {
                 images
                     .import_from_path(id, &path, declared, &cancel, &mut |bytes| progress(bytes))
                     .map_err(path_refused)
@@ -435,6 +444,18 @@ impl Api {
         };
         detached(work).await
     }
+}
+
+/// Whose work it is to read a file of this path: that of the import folder that it is in by its name, for
+/// each may lie on a file server of its own.
+pub(super) fn reader(path: &str, folders: &[PathBuf]) -> String {
+    let folder = folders
+        .iter()
+        .find(|folder| Path::new(path).starts_with(folder));
+    format!(
+        "import {}",
+        folder.map_or("elsewhere".into(), |folder| folder.display().to_string())
+    )
 }
 
 /// The file that `path` names, if it is a regular one under one of `folders`, and its size.

@@ -228,12 +228,14 @@ impl Operations for Api {
 
     async fn delete_operation(
         &self,
-        _request: Request<DeleteOperationRequest>,
+        request: Request<DeleteOperationRequest>,
     ) -> Result<Response<()>, Status> {
-        Err(Status::unimplemented(
+        let (call, _) = Call::open(request)?;
+        Err(call.refuse(&Refusal::new(
+            Reason::NotSupported,
             "operations are the record of what was done and cannot be deleted; the agent itself forgets them when \
              they are old. To stop one, use CancelOperation",
-        ))
+        )))
     }
 }
 

@@ -13,6 +13,7 @@
 pub mod action;
 pub mod admission;
 pub mod backing;
+pub mod devices;
 pub mod errors;
 pub mod facts;
 pub mod image;

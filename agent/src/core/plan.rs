@@ -15,7 +15,7 @@ use super::{
     backing::References,
     password::CryptHash,
     reason::Warning,
-    record::{DiskSummary, NicSummary, PasswordDelivery, RescueRecord, ServerRecord},
+    record::{Devices, PasswordDelivery, RescueRecord, ServerRecord},
     state::{PowerState, VmState, named_states},
 };
 
@@ -410,8 +410,8 @@ pub enum Outcome {
         vm_state: VmState,
         /// The rescue.
         rescue: RescueChange,
-        /// Disks and interfaces, if the definition changed.
-        devices: Option<(Vec<DiskSummary>, Vec<NicSummary>)>,
+        /// The devices of the server's own definition, as planning saw it: somebody may have changed them.
+        devices: Option<Devices>,
     },
     /// The record goes.
     Remove,

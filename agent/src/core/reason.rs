@@ -12,6 +12,12 @@ named_states! {
         /// See [`Reason::explanation`].
         InvalidField = "INVALID_FIELD",
         /// See [`Reason::explanation`].
+        InvalidRequest = "INVALID_REQUEST",
+        /// See [`Reason::explanation`].
+        NotSupported = "NOT_SUPPORTED",
+        /// See [`Reason::explanation`].
+        UnknownCaller = "UNKNOWN_CALLER",
+        /// See [`Reason::explanation`].
         RequestIdReused = "REQUEST_ID_REUSED",
         /// See [`Reason::explanation`].
         ServerNotFound = "SERVER_NOT_FOUND",
@@ -115,6 +121,10 @@ pub enum Code {
     Cancelled,
     /// A fault of the agent or of the host.
     Internal,
+    /// There is no such call.
+    Unimplemented,
+    /// It is not known who calls.
+    Unauthenticated,
 }
 
 impl Code {
@@ -132,6 +142,8 @@ impl Code {
             Self::DeadlineExceeded => "DEADLINE_EXCEEDED",
             Self::Cancelled => "CANCELLED",
             Self::Internal => "INTERNAL",
+            Self::Unimplemented => "UNIMPLEMENTED",
+            Self::Unauthenticated => "UNAUTHENTICATED",
         }
     }
 }
@@ -142,13 +154,29 @@ impl Reason {
     const fn table(self) -> (Code, u16, &'static str) {
         use Code::{
             Aborted, AlreadyExists, Cancelled, DeadlineExceeded, FailedPrecondition, Internal,
-            InvalidArgument, NotFound, ResourceExhausted, Unavailable,
+            InvalidArgument, NotFound, ResourceExhausted, Unauthenticated, Unavailable,
+            Unimplemented,
         };
         match self {
             Self::InvalidField => (
                 InvalidArgument,
                 400,
                 "A field of the request breaks a rule. BadRequest names the field and the rule.",
+            ),
+            Self::InvalidRequest => (
+                InvalidArgument,
+                400,
+                "The request could not be read: it is no message of the call's type, or larger than 4 MiB.",
+            ),
+            Self::NotSupported => (
+                Unimplemented,
+                501,
+                "The agent has no such call. The message says what there is instead, if there is something.",
+            ),
+            Self::UnknownCaller => (
+                Unauthenticated,
+                401,
+                "The kernel did not tell who is at the other end of the connection.",
             ),
             Self::RequestIdReused => (
                 InvalidArgument,

@@ -217,6 +217,15 @@ pub struct Fault {
     pub at_ms: i64,
 }
 
+/// The disks and interfaces of a server's own definition.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Devices {
+    /// Disks.
+    pub disks: Vec<DiskSummary>,
+    /// Interfaces.
+    pub nics: Vec<NicSummary>,
+}
+
 /// A server.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServerRecord {
@@ -272,5 +281,15 @@ impl ServerRecord {
     #[must_use]
     pub fn status(&self) -> Status {
         status(self.vm_state, self.task_state)
+    }
+
+    /// Shows these devices from now on. Are they others than before?
+    pub fn show(&mut self, devices: &Devices) -> bool {
+        let others = self.disks != devices.disks || self.nics != devices.nics;
+        if others {
+            self.disks.clone_from(&devices.disks);
+            self.nics.clone_from(&devices.nics);
+        }
+        others
     }
 }

@@ -53,7 +53,8 @@ const WORKERS: usize = 4;
 /// Enough for the deepest of our futures in a build without optimisation; the system's default is 2 MiB.
 const WORKER_STACK: usize = 1 << 20;
 
-/// Threads for calls that block, such as file operations. They end after ten idle seconds.
+/// Threads for calls that block and come back, such as hashing. Work on files that may hang has threads of
+/// its own. They end after ten idle seconds.
 const BLOCKING_THREADS: usize = 32;
 
 /// Why the agent ended, or never began.

@@ -185,6 +185,12 @@ impl FakeHypervisor {
         self.host.hangs.send_replace(call);
     }
 
+    /// How many calls hang now.
+    #[must_use]
+    pub fn hanging(&self) -> usize {
+        self.host.hangs.receiver_count()
+    }
+
     /// Every call of every process so far, as `name` or `name argument`.
     #[must_use]
     pub fn calls(&self) -> Vec<String> {

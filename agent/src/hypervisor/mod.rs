@@ -145,6 +145,9 @@ pub struct HostFacts {
     pub hypervisor_version: String,
 }
 
+/// The word of [`HypervisorEvent::Domain`] for a definition that is new or was changed.
+pub const DEFINED: &str = "defined";
+
 /// Something that happened at the hypervisor.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum HypervisorEvent {

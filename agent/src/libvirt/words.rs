@@ -9,6 +9,7 @@ use virt::sys;
 
 use super::ffi::RawState;
 use crate::core::state::PowerState;
+use crate::hypervisor::DEFINED;
 
 /// The power state and the reason for it.
 ///
@@ -87,7 +88,7 @@ const CRASHED: &[&str] = &[UNKNOWN, "panicked"];
 
 /// `virDomainEventType`.
 const LIFECYCLE: &[&str] = &[
-    "defined",
+    DEFINED,
     "undefined",
     "started",
     "suspended",

@@ -1,9 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Keeps the records' observations true: events, polls, outages. And acts where a record says that
-//! something is due: a rescue that ends by itself, a password that the guest agent can be given.
+//! something is due ([`due`]).
+//!
+//! The loop itself waits for nobody: whatever asks the hypervisor or submits an action does so in a task
+//! of its own, so a domain that is slow to answer, or a list of them all, holds up no news of another.
 //!
 //! An event is only a hint: the domain is asked for its state, and that is what is recorded. Whatever
 //! is missed is found by the next look at everything.
+
+mod due;
 
 use std::{
     collections::{HashMap, HashSet},
@@ -12,7 +17,7 @@ use std::{
 };
 
 use tokio::{
-    sync::{broadcast::error::RecvError, watch},
+    sync::{Semaphore, broadcast::error::RecvError, watch},
     task::JoinSet,
     time::{Instant, MissedTickBehavior},
 };
@@ -20,75 +25,52 @@ use uuid::Uuid;
 
 use crate::{
     core::{
-        action::{Action, UnrescueArgs, Verb},
-        reason::Reason,
+        action::Verb,
+        devices::{may_follow, own_devices},
         record::ServerRecord,
         state::{ObservationSource, PowerObservation, PowerState, VmState},
     },
-    dispatch::{Dispatcher, Target},
+    dispatch::Dispatcher,
     engine::now_ms,
-    hypervisor::{Hypervisor, HypervisorError, HypervisorEvent, LinkState, PowerReading},
-    store::{Request, Store, StoreResult},
+    hypervisor::{
+        DEFINED, Definition, Hypervisor, HypervisorError, HypervisorEvent, LinkState, PowerReading,
+    },
+    store::{Store, StoreResult},
 };
+use due::Tried;
 
-/// A due action that was refused (a busy server, libvirt away) or that failed is tried again after
-/// this time, and then after twice as long each time.
-const TRY_AGAIN: Duration = Duration::from_secs(30);
+/// So many due actions are submitted at a time. Each may wait for a domain that is slow to answer.
+const ACTS: usize = 8;
 
-/// The longest time between two tries.
-const TRY_AGAIN_AT_MOST: Duration = Duration::from_secs(3600);
+/// So many definitions are read at a time, when all are.
+const READS: usize = 4;
 
-/// Who asks for the actions that fall due.
-const CALLER: &str = "salvord";
+/// So many definitions are read with each look at everything, in turn: libvirt tells of what is defined
+/// anew, but not of a device that is attached to a definition (`virsh attach-device --config`). More at a
+/// time would make an idle host busy.
+const IN_TURN: usize = 8;
 
-/// Actions of the agent's own that were tried, each with the time before which it is not tried again.
-/// What a try changes wakes the observer: without this it would try again at once, and for ever.
-#[derive(Debug, Default)]
-struct Tried(HashMap<(Uuid, Verb), (Instant, Duration)>);
-
-impl Tried {
-    /// When the action may be tried for a rescue (named by its plan) at the earliest.
-    fn not_before(&self, rescue: Uuid, verb: Verb) -> Option<Instant> {
-        self.0.get(&(rescue, verb)).map(|(at, _)| *at)
-    }
-
-    /// May it be tried now? Then it counts as tried.
-    fn try_now(&mut self, rescue: Uuid, verb: Verb) -> bool {
-        let now = Instant::now();
-        let pause = match self.0.get(&(rescue, verb)) {
-            Some((at, _)) if *at > now => return false,
-            Some((_, pause)) => (*pause * 2).min(TRY_AGAIN_AT_MOST),
-            None => TRY_AGAIN,
-        };
-        self.0.insert((rescue, verb), (now + pause, pause));
-        true
-    }
-
-    /// Something changed that makes another try worth while.
-    fn forget(&mut self, rescue: Uuid, verb: Verb) {
-        self.0.remove(&(rescue, verb));
-    }
-
-    fn keep(&mut self, rescues: &HashSet<Uuid>) {
-        self.0.retain(|(rescue, _), _| rescues.contains(rescue));
-    }
-}
-
-/// What a domain is asked.
+/// What the hypervisor is asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Question {
-    Power,
-    GuestAgent,
+    /// The state of every domain.
+    All,
+    /// That of one.
+    Power(Uuid),
+    /// What devices has its definition?
+    Definition(Uuid),
+    /// Does its guest agent answer?
+    GuestAgent(Uuid),
 }
 
 /// Questions under way, each in a task of its own: a domain that is slow to answer holds up nobody.
 #[derive(Debug, Default)]
 struct Questions {
-    /// Each says whether a guest agent answered.
+    /// Each says whether there was an answer. What it told is recorded.
     tasks: JoinSet<bool>,
-    under_way: HashMap<tokio::task::Id, (Uuid, Question)>,
+    under_way: HashMap<tokio::task::Id, Question>,
     /// To be asked once more: something happened after the question was put.
-    again: HashSet<(Uuid, Question)>,
+    again: HashSet<Question>,
 }
 
 /// An observation that is lost is made again.
@@ -105,6 +87,10 @@ pub struct Observer {
     dispatcher: Dispatcher,
     /// Everything is looked at so often, whatever events say.
     resync_interval: Duration,
+    /// Who may submit an action that is due.
+    acts: Arc<Semaphore>,
+    /// Who may read a definition.
+    reads: Arc<Semaphore>,
 }
 
 impl Observer {
@@ -121,6 +107,8 @@ impl Observer {
             hypervisor,
             dispatcher,
             resync_interval,
+            acts: Arc::new(Semaphore::new(ACTS)),
+            reads: Arc::new(Semaphore::new(READS)),
         }
     }
 
@@ -136,14 +124,26 @@ impl Observer {
         let mut tick = tokio::time::interval(self.resync_interval.max(Duration::from_secs(1)));
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut tried = Tried::default();
-        let mut due = self.act_on_due(&mut tried).await;
+        let mut due = self.act_on_due(&mut tried);
         let mut agents = HashSet::new();
+        // Domains whose definitions are to be read as soon as that makes sense.
+        let mut defined = HashSet::new();
+        defined.extend(self.servers());
+        self.look_at_defined(&mut questions, &mut defined);
+        // Whose definition was read last of those that are read in turn.
+        let mut turn = i64::MIN;
         loop {
             let at = due.unwrap_or_else(|| Instant::now() + self.resync_interval);
             tokio::select! {
                 () = stopped(&mut stop) => return,
                 event = events.recv() => match event {
-                    Ok(HypervisorEvent::Domain { id, .. }) => self.ask(&mut questions, id, Question::Power),
+                    Ok(HypervisorEvent::Domain { id, what }) => {
+                        self.ask(&mut questions, Question::Power(id));
+                        if what == DEFINED {
+                            defined.insert(id);
+                            self.look_at_defined(&mut questions, &mut defined);
+                        }
+                    }
                     Ok(HypervisorEvent::GuestAgent { id, connected: true }) => {
                         agents.insert(id);
                         if let Some(rescue) = self.store.server(id).and_then(|server| Some(server.rescue.as_ref()?.plan)) {
@@ -156,40 +156,56 @@ impl Observer {
                     }
                     Ok(HypervisorEvent::Link(LinkState::Down { reason })) => self.lost(&reason).await,
                     Ok(HypervisorEvent::Link(LinkState::Up) | HypervisorEvent::Resync) | Err(RecvError::Lagged(_)) => {
-                        self.resync(&mut questions, &tried).await;
+                        self.ask(&mut questions, Question::All);
+                        // Events may have been missed: every definition may be another.
+                        defined.extend(self.servers());
+                        self.look_at_defined(&mut questions, &mut defined);
                     }
                     Err(RecvError::Closed) => return,
                 },
-                _ = tick.tick() => self.resync(&mut questions, &tried).await,
+                _ = tick.tick() => {
+                    self.ask(&mut questions, Question::All);
+                    defined.extend(self.next_in_turn(&mut turn));
+                    self.look_at_defined(&mut questions, &mut defined);
+                }
                 Some(ended) = questions.tasks.join_next_with_id() => {
                     let (task, answered) = ended.unwrap_or_else(|error| (error.id(), false));
-                    let Some((id, question)) = questions.under_way.remove(&task) else {
+                    let Some(question) = questions.under_way.remove(&task) else {
                         continue;
                     };
-                    if answered {
-                        self.deliver_password(id, &mut tried).await;
+                    match question {
+                        Question::All => {
+                            for (_, server) in self.store.servers_after(i64::MIN) {
+                                self.offer_password(&mut questions, server.id, &tried);
+                            }
+                        }
+                        Question::GuestAgent(id) if answered => self.deliver_password(id, &mut tried),
+                        Question::GuestAgent(_) | Question::Power(_) | Question::Definition(_) => {}
                     }
-                    if questions.again.remove(&(id, question)) {
+                    if questions.again.remove(&question) {
                         match question {
-                            Question::Power => self.ask(&mut questions, id, question),
-                            Question::GuestAgent => self.offer_password(&mut questions, id, &tried),
+                            Question::GuestAgent(id) => self.offer_password(&mut questions, id, &tried),
+                            Question::All | Question::Power(_) | Question::Definition(_) => {
+                                self.ask(&mut questions, question);
+                            }
                         }
                     }
                 }
-                // A rescue may have begun or ended.
+                // An operation or a rescue may have begun or ended.
                 _ = revision.changed() => {
+                    self.look_at_defined(&mut questions, &mut defined);
                     due = self.next_due(&tried);
                     for id in &agents {
                         self.offer_password(&mut questions, *id, &tried);
                     }
                 }
-                () = tokio::time::sleep_until(at), if due.is_some() => due = self.act_on_due(&mut tried).await,
+                () = tokio::time::sleep_until(at), if due.is_some() => due = self.act_on_due(&mut tried),
             }
         }
     }
 
     /// Looks at every domain. One that is missing has no state.
-    async fn resync(self: &Arc<Self>, questions: &mut Questions, tried: &Tried) {
+    async fn look_at_all(&self) {
         let asked_at = now_ms();
         match self.hypervisor.domains().await {
             Ok(domains) => {
@@ -225,33 +241,28 @@ impl Observer {
             Err(HypervisorError::LinkDown { reason }) => self.lost(&reason).await,
             Err(error) => tracing::warn!(%error, "the domains cannot be listed"),
         }
-        for (_, server) in self.store.servers_after(i64::MIN) {
-            self.offer_password(questions, server.id, tried);
-        }
     }
 
-    /// Asks a domain; what it was asked already is asked again after the answer, which may be older
-    /// than what is to be seen now.
-    fn ask(self: &Arc<Self>, questions: &mut Questions, id: Uuid, question: Question) {
-        if questions
-            .under_way
-            .values()
-            .any(|asked| *asked == (id, question))
-        {
-            questions.again.insert((id, question));
+    /// Asks; what is being asked already is asked again after the answer, which may be older than what
+    /// is to be seen now.
+    fn ask(self: &Arc<Self>, questions: &mut Questions, question: Question) {
+        if questions.under_way.values().any(|asked| *asked == question) {
+            questions.again.insert(question);
             return;
         }
         let observer = Arc::clone(self);
         let task = questions.tasks.spawn(async move {
             match question {
-                Question::Power => {
-                    observer.look_at(id, ObservationSource::Event).await;
-                    false
+                Question::All => observer.look_at_all().await,
+                Question::Power(id) => observer.look_at(id, ObservationSource::Event).await,
+                Question::Definition(id) => observer.look_at_definition(id).await,
+                Question::GuestAgent(id) => {
+                    return observer.hypervisor.ping_guest_agent(id).await.is_ok();
                 }
-                Question::GuestAgent => observer.hypervisor.ping_guest_agent(id).await.is_ok(),
             }
+            true
         });
-        questions.under_way.insert(task.id(), (id, question));
+        questions.under_way.insert(task.id(), question);
     }
 
     async fn look_at(&self, id: Uuid, source: ObservationSource) {
@@ -266,6 +277,62 @@ impl Observer {
             }
             Err(HypervisorError::LinkDown { .. }) => {}
             Err(error) => tracing::warn!(server = %id, %error, "the domain cannot be looked at"),
+        }
+    }
+
+    fn servers(&self) -> impl Iterator<Item = Uuid> {
+        let servers = self.store.servers_after(i64::MIN);
+        servers.into_iter().map(|(_, server)| server.id)
+    }
+
+    /// The servers whose turn it is, beginning after the one with the number `turn`.
+    fn next_in_turn(&self, turn: &mut i64) -> Vec<Uuid> {
+        let mut next = self.store.servers_after(*turn);
+        if next.is_empty() {
+            next = self.store.servers_after(i64::MIN);
+        }
+        next.truncate(IN_TURN);
+        if let Some((last, _)) = next.last() {
+            *turn = *last;
+        }
+        next.into_iter().map(|(_, server)| server.id).collect()
+    }
+
+    /// Asks for the definitions that were changed. While an operation or a rescue is in force the
+    /// definition is its business, and is looked at after it.
+    fn look_at_defined(self: &Arc<Self>, questions: &mut Questions, defined: &mut HashSet<Uuid>) {
+        defined.retain(|id| match self.store.server(*id) {
+            None => false,
+            Some(server) if !may_follow(&server) => true,
+            Some(_) => {
+                self.ask(questions, Question::Definition(*id));
+                false
+            }
+        });
+    }
+
+    /// Has the record show what the definition has, unless that is an operation's or a rescue's business.
+    async fn look_at_definition(&self, id: Uuid) {
+        if !self
+            .store
+            .server(id)
+            .is_some_and(|server| may_follow(&server))
+        {
+            return;
+        }
+        // It is never closed.
+        let _turn = self.reads.acquire().await;
+        let seen = match self.hypervisor.domain_xml(id, Definition::Inactive).await {
+            Ok(xml) => own_devices(&xml),
+            Err(HypervisorError::LinkDown { .. } | HypervisorError::NoDomain { .. }) => None,
+            Err(error) => {
+                tracing::warn!(server = %id, %error, "the definition cannot be looked at");
+                None
+            }
+        };
+        let Some(devices) = seen else { return };
+        if let Err(error) = self.store.observe_devices(id, devices, now_ms()).await {
+            tracing::error!(server = %id, error = &error as &dyn std::error::Error, "the devices of a server cannot be recorded");
         }
     }
 
@@ -286,57 +353,6 @@ impl Observer {
         recorded(server.id, self.store.observe(server.id, seen).await);
     }
 
-    /// When a rescue is to be ended next.
-    fn next_due(&self, tried: &Tried) -> Option<Instant> {
-        let (now, now_ms) = (Instant::now(), now_ms());
-        self.store
-            .servers_after(i64::MIN)
-            .iter()
-            .filter_map(|(_, server)| {
-                let (rescue, expiry) = expiring(server)?;
-                let wait = u64::try_from(expiry.saturating_sub(now_ms)).unwrap_or_default();
-                let at = now + Duration::from_millis(wait);
-                Some(at.max(tried.not_before(rescue, Verb::Unrescue).unwrap_or(at)))
-            })
-            .min()
-    }
-
-    /// Ends the rescues whose time is over; says when to look again.
-    async fn act_on_due(&self, tried: &mut Tried) -> Option<Instant> {
-        let now = now_ms();
-        let servers = self.store.servers_after(i64::MIN);
-        let rescues = servers
-            .iter()
-            .filter_map(|(_, server)| Some(server.rescue.as_ref()?.plan));
-        tried.keep(&rescues.collect());
-        for (_, server) in servers {
-            let Some((plan, expiry)) = expiring(&server) else {
-                continue;
-            };
-            let Some(rescue) = &server.rescue else {
-                continue;
-            };
-            if expiry > now || !tried.try_now(plan, Verb::Unrescue) {
-                continue;
-            }
-            tracing::info!(server = %server.id, "the rescue's time is over");
-            let action = Action::Unrescue(UnrescueArgs {
-                overlay: if rescue.overlays.is_empty() {
-                    None
-                } else {
-                    rescue.expiry_overlay
-                },
-                // Nobody asked for a start: what was off before the rescue stays off.
-                restore_power: true,
-                shutdown: self.dispatcher.settings().shutdown,
-            });
-            self.act(&server, action).await;
-        }
-        // Clocks differ a little: a timer must not fire again and again just before the time.
-        self.next_due(tried)
-            .map(|due| due.max(Instant::now() + Duration::from_millis(10)))
-    }
-
     /// A server whose rescue's password waits for the guest agent, with the rescue's plan.
     fn waiting(&self, id: Uuid) -> Option<(Arc<ServerRecord>, Uuid)> {
         let server = self.store.server(id)?;
@@ -351,43 +367,9 @@ impl Observer {
                 .not_before(rescue, Verb::DeliverPassword)
                 .is_none_or(|at| at <= Instant::now())
         {
-            self.ask(questions, id, Question::GuestAgent);
+            self.ask(questions, Question::GuestAgent(id));
         }
     }
-
-    /// Hands a rescue's password to its guest agent, which has answered.
-    async fn deliver_password(&self, id: Uuid, tried: &mut Tried) {
-        if let Some((server, rescue)) = self.waiting(id)
-            && tried.try_now(rescue, Verb::DeliverPassword)
-        {
-            self.act(&server, Action::DeliverPassword).await;
-        }
-    }
-
-    /// Submits an action of the agent's own.
-    async fn act(&self, server: &ServerRecord, action: Action) {
-        let verb: Verb = action.verb();
-        let request = Request {
-            id: None,
-            body_hash: String::new(),
-            caller: CALLER.to_owned(),
-        };
-        let submitted = self
-            .dispatcher
-            .submit(Target::Server(server.id), action, request)
-            .await;
-        if let Err(refusal) = submitted
-            && refusal.reason != Reason::ServerBusy
-        {
-            tracing::warn!(server = %server.id, %verb, %refusal, "an action that is due was refused");
-        }
-    }
-}
-
-/// The rescue that is to end by itself, and when (in milliseconds since the Unix epoch).
-fn expiring(server: &ServerRecord) -> Option<(Uuid, i64)> {
-    let rescue = server.rescue.as_ref()?;
-    (server.vm_state == VmState::Rescued).then_some((rescue.plan, rescue.expires_at_ms?))
 }
 
 async fn stopped(stop: &mut watch::Receiver<bool>) {

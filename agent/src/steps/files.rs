@@ -14,7 +14,7 @@ use crate::{
     core::{errors::chain, plan::ConfigDriveSpec, reason::Reason},
     engine::{StepContext, StepError},
     storage::{
-        Panicked, config_drive,
+        config_drive,
         files::{self, DIR_MODE, DISK_MODE, FileError},
     },
 };
@@ -125,12 +125,6 @@ pub(super) fn remove_tree(path: &Path, top: &Path) -> Result<(), StepError> {
         }
     }
     Ok(())
-}
-
-impl From<Panicked> for StepError {
-    fn from(panicked: Panicked) -> Self {
-        Self::new(Reason::Internal, panicked.to_string())
-    }
 }
 
 /// Ends long work on files when nobody wants it any more: whoever waited for it is gone, or it was

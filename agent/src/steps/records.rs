@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Steps that only the store sees: images held, definitions saved.
 
+use std::path::PathBuf;
+
 use uuid::Uuid;
 
-use super::{Applied, Steps};
+use super::{Applied, Steps, work::FileJob};
 use crate::{
     core::reason::Reason,
     engine::{StepError, now_ms},
@@ -12,14 +14,15 @@ use crate::{
 impl Steps {
     pub(super) async fn hold_image(
         &self,
+        job: FileJob,
         image: Uuid,
-        path: &str,
-        size: u64,
+        (path, size): (&str, u64),
         holder: &str,
     ) -> Applied {
         self.store.hold_image(image, holder.to_owned()).await?;
         // Looked at after it is held: from here on nobody can remove it.
-        match tokio::fs::metadata(path).await {
+        let file = PathBuf::from(path);
+        match self.files.run(job, move || Ok(file.metadata())).await? {
             Ok(metadata) if metadata.is_file() && metadata.len() == size => Ok(None),
             Ok(metadata) => Err(StepError::new(
                 Reason::ImageNotFound,

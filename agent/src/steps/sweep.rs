@@ -12,8 +12,9 @@ use uuid::Uuid;
 
 use super::files::remove_tree;
 use crate::{
-    core::{image::ImageFormat, layout::Layout},
-    storage::blocking,
+    core::{errors::chain, image::ImageFormat, layout::Layout, reason::Reason},
+    engine::StepError,
+    storage::apart,
     store::{Store, StoreResult},
 };
 
@@ -126,7 +127,8 @@ async fn unknown_folders(
 async fn remove(path: String, servers: String, removed: &mut Vec<String>) {
     let target = path.clone();
     let work = move || remove_tree(Path::new(&target), Path::new(&servers));
-    match blocking(work).await {
+    let done = apart::run("sweep", work).await;
+    match done.unwrap_or_else(|error| Err(StepError::new(Reason::Internal, chain(&error)))) {
         Ok(()) => {
             tracing::warn!(path, "removed a folder that no server knows of");
             removed.push(path);

@@ -11,8 +11,9 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use crate::{
-    core::{plan::Step, reason::Reason},
+    core::{errors::chain, plan::Step, reason::Reason},
     engine::StepError,
+    storage::apart,
 };
 
 /// So long is waited for work that was given up on. Shorter than the shortest deadline of a step on
@@ -91,19 +92,15 @@ impl FileWork {
         job: FileJob,
         work: impl FnOnce() -> Result<T, StepError> + Send + 'static,
     ) -> Result<T, StepError> {
+        let whose = job.server.to_string();
         let ending = self.begin(job, WAIT).await?;
-        tokio::task::spawn_blocking(move || {
+        apart::run(&whose, move || {
             // Also if it panics.
             let _ending = ending;
             work()
         })
         .await
-        .map_err(|error| {
-            StepError::new(
-                Reason::Internal,
-                format!("a file operation panicked: {error}"),
-            )
-        })?
+        .map_err(|error| StepError::new(Reason::Internal, chain(&error)))?
     }
 
     /// Comes back when nothing is under way for the server.

@@ -9,12 +9,14 @@
 //!   overlay         empty qcow2 overlays
 //!   qemu_img        commits of overlays, under limits
 //!   config_drive    the small disk that tells cloud-init who it is
+//!   apart           threads for work on files that may hang
 //!   files           durable writing and copying
 //! ```
 //!
 //! Records of images and servers are the store's; here are only the files. Formats come from those
 //! records and are never guessed from what a guest wrote.
 
+pub mod apart;
 pub mod config_drive;
 mod disks;
 pub mod files;
@@ -25,22 +27,3 @@ pub mod owners;
 pub mod qemu_img;
 
 pub use disks::{LookError, check_writable, image_path, look_at_disk, references};
-
-/// Work on files that ended in a panic.
-#[derive(Debug, thiserror::Error)]
-#[error("work on files panicked; the agent's log says where")]
-pub struct Panicked;
-
-/// Runs what blocks on a thread that may.
-///
-/// # Errors
-/// What the work says, or [`Panicked`].
-pub async fn blocking<T, E>(work: impl FnOnce() -> Result<T, E> + Send + 'static) -> Result<T, E>
-where
-    T: Send + 'static,
-    E: From<Panicked> + Send + 'static,
-{
-    tokio::task::spawn_blocking(work)
-        .await
-        .unwrap_or_else(|_| Err(Panicked.into()))
-}

@@ -297,9 +297,8 @@ impl Store {
                         record.settled_at_ms = now_ms;
                         infer_power(&mut record, &plan, &operation, now_ms);
                         change_rescue(&mut record, rescue, now_ms);
-                        if let Some((disks, nics)) = devices {
-                            record.disks.clone_from(disks);
-                            record.nics.clone_from(nics);
+                        if let Some(devices) = devices {
+                            record.show(devices);
                         }
                         put_server(tx, publish, order, record, now_ms)?;
                     }

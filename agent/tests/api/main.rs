@@ -11,6 +11,7 @@
     unreachable_pub
 )]
 
+mod error_info;
 mod harness;
 mod host;
 mod hostile;

@@ -11,5 +11,6 @@ mod admission;
 mod bench;
 mod golden;
 mod model;
+mod overlays;
 mod refusals;
 mod states;

@@ -9,11 +9,15 @@ use salvor_agent::{
         record::{OverlayDisposition, PasswordDelivery, Protection},
         state::{ObservationSource, PowerState, VmState},
     },
+    dispatch::Target,
     engine::NoProbe,
-    hypervisor::{Boot, Hypervisor as _, HypervisorError, LinkState},
+    hypervisor::{
+        Boot, Definition, Hypervisor as _, HypervisorError, LinkState, fake::FakeHypervisor,
+    },
     observe::Observer,
 };
 use tokio::{sync::watch, task::JoinHandle};
+use uuid::Uuid;
 
 use crate::{
     gate::{stays, until},
@@ -376,4 +380,181 @@ async fn a_question_that_hangs_holds_up_nothing_else() {
     fake.hang(None);
     watched.sees(PowerState::Running).await;
     watched.end().await;
+}
+
+#[tokio::test]
+async fn a_list_of_all_domains_that_hangs_holds_up_no_news_of_one() {
+    let watched = Watched::new().await;
+    let fake = &watched.host.fake;
+    fake.hang(Some("domains"));
+    fake.set_link(down());
+    watched.sees(PowerState::Unknown).await;
+    // Everything is to be looked at.
+    fake.set_link(LinkState::Up);
+    fake.set_power(SERVER, PowerState::Paused, "user");
+    watched.sees(PowerState::Paused).await;
+    fake.hang(None);
+    fake.set_power(SERVER, PowerState::Running, "unpaused");
+    watched.sees(PowerState::Running).await;
+    watched.end().await;
+}
+
+#[tokio::test]
+async fn a_due_action_that_hangs_holds_up_no_news() {
+    let watched = Watched::new().await;
+    let fake = &watched.host.fake;
+    watched.rescue(|args| args.timeout_ms = Some(300)).await;
+    // What the unrescue begins with.
+    fake.hang(Some("domain"));
+    until("it hangs", || fake.hanging() > 0).await;
+    fake.set_power(SERVER, PowerState::Paused, "user");
+    watched.sees(PowerState::Paused).await;
+    assert_eq!(watched.agent.record().vm_state, VmState::Rescued);
+    fake.hang(None);
+    watched.becomes(VmState::Active).await;
+    watched.end().await;
+}
+
+/// Attaches an interface to the definition, as `virsh attach-interface --config` does, and says what it
+/// has then.
+async fn attach(fake: &FakeHypervisor, mac: &str) -> Vec<String> {
+    let xml = fake.domain_xml(SERVER, Definition::Inactive).await.unwrap();
+    let nic = format!("<interface type='user'><mac address='{mac}'/></interface>");
+    let changed = xml.replace("<channel", &format!("{nic}<channel"));
+    fake.define(&changed).await.unwrap();
+    let parsed = salvor_domain_templates::Domain::parse(&changed).unwrap();
+    parsed
+        .interfaces()
+        .into_iter()
+        .map(|nic| nic.mac.unwrap())
+        .collect()
+}
+
+fn shown(agent: &Agent) -> Vec<String> {
+    let record = agent.record();
+    record.nics.iter().map(|nic| nic.mac.clone()).collect()
+}
+
+#[tokio::test]
+async fn a_record_shows_the_devices_that_the_definition_has_now() {
+    let watched = Watched::new().await;
+    let (agent, fake) = (&watched.agent, &watched.host.fake);
+    let macs = attach(fake, "52:54:00:00:00:02").await;
+    assert_eq!(macs.len(), 2);
+    until("the interface is shown", || shown(agent) == macs).await;
+    // Nothing new is no change.
+    let revision = *agent.store.revision().borrow();
+    let xml = fake.domain_xml(SERVER, Definition::Inactive).await.unwrap();
+    fake.define(&xml).await.unwrap();
+    stays("it is not written again", || {
+        *agent.store.revision().borrow() == revision
+    })
+    .await;
+    watched.end().await;
+}
+
+#[tokio::test]
+async fn what_was_defined_while_nobody_observed_is_seen_at_the_start() {
+    let Watched {
+        host,
+        agent,
+        stop,
+        observer,
+    } = Watched::new().await;
+    stop.send_replace(true);
+    observer.await.unwrap();
+    let macs = attach(&host.fake, "52:54:00:00:00:02").await;
+    assert_ne!(shown(&agent), macs);
+    let observer = Observer::new(
+        agent.store.clone(),
+        Arc::new(agent.fake.clone()),
+        agent.dispatcher.clone(),
+        Duration::from_secs(600),
+    );
+    let (_stop, stopped) = watch::channel(false);
+    let observer = tokio::spawn(observer.run(stopped));
+    until("the interface is shown", || shown(&agent) == macs).await;
+    observer.abort();
+}
+
+#[tokio::test]
+async fn definitions_that_no_event_tells_of_are_read_in_turn() {
+    let host = Host::new();
+    let agent = host.agent(Arc::new(NoProbe)).await;
+    let xml = host.foreign_domain(false);
+    let ids: Vec<Uuid> = (1..=20).map(Uuid::from_u128).collect();
+    for id in &ids {
+        let own = xml
+            .replace(&SERVER.to_string(), &id.to_string())
+            .replace("<name>foreign", &format!("<name>foreign-{id}"));
+        host.fake.define(&own).await.unwrap();
+        agent.succeed(Target::New(*id), adopt()).await;
+    }
+    let observer = Observer::new(
+        agent.store.clone(),
+        Arc::new(agent.fake.clone()),
+        agent.dispatcher.clone(),
+        Duration::from_secs(1),
+    );
+    let (_stop, stopped) = watch::channel(false);
+    let observer = tokio::spawn(observer.run(stopped));
+    let read = || {
+        let calls = host.fake.calls();
+        let ids = calls
+            .iter()
+            .filter_map(|call| call.strip_prefix("domain_xml "));
+        ids.map(str::to_owned).collect::<Vec<_>>()
+    };
+    // At the start all are.
+    until("all are read", || {
+        ids.iter().all(|id| read().contains(&id.to_string()))
+    })
+    .await;
+    host.fake.clear_calls();
+    until("all are read again", || {
+        ids.iter().all(|id| read().contains(&id.to_string()))
+    })
+    .await;
+    observer.abort();
+}
+
+#[tokio::test]
+async fn the_devices_of_a_rescue_are_not_the_servers() {
+    let watched = Watched::new().await;
+    let (agent, fake) = (&watched.agent, &watched.host.fake);
+    let own = agent.record();
+    watched.rescue(|_| {}).await;
+    let rescue = attach(fake, "52:54:00:00:00:02").await;
+    assert!(rescue.len() > own.nics.len());
+    stays("the server's own are shown", || {
+        let record = agent.record();
+        record.disks == own.disks && record.nics == own.nics
+    })
+    .await;
+    let back = Action::Unrescue(crate::host::unrescue());
+    agent.succeed(ON, back).await;
+    let macs = attach(fake, "52:54:00:00:00:04").await;
+    until("the interface is shown", || shown(agent) == macs).await;
+    watched.end().await;
+}
+
+#[tokio::test]
+async fn planning_sees_the_devices_where_no_event_told() {
+    let host = Host::new();
+    let agent = host.agent(Arc::new(NoProbe)).await;
+    host.add_images(&agent.store).await;
+    host.fake.define(&host.foreign_domain(false)).await.unwrap();
+    agent.succeed(NEW, adopt()).await;
+    // There is no observer.
+    let first = attach(&host.fake, "52:54:00:00:00:02").await;
+    assert_ne!(shown(&agent), first);
+    agent.succeed(ON, Action::Start).await;
+    assert_eq!(shown(&agent), first);
+    let second = attach(&host.fake, "52:54:00:00:00:03").await;
+    agent.succeed(ON, Action::Rescue(Box::new(rescue()))).await;
+    assert_eq!(shown(&agent), second);
+    attach(&host.fake, "52:54:00:00:00:04").await;
+    let back = Action::Unrescue(crate::host::unrescue());
+    agent.succeed(ON, back).await;
+    assert_eq!(shown(&agent), second);
 }

@@ -8,6 +8,7 @@ use salvor_proto::{
     },
     v1::OperationState,
 };
+use uuid::Uuid;
 
 use super::{Session, pages};
 use crate::{
@@ -24,7 +25,13 @@ const PAGE: i32 = 500;
 /// Does what is asked for.
 pub(super) async fn run(session: &Session, command: OperationCommand) -> Result<(), Failure> {
     match command {
-        OperationCommand::List { filter } => list(session, filter).await,
+        OperationCommand::List { server, filter } => {
+            let filter = match server {
+                Some(server) => of_server(&server_id(session, server).await?, &filter),
+                None => filter,
+            };
+            list(session, filter).await
+        }
         OperationCommand::Show { operation } => session
             .ui
             .result(&get(session, &operation).await?, show::operation),
@@ -111,6 +118,23 @@ async fn cancel(
         }
         Ok(()) => Err(Failure::TooLate { name }),
         end => end,
+    }
+}
+
+/// The id of the server that is meant. A whole one is taken as it is: the server may be gone.
+async fn server_id(session: &Session, server: String) -> Result<String, Failure> {
+    if let Ok(id) = Uuid::try_parse(&server) {
+        return Ok(id.to_string());
+    }
+    Ok(super::server::get(session, server).await?.id)
+}
+
+/// The agent's filter for operations of a server that another filter selects too.
+fn of_server(id: &str, filter: &str) -> String {
+    if filter.trim().is_empty() {
+        format!("server={id}")
+    } else {
+        format!("server={id} AND {filter}")
     }
 }
 

@@ -34,25 +34,26 @@ macro_rules! send {
     }};
 }
 
+/// The server that is meant.
+pub(super) async fn get(session: &Session, server: String) -> Result<v1::Server, Failure> {
+    let request = v1::GetServerRequest { server };
+    let answer = repeat(&session.ui, async || {
+        session
+            .agent
+            .servers()
+            .get_server(ask(request.clone()))
+            .await
+    });
+    let server = answer.await?.server;
+    server.ok_or(Failure::Protocol("answered without the server"))
+}
+
 /// Does what is asked for.
 pub(super) async fn run(session: &Session, command: ServerCommand) -> Result<(), Failure> {
     let (how, reply, password) = match command {
         ServerCommand::List(args) => return list(session, args).await,
         ServerCommand::Show(args) => {
-            let request = v1::GetServerRequest {
-                server: args.server,
-            };
-            let answer = repeat(&session.ui, async || {
-                session
-                    .agent
-                    .servers()
-                    .get_server(ask(request.clone()))
-                    .await
-            });
-            let server = answer
-                .await?
-                .server
-                .ok_or(Failure::Protocol("answered without the server"))?;
+            let server = get(session, args.server).await?;
             return session.ui.result(&server, show::server);
         }
         ServerCommand::Create { args, how } => {

@@ -60,6 +60,8 @@ pub struct State {
     pub unrescues: Vec<v1::UnrescueServerRequest>,
     pub plans: Vec<v1::PlanActionRequest>,
     pub lists: Vec<v1::ListServersRequest>,
+    /// The filters of the lists of operations that were asked for.
+    pub filters: Vec<String>,
     pub watches: Vec<v1::WatchEventsRequest>,
     /// Imports that came to their end.
     pub imports: Vec<(v1::ImageSpec, Vec<u8>)>,
@@ -382,9 +384,10 @@ impl ServerService for Services {
 impl Operations for Services {
     async fn list_operations(
         &self,
-        _: Request<ListOperationsRequest>,
+        request: Request<ListOperationsRequest>,
     ) -> Answer<ListOperationsResponse> {
-        let state = self.call("list operations", |_| ())?;
+        let filter = request.into_inner().filter;
+        let state = self.call("list operations", |state| state.filters.push(filter))?;
         Ok(Response::new(ListOperationsResponse {
             operations: vec![state.operation],
             ..Default::default()

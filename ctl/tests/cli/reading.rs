@@ -75,6 +75,27 @@ async fn filters_are_the_agents() {
 }
 
 #[tokio::test]
+async fn operations_of_a_server_are_listed_by_any_word_for_it() {
+    const GONE: &str = "0a1b2c3d-0000-4000-8000-000000000001";
+    let mock = servers(&["web-1"]);
+    for (arguments, filter) in [
+        (vec![], String::new()),
+        (vec!["web-1"], format!("server={ID}")),
+        (
+            vec!["web-1", "--filter", "done=false"],
+            format!("server={ID} AND done=false"),
+        ),
+        // Nobody is asked about this one.
+        (vec![GONE], format!("server={GONE}")),
+        (vec!["--filter", "done=true"], "done=true".to_owned()),
+    ] {
+        let arguments = [vec!["operation", "list"], arguments].concat();
+        run(&mock.socket(), &arguments).await.with(0);
+        assert_eq!(mock.state().filters.last(), Some(&filter), "{arguments:?}");
+    }
+}
+
+#[tokio::test]
 async fn a_server_is_shown_as_a_block() {
     let mock = servers(&["web-1"]);
     let ended = run(&mock.socket(), &["server", "show", "web-1"])

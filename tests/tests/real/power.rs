@@ -11,6 +11,7 @@ use salvor_tests::guests::TinyGuest;
 use salvor_tests::host::TestHost;
 use salvor_tests::run_folder::RunFolder;
 use salvor_tests::wait::SOON;
+use virt::sys;
 
 use crate::actor::tiny;
 use crate::scene::Scene;
@@ -52,4 +53,50 @@ async fn a_repair_made_in_the_rescue_is_there_afterwards() {
         Scene::with_actor(host, folder.path(), &tiny("patient"), settings).await;
     scene.rescue_actor(&actor).await;
     scene.unrescue_actor(&actor).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_somebody_attaches_with_virsh_is_shown() {
+    // libvirt tells nobody of this: it is seen with the next look at everything.
+    let settings = AgentSettings::default().set("libvirt.resync_interval", "1s");
+    let mut scene = Scene::with(settings).await;
+    let xml = scene.tiny_xml(&TinyGuest::new("attached"));
+    let id = scene.define(&xml);
+    let before = scene.client.adopt(id).await.interfaces.len();
+    let nic = "<interface type='user'><mac address='52:54:00:00:0a:01'/></interface>";
+    scene
+        .libvirt
+        .domain(id, move |domain| {
+            domain.attach_device_flags(nic, sys::VIR_DOMAIN_AFFECT_CONFIG)
+        })
+        .unwrap();
+    let server = scene
+        .client
+        .wait_server(id, "the interface is shown", |server| {
+            server.interfaces.len() > before
+        })
+        .await;
+    let macs = server.interfaces.iter().map(|nic| nic.mac.as_str());
+    assert!(macs.into_iter().any(|mac| mac == "52:54:00:00:0a:01"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_definition_that_somebody_edits_is_shown() {
+    let settings = AgentSettings::default().set("libvirt.resync_interval", "1h");
+    let mut scene = Scene::with(settings).await;
+    let xml = scene.tiny_xml(&TinyGuest::new("edited"));
+    let id = scene.define(&xml);
+    let before = scene.client.adopt(id).await.interfaces.len();
+    let nic = "<interface type='user'><mac address='52:54:00:00:0a:02'/></interface></devices>";
+    let xml = scene.libvirt.inactive_xml(id).unwrap();
+    scene
+        .libvirt
+        .define(&xml.replace("</devices>", nic))
+        .unwrap();
+    scene
+        .client
+        .wait_server(id, "the interface is shown", |server| {
+            server.interfaces.len() == before + 1
+        })
+        .await;
 }

@@ -3,13 +3,14 @@
 
 use std::collections::BTreeMap;
 
-use super::{Builder, read_domain, summaries};
+use super::{Builder, read_domain};
 use crate::core::{
     action::{AdoptArgs, Verb},
+    devices::devices,
     facts::Facts,
     plan::{Outcome, Plan},
     reason::{Reason, Refusal},
-    record::{Flavor, Origin, ServerRecord},
+    record::{Devices, Flavor, Origin, ServerRecord},
     state::{ObservationSource, PowerObservation, VmState},
 };
 
@@ -42,7 +43,7 @@ pub(super) fn plan(args: &AdoptArgs, facts: &Facts) -> Result<Plan, Refusal> {
             ),
         ));
     }
-    let (disks, nics) = summaries(&parsed);
+    let Devices { disks, nics } = devices(&parsed);
     let now = facts.host.now_ms;
     let record = ServerRecord {
         id: domain.id,

@@ -7,15 +7,16 @@ use salvor_domain_templates::{
 };
 use uuid::Uuid;
 
-use super::{Builder, disk_holder, summaries};
+use super::{Builder, disk_holder};
 use crate::core::{
     action::{CreateArgs, NicConnection, Verb},
     backing::{References, check_name},
+    devices::devices,
     facts::{Facts, ImageFacts},
     image::{ImageFormat, Understood},
     plan::{ConfigDriveSpec, Mark, Phase, Plan, RescueChange, Step},
     reason::{Reason, Refusal, Warning, WarningName},
-    record::{Origin, PasswordDelivery, ServerRecord},
+    record::{Devices, Origin, PasswordDelivery, ServerRecord},
     state::{ObservationSource, PowerObservation, PowerState, VmState},
 };
 
@@ -322,7 +323,7 @@ fn derived_mac(id: Uuid, index: u8) -> String {
 }
 
 fn record(args: &CreateArgs, facts: &Facts, rendered: &Domain) -> ServerRecord {
-    let (disks, nics) = summaries(rendered);
+    let Devices { disks, nics } = devices(rendered);
     let now = facts.host.now_ms;
     ServerRecord {
         id: args.id,

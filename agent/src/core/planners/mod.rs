@@ -12,15 +12,16 @@ mod protect;
 mod rescue;
 mod unrescue;
 
-use salvor_domain_templates::{DiskSource, Domain, Templates};
+use salvor_domain_templates::{Domain, Templates};
 use uuid::Uuid;
 
 use super::{
     action::{Action, Verb},
+    devices::own_devices,
     facts::{DomainFacts, Facts},
     plan::{Outcome, Phase, Plan, PlannedStep, RescueChange, Step},
     reason::{Reason, Refusal},
-    record::{DiskSummary, NicSummary, ServerRecord},
+    record::{Devices, ServerRecord},
     state::VmState,
 };
 
@@ -71,6 +72,8 @@ pub fn plan(
 /// Builds a plan step by step.
 struct Builder {
     plan: Plan,
+    /// Of the server's own definition, if it is known.
+    devices: Option<Devices>,
 }
 
 impl Builder {
@@ -86,6 +89,12 @@ impl Builder {
                 warnings: Vec::new(),
                 password_delivery: Vec::new(),
             },
+            // While a rescue is in force, the server's own definition is the saved one.
+            devices: match (&facts.saved_xml, &facts.domain) {
+                (Some(saved), _) => own_devices(saved),
+                (None, Some(domain)) if domain.persistent => own_devices(&domain.xml),
+                (None, _) => None,
+            },
         }
     }
 
@@ -97,7 +106,7 @@ impl Builder {
         self.plan.outcome = Outcome::Change {
             vm_state,
             rescue,
-            devices: None,
+            devices: self.devices,
         };
         self.plan
     }
@@ -129,47 +138,6 @@ fn read_domain(xml: &str) -> Result<Domain, Refusal> {
             format!("the domain's definition cannot be read: {error}"),
         )
     })
-}
-
-/// What a record shows of a definition's devices.
-fn summaries(domain: &Domain) -> (Vec<DiskSummary>, Vec<NicSummary>) {
-    let root = domain.root_disk().map(|disk| disk.index);
-    let disks = domain
-        .disks()
-        .iter()
-        .map(|disk| DiskSummary {
-            target: disk.target.clone(),
-            bus: disk.bus.clone(),
-            device: disk.device.as_str().to_owned(),
-            source: source_name(&disk.source),
-            format: disk.format.clone().unwrap_or_default(),
-            read_only: disk.readonly,
-            root: Some(disk.index) == root,
-        })
-        .collect();
-    let nics = domain
-        .interfaces()
-        .into_iter()
-        .map(|nic| NicSummary {
-            mac: nic.mac.unwrap_or_default(),
-            kind: nic.kind,
-            source: nic.source.unwrap_or_default(),
-            model: nic.model.unwrap_or_default(),
-        })
-        .collect();
-    (disks, nics)
-}
-
-fn source_name(source: &DiskSource) -> String {
-    match source {
-        DiskSource::File(path) | DiskSource::Block(path) => path.clone(),
-        DiskSource::Network { protocol, name } => {
-            format!("{protocol}:{}", name.as_deref().unwrap_or_default())
-        }
-        DiskSource::Volume { pool, volume } => format!("{pool}/{volume}"),
-        DiskSource::Other(kind) => kind.clone(),
-        DiskSource::None => String::new(),
-    }
 }
 
 /// The name under which a server's own disk stands on an image.

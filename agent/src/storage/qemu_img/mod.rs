@@ -24,6 +24,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::Duration;
 
+use super::apart;
 use super::inspect::Format;
 use super::overlay;
 use crate::cancel::Cancel;
@@ -181,12 +182,14 @@ impl QemuImg {
         sync(base.path).await?;
         let (path, backing) = (overlay.to_owned(), base.path.to_owned());
         let format = base.format;
-        let emptied =
-            tokio::task::spawn_blocking(move || overlay::create(&path, &backing, format, size));
+        let whose = overlay.display().to_string();
+        let emptied = apart::run(&whose, move || {
+            overlay::create(&path, &backing, format, size)
+        });
         let failed = match emptied.await {
             Ok(Ok(())) => return Ok(()),
             Ok(Err(error)) => std::io::Error::other(error),
-            Err(panicked) => panicked.into(),
+            Err(error) => std::io::Error::other(error),
         };
         Err(QemuImgError::File {
             path: overlay.to_owned(),
@@ -219,14 +222,18 @@ fn name(path: &Path) -> Result<OsString, QemuImgError> {
 
 /// Brings a file and its folder's entry for it to the disk.
 async fn sync(path: &Path) -> Result<(), QemuImgError> {
-    let synced = async {
-        tokio::fs::File::open(path).await?.sync_all().await?;
-        if let Some(folder) = path.parent() {
-            tokio::fs::File::open(folder).await?.sync_all().await?;
+    let (file, whose) = (path.to_owned(), path.display().to_string());
+    let synced = apart::run(&whose, move || {
+        std::fs::File::open(&file)?.sync_all()?;
+        match file.parent() {
+            Some(folder) => std::fs::File::open(folder)?.sync_all(),
+            None => Ok(()),
         }
-        Ok(())
-    };
-    synced.await.map_err(|source| QemuImgError::File {
+    });
+    let synced = synced
+        .await
+        .unwrap_or_else(|error| Err(std::io::Error::other(error)));
+    synced.map_err(|source| QemuImgError::File {
         path: path.to_owned(),
         action: "synced",
         source,

@@ -11,7 +11,7 @@ use salvor_agent::{
         plan::{ConfigDriveSpec, Mark, Outcome, Phase, Plan, PlannedStep, RescueChange, Step},
         reason::{Reason, Refusal, Warning, WarningName},
         record::{
-            DiskSummary, Fault, Flavor, NicSummary, Origin, Overlay, OverlayDisposition,
+            Devices, DiskSummary, Fault, Flavor, NicSummary, Origin, Overlay, OverlayDisposition,
             PasswordDelivery, Protection, RescueBus, RescueDevice, RescueDisk, RescueMode,
             RescueRecord, ServerRecord,
         },
@@ -306,7 +306,10 @@ pub(super) fn plans() -> Vec<(&'static str, Plan)> {
     let change = |rescue| Outcome::Change {
         vm_state: VmState::Rescued,
         rescue,
-        devices: Some((disks(), nics())),
+        devices: Some(Devices {
+            disks: disks(),
+            nics: nics(),
+        }),
     };
     let every_step = Plan {
         id: PLAN,
