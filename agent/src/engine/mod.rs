@@ -51,6 +51,7 @@ const STORE_PAUSE: Duration = Duration::from_secs(2);
 #[derive(Clone)]
 struct Active {
     cancel: watch::Sender<bool>,
+    server_goes: watch::Sender<bool>,
     view: watch::Receiver<View>,
 }
 
@@ -58,6 +59,7 @@ struct Active {
 #[derive(Clone)]
 struct Handles {
     cancel: watch::Sender<bool>,
+    server_goes: watch::Sender<bool>,
     view: watch::Sender<View>,
 }
 
@@ -172,9 +174,26 @@ impl Engine {
     /// # Errors
     /// [`Reason::OperationNotFound`]; [`Reason::NotCancellable`] if its outcome stands.
     pub async fn cancel(&self, id: Uuid) -> StoreResult<()> {
+        self.stop(id, false).await
+    }
+
+    /// As [`Engine::cancel`], because the server is to be deleted: taking back then starts no guest,
+    /// also if it was begun already.
+    ///
+    /// # Errors
+    /// Those of [`Engine::cancel`].
+    pub async fn abandon(&self, id: Uuid) -> StoreResult<()> {
+        self.stop(id, true).await
+    }
+
+    async fn stop(&self, id: Uuid, server_goes: bool) -> StoreResult<()> {
         let active = self.active().get(&id).cloned();
         if let Some(active) = active {
             let state = active.view.borrow().operation.state;
+            if server_goes {
+                // First: whoever sees the cancel sees why.
+                active.server_goes.send_replace(true);
+            }
             return match state {
                 OperationState::Running => {
                     active.cancel.send_replace(true);
@@ -217,6 +236,7 @@ impl Engine {
 
     fn register(&self, operation: &OperationRecord) -> Handles {
         let cancel = watch::Sender::new(operation.cancel_requested);
+        let server_goes = watch::Sender::new(operation.server_goes);
         let view = watch::Sender::new(View {
             operation: Arc::new(operation.clone()),
             percent: None,
@@ -226,12 +246,17 @@ impl Engine {
             operation.id,
             Active {
                 cancel: cancel.clone(),
+                server_goes: server_goes.clone(),
                 view: view.subscribe(),
             },
         );
         // Told under the lock, so that counts are told in the order in which they were true.
         self.count.send_replace(active.len());
-        Handles { cancel, view }
+        Handles {
+            cancel,
+            server_goes,
+            view,
+        }
     }
 
     fn forget(&self, id: Uuid) {
@@ -265,6 +290,7 @@ impl Engine {
                 operation,
                 view: handles.view.clone(),
                 cancel: handles.cancel.clone(),
+                server_goes: handles.server_goes.clone(),
             };
             let mut panicked = false;
             match tokio::spawn(execution.run(give_up)).await {

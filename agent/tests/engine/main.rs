@@ -14,6 +14,7 @@ mod dispatch;
 mod gate;
 mod host;
 mod observe;
+mod overtake;
 mod owners;
 mod panics;
 mod power_off;
