@@ -15,7 +15,7 @@ mod runner;
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::sync::watch;
@@ -47,6 +47,9 @@ pub struct View {
 
 /// The journal is tried again so long after it could not be written.
 const STORE_PAUSE: Duration = Duration::from_secs(2);
+
+/// That it cannot be is said so often.
+const SAY_EVERY: Duration = Duration::from_secs(60);
 
 #[derive(Clone)]
 struct Active {
@@ -281,6 +284,14 @@ impl Engine {
         let id = operation.id;
         // In which states it has panicked, and whether the last one was there for the second time.
         let (mut panicked_in, mut give_up) = (Vec::new(), false);
+        let mut said: Option<Instant> = None;
+        let mut may_say = || {
+            let may = said.is_none_or(|at| at.elapsed() >= SAY_EVERY);
+            if may {
+                said = Some(Instant::now());
+            }
+            may
+        };
         loop {
             let execution = executor::Execution {
                 store: self.store.clone(),
@@ -296,8 +307,10 @@ impl Engine {
             match tokio::spawn(execution.run(give_up)).await {
                 Ok(Ok(())) => return,
                 Ok(Err(executor::Abandoned::Store(error))) => {
-                    tracing::error!(operation = %id, error = &error as &dyn std::error::Error,
-                        "the journal cannot be written; trying again");
+                    if may_say() {
+                        tracing::error!(operation = %id, error = &error as &dyn std::error::Error,
+                            "the journal cannot be written, so the operation cannot go on; trying again every {} s: is the state folder's filesystem full?", STORE_PAUSE.as_secs());
+                    }
                 }
                 // The journal has it, so the next start takes it up.
                 Ok(Err(abandoned @ executor::Abandoned::Died)) => {
@@ -317,8 +330,10 @@ impl Engine {
                     Ok(Some(operation)) => break operation,
                     Ok(None) | Err(StoreError::Closed) => return,
                     Err(error) => {
-                        tracing::error!(operation = %id, error = &error as &dyn std::error::Error,
-                            "the journal cannot be read; trying again");
+                        if may_say() {
+                            tracing::error!(operation = %id, error = &error as &dyn std::error::Error,
+                                "the journal cannot be read; trying again");
+                        }
                     }
                 }
             };

@@ -59,6 +59,9 @@ const MIGRATIONS: &[&str] = &[
     "
     CREATE TABLE image_files (image TEXT PRIMARY KEY) STRICT, WITHOUT ROWID;
 ",
+    "
+    CREATE TABLE room (filler BLOB NOT NULL) STRICT;
+",
 ];
 
 /// Opens the store and brings it to the newest version.

@@ -8,8 +8,10 @@ use salvor_agent::{
         action::{Action, Verb},
         image::ImageFormat,
         operation::OperationState,
+        state::{PowerState, VmState},
     },
     engine::{NoProbe, Point},
+    hypervisor::Hypervisor as _,
 };
 use uuid::Uuid;
 
@@ -89,4 +91,35 @@ async fn an_unrescue_removes_the_files_of_its_own_rescue_only() {
     agent.succeed(ON, Action::Unrescue(unrescue())).await;
     assert!(std::fs::exists(other).unwrap());
     assert!(!std::fs::exists(host.layout().rescue(SERVER, own)).unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_guest_that_is_off_while_the_journal_cannot_be_written_comes_back_when_it_can() {
+    let host = Host::new();
+    let plan_of = with_server(&host, Arc::new(NoProbe)).await;
+    let plan = plan_of.plan(ON, &rescue_action()).await;
+    let kinds = plan.steps.iter().map(|planned| planned.step.kind());
+    let off = kinds.take_while(|kind| *kind != "PowerOff").count();
+    drop(plan_of);
+    let gate = Gate::new(Verb::Rescue, Point::AfterStep(off));
+    let agent = host.agent(Arc::clone(&gate) as _).await;
+    let writable = || *agent.store.writable().borrow();
+    let rescue = agent.submit(ON, rescue_action()).await.unwrap().operation;
+    gate.reached().await;
+    let other = rusqlite::Connection::open(host.database()).unwrap();
+    other
+        .execute_batch(
+            "CREATE TRIGGER full BEFORE UPDATE ON operations BEGIN SELECT RAISE(ABORT, 'full'); END",
+        )
+        .unwrap();
+    gate.open();
+    until("it is noticed", || !writable()).await;
+    let power = async || agent.fake.domain(SERVER).await.unwrap().unwrap().power;
+    assert_eq!(power().await, PowerState::Shutdown);
+    assert_eq!(agent.record().operation, Some(rescue.id));
+    other.execute_batch("DROP TRIGGER full").unwrap();
+    assert_eq!(agent.ended(rescue.id).await.state, OperationState::Done);
+    assert!(writable());
+    assert_eq!(power().await, PowerState::Running);
+    assert_eq!(agent.record().vm_state, VmState::Rescued);
 }
