@@ -74,7 +74,7 @@ impl StepRunner for Steps {
                 path,
                 size,
                 holder,
-            } => self.hold_image(*image, path, *size, holder).await,
+            } => self.hold_image(&context, *image, path, *size, holder).await,
             Step::MakeFolder { path } => self.make_folder(job(), path).await,
             Step::CreateOverlay {
                 path,
