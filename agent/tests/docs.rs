@@ -203,6 +203,10 @@ fn the_deadlines_are_those_of_the_code() {
                 "the shutdown time-out and {}",
                 time(step.deadline_ms() - EXAMPLE.timeout_ms)
             ),
+            Step::HoldImage { .. } => format!(
+                "{}, and 1 s for every 10 MB, which are read if the file was touched",
+                time(step.deadline_ms())
+            ),
             step => time(step.deadline_ms()),
         };
         row(
@@ -240,7 +244,9 @@ const EXAMPLE: Shutdown = Shutdown {
 /// What a step does, in general. A new kind of step does not compile until it is here; add it to [`steps`], too.
 fn about(step: &Step) -> &'static str {
     match step {
-        Step::HoldImage { .. } => "checks that an image is there and keeps it from being deleted",
+        Step::HoldImage { .. } => {
+            "checks that an image is as it was imported, and keeps it from being deleted"
+        }
         Step::MakeFolder { .. } => "makes a folder",
         Step::CreateOverlay { .. } => "makes a qcow2 overlay on an image or a disk",
         Step::CopyFile { .. } => "copies a file (UEFI variables)",

@@ -141,6 +141,7 @@ impl Wanted {
             size: imported.size,
             virtual_size: imported.virtual_size,
             sha256: imported.sha256,
+            file: Some(imported.file),
             properties: self.properties,
             created_at_ms: now_ms(),
         }

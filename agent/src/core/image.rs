@@ -34,6 +34,17 @@ impl ImageFormat {
     }
 }
 
+/// Which file it is, and when it was changed last: with all of this as it was, so is the content.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileIdentity {
+    /// Number of the file on its filesystem.
+    pub inode: u64,
+    /// Size in bytes.
+    pub size: u64,
+    /// When the content was written last: seconds since the Unix epoch, and nanoseconds.
+    pub modified: (i64, i64),
+}
+
 /// An image of the local store.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageRecord {
@@ -49,6 +60,9 @@ pub struct ImageRecord {
     pub virtual_size: u64,
     /// SHA-256 of the file, hexadecimal.
     pub sha256: String,
+    /// The file that was found to have this content; `None` if that was not noted yet.
+    #[serde(default)]
+    pub file: Option<FileIdentity>,
     /// Properties with Glance's names.
     pub properties: BTreeMap<String, String>,
     /// When it was imported, in milliseconds since the Unix epoch.

@@ -118,6 +118,9 @@ pub struct OperationRecord {
     pub guest_stop: Option<GuestStop>,
     /// Somebody asked for it to be cancelled.
     pub cancel_requested: bool,
+    /// It was cancelled because the server is to be deleted: taking it back starts no guest.
+    #[serde(default)]
+    pub server_goes: bool,
     /// So many times the agent was restarted while it ran.
     pub recoveries: u32,
     /// Warnings.
@@ -154,6 +157,7 @@ impl OperationRecord {
             error: None,
             guest_stop: None,
             cancel_requested: false,
+            server_goes: false,
             recoveries: 0,
             warnings: plan.warnings.clone(),
         }

@@ -290,8 +290,9 @@ impl Step {
     #[must_use]
     pub const fn deadline_ms(&self) -> u64 {
         match self {
-            Self::HoldImage { .. }
-            | Self::MakeFolder { .. }
+            // Where the file is not known to be the one that was imported, it is read: at 10 MB/s at least.
+            Self::HoldImage { size, .. } => 30_000 + *size / 10_000,
+            Self::MakeFolder { .. }
             | Self::SaveDefinition { .. }
             | Self::NoteOwners { .. }
             | Self::PutOwnersBack { .. }

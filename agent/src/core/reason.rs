@@ -30,6 +30,8 @@ named_states! {
         /// See [`Reason::explanation`].
         ImageUnsafe = "IMAGE_UNSAFE",
         /// See [`Reason::explanation`].
+        ImageDamaged = "IMAGE_DAMAGED",
+        /// See [`Reason::explanation`].
         ImageInUse = "IMAGE_IN_USE",
         /// See [`Reason::explanation`].
         ImageExists = "IMAGE_EXISTS",
@@ -207,6 +209,11 @@ impl Reason {
                 InvalidArgument,
                 400,
                 "The image was not accepted: its format is not allowed, or it refers to files outside itself, or it is damaged. The message says which.",
+            ),
+            Self::ImageDamaged => (
+                FailedPrecondition,
+                400,
+                "The stored file of the image is not what was imported any more. The guest was not touched. Delete the image and import it again.",
             ),
             Self::ImageInUse => (
                 FailedPrecondition,

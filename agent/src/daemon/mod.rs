@@ -122,6 +122,8 @@ pub struct Services {
     pub link: watch::Receiver<LinkState>,
     /// Their full names.
     pub need_link: &'static [&'static str],
+    /// Whether the store can be written. Those services' health follows that, too.
+    pub writable: watch::Receiver<bool>,
     /// Whether the work gets on. Asked for every beat of the watchdog; must not block.
     pub progress: Arc<dyn Fn() -> bool + Send + Sync>,
 }

@@ -36,6 +36,9 @@ const FORGET_EVERY: Duration = Duration::from_secs(3600);
 /// When servers were seen last is written so often, and at the end of the agent.
 const SAVE_OBSERVATIONS_EVERY: Duration = Duration::from_secs(120);
 
+/// A store that cannot be written is tried again, and spoken of, so often.
+const TRY_TO_WRITE_EVERY: Duration = Duration::from_secs(60);
+
 /// A change of the store takes milliseconds. One that takes this long hangs in the disk, and so does
 /// everything that the agent would do: the service manager is to know.
 const STORE_LIMIT: Duration = Duration::from_secs(60);
@@ -49,6 +52,11 @@ pub(super) async fn assemble(
     let layout = open_folders(config)?;
     let templates = templates_in_force(config.templates_dir.as_deref()).await?;
     let store = open_store(config).await?;
+    // Without it nothing new begins; what is under way has to be carried on all the same.
+    if let Err(error) = store.keep_room().await {
+        tracing::error!(error = %chain(&error), "the store has no room to spare");
+    }
+    tokio::spawn(try_to_write(store.clone()));
     let hypervisor: Arc<dyn Hypervisor> = Arc::new(open_libvirt(config)?);
     let images = open_images(config, &layout)?;
     sweep(&store, &layout, &images).await?;
@@ -218,12 +226,16 @@ async fn take_up(engine: &Engine) -> Result<(), DaemonError> {
 
 fn services(parts: api::Parts) -> Result<Services, DaemonError> {
     let (engine, store) = (parts.engine.clone(), parts.store.clone());
-    let link = parts.hypervisor.link();
+    let (link, writable, ending) = (parts.hypervisor.link(), store.writable(), store.clone());
     Ok(Services {
         routes: api::routes(parts)?,
         link,
         need_link: api::NEED_LINK,
-        at_rest: Box::pin(async move { engine.at_rest().await }),
+        writable,
+        at_rest: Box::pin(async move {
+            engine.at_rest().await;
+            save_observations_now(&ending).await;
+        }),
         progress: Arc::new(move || store.gets_on(STORE_LIMIT)),
     })
 }
@@ -275,6 +287,28 @@ async fn forget_operations(store: Store, keep: Duration, mut stop: watch::Receiv
             .is_ok()
         {
             return;
+        }
+    }
+}
+
+/// While the store cannot be written, says so and tries, so that it is known when it can be again: work
+/// that waits for that tries for itself, but there may be none.
+async fn try_to_write(store: Store) {
+    let mut writable = store.writable();
+    while writable.wait_for(|writable| !*writable).await.is_ok() {
+        tracing::error!(
+            "the store cannot be written: nothing new begins, and guests may be off half-way; is the state folder's filesystem full?"
+        );
+        let again = writable.wait_for(|writable| *writable);
+        let told = tokio::time::timeout(TRY_TO_WRITE_EVERY, again).await;
+        match told.map(|told| told.map(|_| ())) {
+            Ok(Ok(_)) => tracing::info!("the store can be written again"),
+            Ok(Err(_)) => return,
+            Err(_) => {
+                if store.keep_room().await.is_ok() {
+                    tracing::info!("the store can be written again");
+                }
+            }
         }
     }
 }

@@ -53,12 +53,13 @@ pub async fn serve(serving: Serving, within: Duration) -> Result<(), tonic::tran
         at_rest,
         link,
         need_link,
+        writable,
         progress,
     } = services;
     let (health, health_service) = health_reporter();
     health.set_service_status("", ServingStatus::Serving).await;
 
-    let following = follow_link(health.clone(), link, need_link);
+    let following = follow(health.clone(), link, writable, need_link);
     let (stop, stopped) = oneshot::channel::<()>();
     let server = Server::builder()
         .add_routes(routes.add_service(health_service))
@@ -97,21 +98,31 @@ pub async fn serve(serving: Serving, within: Duration) -> Result<(), tonic::tran
     }
 }
 
-/// Has the health of the services that need libvirt follow the link to it. Never ends.
-async fn follow_link(
+/// Has the health of the services that need libvirt and the store follow both. Never ends.
+async fn follow(
     health: HealthReporter,
     mut link: watch::Receiver<LinkState>,
+    mut writable: watch::Receiver<bool>,
     services: &'static [&'static str],
 ) {
     loop {
-        let status = match &*link.borrow_and_update() {
-            LinkState::Up => ServingStatus::Serving,
-            LinkState::Down { .. } => ServingStatus::NotServing,
+        let (up, writes) = (
+            *link.borrow_and_update() == LinkState::Up,
+            *writable.borrow_and_update(),
+        );
+        let status = if up && writes {
+            ServingStatus::Serving
+        } else {
+            ServingStatus::NotServing
         };
         for service in services {
             health.set_service_status(*service, status).await;
         }
-        if link.changed().await.is_err() {
+        let told = tokio::select! {
+            told = link.changed() => told,
+            told = writable.changed() => told,
+        };
+        if told.is_err() {
             std::future::pending::<()>().await;
         }
     }
@@ -160,6 +171,8 @@ mod tests {
         signals: ByHand,
         drain: Drain,
         rest: Option<oneshot::Sender<()>>,
+        link: watch::Sender<LinkState>,
+        writable: watch::Sender<bool>,
         server: JoinHandle<Result<(), tonic::transport::Error>>,
     }
 
@@ -169,13 +182,15 @@ mod tests {
         let listener = UnixListener::bind(&path).unwrap();
         let (signals, drain) = ByHand::new();
         let (rest, resting) = oneshot::channel();
+        let (link, writable) = (watch::Sender::new(LinkState::Up), watch::Sender::new(true));
         let services = Services {
             routes: Routes::default(),
             at_rest: Box::pin(async {
                 let _ = resting.await;
             }),
-            link: watch::channel(LinkState::Up).1,
-            need_link: &[],
+            link: link.subscribe(),
+            need_link: &["servers"],
+            writable: writable.subscribe(),
             progress: Arc::new(|| true),
         };
         let notifier = Notifier::connect(&NotifyEnvironment::default()).unwrap();
@@ -194,6 +209,8 @@ mod tests {
             signals,
             drain,
             rest: Some(rest),
+            link,
+            writable,
             server,
         }
     }
@@ -202,6 +219,26 @@ mod tests {
         HealthCheckRequest {
             service: String::new(),
         }
+    }
+
+    #[tokio::test]
+    async fn what_needs_libvirt_and_the_store_is_well_while_both_are() {
+        let mut fixture = serving().await;
+        let request = HealthCheckRequest {
+            service: "servers".to_owned(),
+        };
+        let mut watch = fixture.client.watch(request).await.unwrap().into_inner();
+        let down = LinkState::Down {
+            reason: String::new(),
+        };
+        let mut next = async || watch.message().await.unwrap().unwrap().status();
+        while next().await != Status::Serving {}
+        fixture.writable.send_replace(false);
+        assert_eq!(next().await, Status::NotServing);
+        fixture.writable.send_replace(true);
+        assert_eq!(next().await, Status::Serving);
+        fixture.link.send_replace(down);
+        assert_eq!(next().await, Status::NotServing);
     }
 
     #[tokio::test]

@@ -16,15 +16,22 @@ use crate::{
     core::{
         action::Action,
         backing::References,
+        errors::chain,
         facts::{CommitSpace, DomainFacts, Facts, HostFacts, ImageFacts, live_only},
-        image::ImageRecord,
+        image::{ImageFormat, ImageRecord},
         planners::{HostImage, choose_image},
         reason::{Reason, Refusal},
         record::{OverlayDisposition, Protection, ServerRecord},
     },
     engine::now_ms,
     hypervisor::{Definition, HypervisorError},
-    storage::{apart, check_writable, files::free_space, image_path, look_at_disk},
+    storage::{
+        apart, check_writable,
+        files::free_space,
+        image_path,
+        inspect::{self, Unsafe},
+        look_at_disk,
+    },
 };
 
 /// Where libvirt's QEMU driver keeps UEFI variables, in `NAME_VARS.fd` (`qemuDomainNVRAMPathFormat`).
@@ -197,10 +204,34 @@ impl Dispatcher {
             return Ok(None);
         };
         let path = image_path(&self.settings.layout, &record);
-        let asked = PathBuf::from(&path);
-        let present = look(id, move || asked.metadata())
-            .await
-            .is_ok_and(|metadata| metadata.is_file() && metadata.len() == record.size);
+        let (asked, format, size) = (PathBuf::from(&path), record.format, record.size);
+        let seen = look(id, move || {
+            Ok::<_, io::Error>(look_at_image(&asked, format, size))
+        });
+        let refuse = |reason, why: &str| {
+            Refusal::new(
+                reason,
+                format!(
+                    "the file of image {image} ({path}) {why}; delete the image and import it again"
+                ),
+            )
+        };
+        let present = match seen.await {
+            Ok(Ok(present)) => present,
+            Ok(Err(wrong)) => {
+                let (reason, what) = match &wrong {
+                    Unsafe::Unreadable { .. } => (Reason::StorageFailed, "cannot be looked at"),
+                    _ => (Reason::ImageDamaged, "is not what was imported any more"),
+                };
+                return Err(refuse(reason, &format!("{what}: {}", chain(&wrong))));
+            }
+            Err(why) => {
+                return Err(refuse(
+                    Reason::StorageFailed,
+                    &format!("cannot be looked at: {why}"),
+                ));
+            }
+        };
         Ok(Some(ImageFacts {
             record,
             path,
@@ -214,6 +245,23 @@ impl Dispatcher {
         let wanted = self.settings.default_rescue_image.as_deref();
         Ok(HostImage::find(wanted, &images))
     }
+}
+
+/// Is the file of an image there with its size? And does its header say what it said when it was
+/// imported? It blocks for milliseconds.
+fn look_at_image(path: &Path, format: ImageFormat, size: u64) -> Result<bool, Unsafe> {
+    let as_recorded = |metadata: fs::Metadata| metadata.is_file() && metadata.len() == size;
+    if !fs::metadata(path).is_ok_and(as_recorded) {
+        return Ok(false);
+    }
+    let file = fs::File::open(path).map_err(|source| Unsafe::Unreadable { offset: 0, source })?;
+    // How large it may be was asked when it was imported.
+    let limits = inspect::Limits {
+        file_size: u64::MAX,
+        virtual_size: u64::MAX,
+        ..inspect::Limits::default()
+    };
+    inspect::inspect(&file, format, &limits).map(|_| true)
 }
 
 /// What a look at a file shows, or why it cannot be told. It is the server's own look: if its file server

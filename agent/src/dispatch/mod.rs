@@ -17,7 +17,7 @@ pub use preview::Preview;
 
 use crate::{
     core::{
-        action::{Action, Shutdown},
+        action::{Action, Shutdown, Verb},
         admission::admit,
         layout::Layout,
         operation::OperationRecord,
@@ -145,7 +145,7 @@ impl Dispatcher {
         }
         let mut server = self.admitted(target, &action)?;
         if let Some(operation) = server.as_ref().and_then(|server| server.operation) {
-            self.overtake(operation).await?;
+            self.overtake(operation, action.verb()).await?;
             server = self.admitted(target, &action).map_err(|refusal| {
                 if refusal.reason == Reason::ServerNotFound {
                     let gone = format!(
@@ -202,9 +202,14 @@ impl Dispatcher {
         }
     }
 
-    /// Cancels what is under way and waits until it has ended.
-    async fn overtake(&self, operation: Uuid) -> Result<(), Refusal> {
-        match self.engine.cancel(operation).await {
+    /// Cancels what is under way and waits until it has ended. Before a delete no guest is started
+    /// again, only to be ended.
+    async fn overtake(&self, operation: Uuid, by: Verb) -> Result<(), Refusal> {
+        let cancelled = match by {
+            Verb::Delete => self.engine.abandon(operation).await,
+            _ => self.engine.cancel(operation).await,
+        };
+        match cancelled {
             Ok(()) => {}
             // It only cleans up, or has just ended.
             Err(StoreError::Refused(refusal)) if refusal.reason == Reason::NotCancellable => {}

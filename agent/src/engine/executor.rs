@@ -78,6 +78,7 @@ pub(super) struct Execution {
     pub(super) operation: OperationRecord,
     pub(super) view: watch::Sender<View>,
     pub(super) cancel: watch::Sender<bool>,
+    pub(super) server_goes: watch::Sender<bool>,
 }
 
 impl Execution {
@@ -239,6 +240,10 @@ impl Execution {
             {
                 continue;
             }
+            // A delete may come while a cancelled operation is taken back.
+            if !self.operation.server_goes && *self.server_goes.borrow() {
+                self.note_cancel().await?;
+            }
             self.begin_step(index, StepState::Reverting);
             self.store.progress(self.operation.clone()).await?;
             let outcome = match self.probe(Point::BeforeRevert(index))? {
@@ -279,6 +284,11 @@ impl Execution {
             .error
             .as_ref()
             .is_some_and(|error| error.reason == Reason::Cancelled);
+        if cancelled && self.operation.server_goes {
+            let message =
+                "cancelled: the server is to be deleted, so its guest was not started again";
+            self.operation.error = Some(Refusal::new(Reason::Cancelled, message));
+        }
         self.operation.state = if cancelled && fault.is_none() {
             OperationState::Cancelled
         } else {
@@ -342,6 +352,7 @@ impl Execution {
         let context = StepContext {
             plan: &plan,
             cancel: cancel.clone(),
+            server_goes: Cancel::from(self.server_goes.subscribe()),
             progress: &progress,
         };
         let mut look_first = uncertain;
@@ -399,6 +410,7 @@ impl Execution {
 
     async fn note_cancel(&mut self) -> Result<(), Abandoned> {
         self.operation.cancel_requested = true;
+        self.operation.server_goes = *self.server_goes.borrow();
         self.store.turn(self.operation.clone(), now_ms()).await?;
         self.publish();
         Ok(())

@@ -15,7 +15,7 @@ mod runner;
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::sync::watch;
@@ -48,9 +48,13 @@ pub struct View {
 /// The journal is tried again so long after it could not be written.
 const STORE_PAUSE: Duration = Duration::from_secs(2);
 
+/// That it cannot be is said so often.
+const SAY_EVERY: Duration = Duration::from_secs(60);
+
 #[derive(Clone)]
 struct Active {
     cancel: watch::Sender<bool>,
+    server_goes: watch::Sender<bool>,
     view: watch::Receiver<View>,
 }
 
@@ -58,6 +62,7 @@ struct Active {
 #[derive(Clone)]
 struct Handles {
     cancel: watch::Sender<bool>,
+    server_goes: watch::Sender<bool>,
     view: watch::Sender<View>,
 }
 
@@ -172,9 +177,26 @@ impl Engine {
     /// # Errors
     /// [`Reason::OperationNotFound`]; [`Reason::NotCancellable`] if its outcome stands.
     pub async fn cancel(&self, id: Uuid) -> StoreResult<()> {
+        self.stop(id, false).await
+    }
+
+    /// As [`Engine::cancel`], because the server is to be deleted: taking back then starts no guest,
+    /// also if it was begun already.
+    ///
+    /// # Errors
+    /// Those of [`Engine::cancel`].
+    pub async fn abandon(&self, id: Uuid) -> StoreResult<()> {
+        self.stop(id, true).await
+    }
+
+    async fn stop(&self, id: Uuid, server_goes: bool) -> StoreResult<()> {
         let active = self.active().get(&id).cloned();
         if let Some(active) = active {
             let state = active.view.borrow().operation.state;
+            if server_goes {
+                // First: whoever sees the cancel sees why.
+                active.server_goes.send_replace(true);
+            }
             return match state {
                 OperationState::Running => {
                     active.cancel.send_replace(true);
@@ -217,6 +239,7 @@ impl Engine {
 
     fn register(&self, operation: &OperationRecord) -> Handles {
         let cancel = watch::Sender::new(operation.cancel_requested);
+        let server_goes = watch::Sender::new(operation.server_goes);
         let view = watch::Sender::new(View {
             operation: Arc::new(operation.clone()),
             percent: None,
@@ -226,12 +249,17 @@ impl Engine {
             operation.id,
             Active {
                 cancel: cancel.clone(),
+                server_goes: server_goes.clone(),
                 view: view.subscribe(),
             },
         );
         // Told under the lock, so that counts are told in the order in which they were true.
         self.count.send_replace(active.len());
-        Handles { cancel, view }
+        Handles {
+            cancel,
+            server_goes,
+            view,
+        }
     }
 
     fn forget(&self, id: Uuid) {
@@ -256,6 +284,14 @@ impl Engine {
         let id = operation.id;
         // In which states it has panicked, and whether the last one was there for the second time.
         let (mut panicked_in, mut give_up) = (Vec::new(), false);
+        let mut said: Option<Instant> = None;
+        let mut may_say = || {
+            let may = said.is_none_or(|at| at.elapsed() >= SAY_EVERY);
+            if may {
+                said = Some(Instant::now());
+            }
+            may
+        };
         loop {
             let execution = executor::Execution {
                 store: self.store.clone(),
@@ -265,13 +301,16 @@ impl Engine {
                 operation,
                 view: handles.view.clone(),
                 cancel: handles.cancel.clone(),
+                server_goes: handles.server_goes.clone(),
             };
             let mut panicked = false;
             match tokio::spawn(execution.run(give_up)).await {
                 Ok(Ok(())) => return,
                 Ok(Err(executor::Abandoned::Store(error))) => {
-                    tracing::error!(operation = %id, error = &error as &dyn std::error::Error,
-                        "the journal cannot be written; trying again");
+                    if may_say() {
+                        tracing::error!(operation = %id, error = &error as &dyn std::error::Error,
+                            "the journal cannot be written, so the operation cannot go on; trying again every {} s: is the state folder's filesystem full?", STORE_PAUSE.as_secs());
+                    }
                 }
                 // The journal has it, so the next start takes it up.
                 Ok(Err(abandoned @ executor::Abandoned::Died)) => {
@@ -291,8 +330,10 @@ impl Engine {
                     Ok(Some(operation)) => break operation,
                     Ok(None) | Err(StoreError::Closed) => return,
                     Err(error) => {
-                        tracing::error!(operation = %id, error = &error as &dyn std::error::Error,
-                            "the journal cannot be read; trying again");
+                        if may_say() {
+                            tracing::error!(operation = %id, error = &error as &dyn std::error::Error,
+                                "the journal cannot be read; trying again");
+                        }
                     }
                 }
             };

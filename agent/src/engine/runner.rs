@@ -76,6 +76,8 @@ pub struct StepContext<'a> {
     pub plan: &'a Plan,
     /// Long steps heed it.
     pub cancel: Cancel,
+    /// The server is to be deleted: taking back starts no guest, and waits for none.
+    pub server_goes: Cancel,
     /// Long steps say how far they are, in percent.
     pub progress: &'a (dyn Fn(u8) + Send + Sync),
 }

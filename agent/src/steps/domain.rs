@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Steps on the domain: power, definition, password.
 
-use std::{borrow::Cow, time::Duration};
+use std::{borrow::Cow, sync::Arc, time::Duration};
 
 use salvor_domain_templates::{Domain, Role, renamed, same_but_for_the_name};
 use tokio::{
@@ -21,7 +21,9 @@ use crate::{
         state::PowerState,
     },
     engine::{StepContext, StepError, StepReport},
-    hypervisor::{Boot, Definition, HypervisorError, HypervisorEvent, PowerReading},
+    hypervisor::{
+        Boot, Definition, HypervisorError, HypervisorEvent, HypervisorResult, PowerReading,
+    },
 };
 
 /// Events say when a guest is off; this is how often it is looked at all the same.
@@ -68,7 +70,7 @@ impl Steps {
         let retry = Duration::from_millis(shutdown.retry_ms.max(1));
         let mut events = self.hypervisor.events();
         loop {
-            match self.hypervisor.shutdown(id).await {
+            match self.ask_to_shut_down(context, id).await? {
                 Ok(()) => {}
                 // It went off in this very moment, or cannot be asked now (a frozen QEMU lets the
                 // call hang): the next look decides, and in the end it is ended anyway.
@@ -97,6 +99,23 @@ impl Steps {
         }
     }
 
+    /// A frozen QEMU lets the call hang; nobody who cancels waits for that. The call is left to itself
+    /// then: a request that is made in spite of it is what taking back watches for.
+    async fn ask_to_shut_down(
+        &self,
+        context: &StepContext<'_>,
+        id: Uuid,
+    ) -> Result<HypervisorResult<()>, StepError> {
+        let hypervisor = Arc::clone(&self.hypervisor);
+        let asked = tokio::spawn(async move { hypervisor.shutdown(id).await });
+        tokio::select! {
+            asked = asked => asked.map_err(|error| {
+                StepError::new(Reason::Internal, format!("asking a guest to shut down panicked: {error}"))
+            }),
+            () = context.cancel.cancelled() => Err(StepError::cancelled()),
+        }
+    }
+
     /// Ends the guest. It is off then.
     async fn end(&self, id: Uuid) -> Result<(), StepError> {
         Ok(self.hypervisor.destroy(id).await?)
@@ -120,26 +139,40 @@ impl Steps {
     /// A request to shut down cannot be taken back: a guest that is still on may be on its way down.
     /// It is watched for as long as it was to be given, up to [`OBEYS_LATE`]. One that takes longer
     /// goes off after the operation has ended, as if it had been told so from inside: the observer
-    /// sees that, and it stays off.
+    /// sees that, and it stays off. A server that is to be deleted stays as it is at once.
     pub(super) async fn power_on_again(
         &self,
-        id: Uuid,
+        context: &StepContext<'_>,
         shutdown: Shutdown,
         boot: Boot,
     ) -> Result<(), StepError> {
+        let is_off = tokio::select! {
+            biased;
+            () = context.server_goes.cancelled() => return Ok(()),
+            is_off = self.obeys_late(context.plan.server, shutdown) => is_off?,
+        };
+        // Begun, a start has to be waited for, or it would be made after the delete.
+        if is_off && !context.server_goes.is_cancelled() {
+            self.hypervisor.start(context.plan.server, boot).await?;
+        }
+        Ok(())
+    }
+
+    /// Is the guest off, now or within the time that it is watched for?
+    async fn obeys_late(&self, id: Uuid, shutdown: Shutdown) -> Result<bool, StepError> {
         let mut events = self.hypervisor.events();
         let watched = Duration::from_millis(shutdown.timeout_ms).min(OBEYS_LATE);
         let deadline = Instant::now() + watched;
         loop {
             match self.on(id).await? {
-                None => break,
+                None => return Ok(true),
                 Some(status) if status.power == PowerState::Crashed => {
                     self.end(id).await?;
-                    break;
+                    return Ok(true);
                 }
                 // Only a guest that runs was asked, and only such a one can obey.
-                Some(status) if status.power != PowerState::Running => return Ok(()),
-                Some(_) if Instant::now() >= deadline => return Ok(()),
+                Some(status) if status.power != PowerState::Running => return Ok(false),
+                Some(_) if Instant::now() >= deadline => return Ok(false),
                 Some(_) => {
                     let look_again = (Instant::now() + LOOK_AGAIN).min(deadline);
                     // A time-out is the next look's turn.
@@ -147,8 +180,6 @@ impl Steps {
                 }
             }
         }
-        self.hypervisor.start(id, boot).await?;
-        Ok(())
     }
 
     /// Defines the domain, unless its definition is neither the one that the plan was made for nor

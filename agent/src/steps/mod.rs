@@ -74,7 +74,10 @@ impl StepRunner for Steps {
                 path,
                 size,
                 holder,
-            } => self.hold_image(job(), *image, (path, *size), holder).await,
+            } => {
+                self.hold_image(&context, job(), *image, (path, *size), holder)
+                    .await
+            }
             Step::MakeFolder { path } => self.make_folder(job(), path).await,
             Step::CreateOverlay {
                 path,
@@ -154,7 +157,7 @@ impl StepRunner for Steps {
                 // definition; any other has no reason to lose what was saved.
                 let defines = |step: &PlannedStep| matches!(step.step, Step::DefineDomain { .. });
                 let boot = boot(context.plan.steps.iter().any(defines));
-                self.power_on_again(server, *shutdown, boot).await
+                self.power_on_again(&context, *shutdown, boot).await
             }
             Step::NoteOwners { note, .. } => self.put_owners_back(job(), note).await.map(|_| ()),
             // libvirt gives them to the guest that is started again.
@@ -332,6 +335,7 @@ mod tests {
         let context = StepContext {
             plan: &plan,
             cancel: Cancel::never(),
+            server_goes: Cancel::never(),
             progress: &|_| {},
         };
         let make = Step::MakeFolder { path: path.clone() };

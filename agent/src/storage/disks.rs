@@ -4,16 +4,21 @@
 //! The format is what the disk's definition says: what a guest wrote is never asked. It blocks.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::{File, Metadata, OpenOptions},
     io::{self, Seek as _},
-    os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _},
+    os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _},
     path::Path,
 };
 
 use nix::fcntl::OFlag;
 
 use super::inspect::{Format, Unsafe, qcow2_disk};
-use crate::core::{backing::References, facts::DiskLook, image::ImageRecord, layout::Layout};
+use crate::core::{
+    backing::References,
+    facts::DiskLook,
+    image::{FileIdentity, ImageRecord},
+    layout::Layout,
+};
 
 /// Why a disk cannot be looked at.
 #[derive(Debug, thiserror::Error)]
@@ -76,6 +81,16 @@ fn open_disk(path: &Path, options: &mut OpenOptions) -> Result<File, LookError> 
         Ok(file)
     } else {
         Err(LookError::NoDisk)
+    }
+}
+
+/// Which file this is.
+#[must_use]
+pub fn file_identity(metadata: &Metadata) -> FileIdentity {
+    FileIdentity {
+        inode: metadata.ino(),
+        size: metadata.len(),
+        modified: (metadata.mtime(), metadata.mtime_nsec()),
     }
 }
 

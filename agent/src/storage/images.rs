@@ -21,12 +21,13 @@ use nix::fcntl::OFlag;
 use sha2::{Digest as _, Sha256};
 use uuid::Uuid;
 
+use super::disks::file_identity;
 use super::files::{
     self, BytesDone, DIR_MODE, DISK_MODE, FileError, IMAGE_MODE, cannot, ensure_dir, finish_part,
     remove_if_exists,
 };
 use super::inspect::{self, Content, Format, Inspection, Limits, Unsafe};
-use crate::cancel::Cancel;
+use crate::{cancel::Cancel, core::image::FileIdentity};
 
 /// An upload looks at the free space again after this many bytes.
 const SPACE_CHECK: u64 = 64 << 20;
@@ -86,6 +87,8 @@ pub struct Imported {
     pub size: u64,
     /// SHA-256 of the file, lower-case hexadecimal.
     pub sha256: String,
+    /// Which file it is.
+    pub file: FileIdentity,
     /// Where it lies.
     pub path: PathBuf,
     /// What it seems to hold.
@@ -314,7 +317,9 @@ impl ImportWriter {
         let inspection = inspect_as(&self.file, declared, &self.store.limits)?;
         let path = self.store.path(self.id, inspection.format);
         finish_part(&self.file, &self.part.0, &path, IMAGE_MODE)?;
+        let metadata = self.file.metadata().map_err(cannot("read", &path))?;
         Ok(Imported {
+            file: file_identity(&metadata),
             format: inspection.format,
             virtual_size: inspection.virtual_size,
             size: inspection.file_size,

@@ -26,4 +26,4 @@ pub mod overlay;
 pub mod owners;
 pub mod qemu_img;
 
-pub use disks::{LookError, check_writable, image_path, look_at_disk, references};
+pub use disks::{LookError, check_writable, file_identity, image_path, look_at_disk, references};

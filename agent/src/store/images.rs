@@ -10,7 +10,7 @@ use super::{
     journal::reused,
 };
 use crate::core::{
-    image::ImageRecord,
+    image::{FileIdentity, ImageRecord},
     reason::{Reason, Refusal},
 };
 
@@ -226,6 +226,39 @@ impl Store {
                 )
                 .optional()?;
             doc.map(|doc| documents::IMAGE.read(&id, &doc)).transpose()
+        })
+        .await
+    }
+
+    /// Notes which file has the content of an image. A power cut may undo that: then it is found out
+    /// once more.
+    ///
+    /// # Errors
+    /// [`StoreError::Missing`] if the image is gone.
+    pub async fn note_image_identity(&self, id: Uuid, file: FileIdentity) -> StoreResult<()> {
+        self.run(move |db| {
+            db.change(Durability::Process, |tx, _| {
+                let doc: Option<String> = tx
+                    .query_row(
+                        "SELECT doc FROM images WHERE id = ?1",
+                        [id.to_string()],
+                        |row| row.get(0),
+                    )
+                    .optional()?;
+                let Some(doc) = doc else {
+                    return Err(StoreError::Missing {
+                        what: "image",
+                        id: id.to_string(),
+                    });
+                };
+                let mut image: ImageRecord = documents::IMAGE.read(&id, &doc)?;
+                image.file = Some(file);
+                tx.execute(
+                    "UPDATE images SET doc = ?2 WHERE id = ?1",
+                    params![id.to_string(), documents::write(&image)?],
+                )?;
+                Ok(())
+            })
         })
         .await
     }

@@ -11,7 +11,7 @@ use super::{
     definitions::saved_by,
     documents::{self, two_texts},
     events::{self, Change},
-    images, observations,
+    images, observations, room,
 };
 use crate::core::{
     action::Verb,
@@ -202,6 +202,9 @@ impl Store {
                 current.as_ref().map(|(_, record)| record),
             )?;
             check_no_remains(&db.connection, plan.server)?;
+            if db.keeps_room {
+                room::check(&db.connection, plan.verb)?;
+            }
             let operation = OperationRecord::accepted(&plan, request.id.clone(), request.caller.clone(), now_ms);
             db.change(Durability::Power, |tx, publish| {
                 tx.execute(

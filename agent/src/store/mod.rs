@@ -15,6 +15,7 @@ mod events;
 mod images;
 mod journal;
 mod observations;
+mod room;
 mod schema;
 
 use std::{
@@ -121,6 +122,9 @@ struct Db {
     durability: Durability,
     /// Servers that were seen again since that was last written.
     seen_again: HashSet<Uuid>,
+    /// Nothing begins without room to carry it to its end.
+    keeps_room: bool,
+    writable: watch::Sender<bool>,
 }
 
 /// The store's thread does nothing.
@@ -138,6 +142,7 @@ pub struct Store {
     jobs: mpsc::UnboundedSender<Job>,
     servers: Arc<RwLock<Servers>>,
     revision: watch::Receiver<i64>,
+    writable: watch::Receiver<bool>,
     host_id: Uuid,
     /// When the thread began what it does now, in milliseconds since it was started; negative while
     /// it does nothing.
@@ -163,6 +168,7 @@ impl Store {
         let host_id = schema::host_id(&connection)?;
         let servers = Arc::new(RwLock::new(journal::load_servers(&connection)?));
         let (revision_tx, revision) = watch::channel(events::newest(&connection)?);
+        let (writable_tx, writable) = watch::channel(true);
         let mut db = Db {
             connection,
             servers: Arc::clone(&servers),
@@ -171,6 +177,8 @@ impl Store {
             events_since_trim: 0,
             durability: Durability::Power,
             seen_again: HashSet::new(),
+            keeps_room: false,
+            writable: writable_tx,
         };
         // Requests are bounded by the callers: each waits for its answer before it sends another.
         let (jobs, mut inbox) = mpsc::unbounded_channel::<Job>();
@@ -191,6 +199,7 @@ impl Store {
             jobs,
             servers,
             revision,
+            writable,
             host_id,
             busy_since,
             started,
@@ -215,6 +224,12 @@ impl Store {
     #[must_use]
     pub fn revision(&self) -> watch::Receiver<i64> {
         self.revision.clone()
+    }
+
+    /// Did the last change succeed? A full filesystem is the usual reason if not.
+    #[must_use]
+    pub fn writable(&self) -> watch::Receiver<bool> {
+        self.writable.clone()
     }
 
     /// One server.
@@ -283,6 +298,30 @@ struct Publish {
 impl Db {
     /// Makes a change in one transaction and, once it is committed, publishes it.
     fn change<T>(
+        &mut self,
+        durability: Durability,
+        work: impl FnOnce(&Connection, &mut Publish) -> StoreResult<T>,
+    ) -> StoreResult<T> {
+        let changed = self.try_change(durability, work);
+        self.note_writing(&changed);
+        changed
+    }
+
+    /// Notes whether the store can be written; what was refused for another reason tells nothing.
+    fn note_writing<T>(&self, outcome: &StoreResult<T>) {
+        let writable = match outcome {
+            Ok(_) => true,
+            Err(StoreError::Sqlite(_)) => false,
+            Err(_) => return,
+        };
+        self.writable.send_if_modified(|before| {
+            let changed = *before != writable;
+            *before = writable;
+            changed
+        });
+    }
+
+    fn try_change<T>(
         &mut self,
         durability: Durability,
         work: impl FnOnce(&Connection, &mut Publish) -> StoreResult<T>,

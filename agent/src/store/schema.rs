@@ -61,6 +61,7 @@ const MIGRATIONS: &[&str] = &["
         created_at INTEGER NOT NULL,
         doc TEXT
     ) STRICT;
+    CREATE TABLE room (filler BLOB NOT NULL) STRICT;
 "];
 
 /// Opens the store and brings it to the newest version.

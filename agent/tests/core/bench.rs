@@ -89,6 +89,7 @@ pub(crate) fn image(id: Uuid, name: &str, format: ImageFormat) -> ImageFacts {
             size: 64 << 20,
             virtual_size: 1 << 30,
             sha256: String::new(),
+            file: None,
             properties: BTreeMap::new(),
             created_at_ms: 1,
         },

@@ -61,6 +61,18 @@ pub(crate) struct Host {
     databases: usize,
 }
 
+/// What is in the file of an image.
+fn image_content(name: &str, format: ImageFormat) -> Vec<u8> {
+    let mut content = vec![name.as_bytes()[0]; DISK];
+    if format == ImageFormat::Iso {
+        // The primary volume descriptor, and a volume of 64 blocks of 2,048 bytes.
+        content[0x8000..0x8006].copy_from_slice(b"\x01CD001");
+        content[0x8050..0x8054].copy_from_slice(&64u32.to_le_bytes());
+        content[0x8080..0x8082].copy_from_slice(&2_048u16.to_le_bytes());
+    }
+    content
+}
+
 /// The record of an image.
 pub(crate) fn image(id: Uuid, name: &str, format: ImageFormat) -> ImageRecord {
     ImageRecord {
@@ -69,7 +81,8 @@ pub(crate) fn image(id: Uuid, name: &str, format: ImageFormat) -> ImageRecord {
         format,
         size: DISK as u64,
         virtual_size: DISK as u64,
-        sha256: String::new(),
+        sha256: format!("{:x}", Sha256::digest(image_content(name, format))),
+        file: None,
         properties: BTreeMap::new(),
         created_at_ms: 1,
     }
@@ -122,7 +135,7 @@ impl Host {
             (CD, "cd", ImageFormat::Iso),
         ] {
             let path = format!("{}/{id}.{format}", self.layout().images());
-            fs::write(path, vec![name.as_bytes()[0]; DISK]).unwrap();
+            fs::write(path, image_content(name, format)).unwrap();
             store
                 .add_image(image(id, name, format), Request::default())
                 .await

@@ -15,6 +15,7 @@ mod documents;
 mod gate;
 mod host;
 mod observe;
+mod overtake;
 mod owners;
 mod panics;
 mod power_off;

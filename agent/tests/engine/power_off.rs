@@ -72,6 +72,7 @@ impl Bench {
         let context = StepContext {
             plan: &self.plan,
             cancel,
+            server_goes: Cancel::never(),
             progress: &|_| {},
         };
         self.steps.apply(context, step).await
@@ -95,6 +96,7 @@ impl Bench {
         let context = StepContext {
             plan: &self.plan,
             cancel: Cancel::never(),
+            server_goes: Cancel::never(),
             progress: &|_| {},
         };
         let step = Step::PowerOff {
@@ -290,6 +292,7 @@ async fn a_guest_that_somebody_else_started_is_neither_taken_for_ours_nor_ended(
     let context = StepContext {
         plan: &bench.plan,
         cancel: Cancel::never(),
+        server_goes: Cancel::never(),
         progress: &|_| {},
     };
     bench.steps.revert(context, &start).await.unwrap();

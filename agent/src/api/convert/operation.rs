@@ -154,6 +154,7 @@ mod tests {
             error: None,
             guest_stop: None,
             cancel_requested: false,
+            server_goes: false,
             recoveries: 0,
             warnings: Vec::new(),
         }

@@ -5,7 +5,7 @@ use salvor_agent::{
     core::{
         action::{Shutdown, Verb},
         backing::References,
-        image::{ImageFormat, ImageRecord},
+        image::{FileIdentity, ImageFormat, ImageRecord},
         operation::{GuestStop, OperationRecord, OperationState, StepRecord, StepState},
         password::CryptHash,
         plan::{ConfigDriveSpec, Mark, Outcome, Phase, Plan, PlannedStep, RescueChange, Step},
@@ -173,6 +173,7 @@ pub(super) fn operation() -> OperationRecord {
         ),
         guest_stop: Some(GuestStop::Forced),
         cancel_requested: true,
+        server_goes: true,
         recoveries: 1,
         warnings: vec![warning()],
     }
@@ -186,6 +187,11 @@ pub(super) fn image() -> ImageRecord {
         size: 4_096,
         virtual_size: 8_192,
         sha256: text("ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"),
+        file: Some(FileIdentity {
+            inode: 11,
+            size: 12,
+            modified: (13, 14),
+        }),
         properties: [(text("hw_rescue_bus"), text("usb"))].into(),
         created_at_ms: 1_700_000_000_000,
     }
