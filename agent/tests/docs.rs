@@ -253,6 +253,7 @@ fn about(step: &Step) -> &'static str {
         Step::BuildConfigDrive { .. } => "makes a config drive",
         Step::SaveDefinition { .. } => "saves the server's definition, once",
         Step::PowerOff { .. } => "has the guest shut down, and ends it when its time is over",
+        Step::ReserveNote { .. } => "makes room for a note of the disks' owners",
         Step::NoteOwners { .. } => "notes to whom protected disks belong",
         Step::PutOwnersBack { .. } => "gives protected disks back to their owners",
         Step::MarkCommitStarted => "notes that overlays are being committed",
@@ -308,6 +309,10 @@ fn steps() -> Vec<Step> {
         Step::PowerOff {
             shutdown: EXAMPLE,
             was_on: true,
+        },
+        Step::ReserveNote {
+            disks: Vec::new(),
+            note: text(),
         },
         Step::NoteOwners {
             disks: Vec::new(),

@@ -120,6 +120,13 @@ pub enum Step {
         /// It was on before: taking the step back starts it again.
         was_on: bool,
     },
+    /// There is room for a note of so many owners: it is written while the guest is off.
+    ReserveNote {
+        /// The disks.
+        disks: Vec<String>,
+        /// The note.
+        note: String,
+    },
     /// To whom these disks belong while the guest is off is noted, once. libvirt gives them to QEMU's user
     /// for a guest that may not write to them, and does not put that back.
     NoteOwners {
@@ -217,6 +224,7 @@ impl Step {
             Self::BuildConfigDrive { .. } => "BuildConfigDrive",
             Self::SaveDefinition { .. } => "SaveDefinition",
             Self::PowerOff { .. } => "PowerOff",
+            Self::ReserveNote { .. } => "ReserveNote",
             Self::NoteOwners { .. } => "NoteOwners",
             Self::PutOwnersBack { .. } => "PutOwnersBack",
             Self::MarkCommitStarted => "MarkCommitStarted",
@@ -257,6 +265,7 @@ impl Step {
                     shutdown.timeout_ms.div_ceil(1000)
                 )
             }
+            Self::ReserveNote { .. } => "make room for a note of the disks' owners".to_owned(),
             Self::NoteOwners { disks, .. } => {
                 format!("note the owners of {}", disks.join(", "))
             }
@@ -294,6 +303,7 @@ impl Step {
             Self::HoldImage { size, .. } => 30_000 + *size / 10_000,
             Self::MakeFolder { .. }
             | Self::SaveDefinition { .. }
+            | Self::ReserveNote { .. }
             | Self::NoteOwners { .. }
             | Self::PutOwnersBack { .. }
             | Self::MarkCommitStarted
@@ -328,6 +338,7 @@ impl Step {
             | Self::CopyFile { .. }
             | Self::BuildConfigDrive { .. }
             | Self::SaveDefinition { .. }
+            | Self::ReserveNote { .. }
             | Self::NoteOwners { .. }
             | Self::PutOwnersBack { .. }
             | Self::MarkCommitStarted
@@ -354,6 +365,7 @@ impl Step {
             }
             Self::CopyFile { to, .. } => vec![(to.clone(), "create")],
             Self::NoteOwners { note, .. } => vec![(note.clone(), "create")],
+            Self::ReserveNote { .. } => Vec::new(),
             Self::CommitOverlay { base, .. } => vec![(base.clone(), "write")],
             Self::EmptyOverlay { path, .. } => vec![(path.clone(), "write")],
             Self::RemoveFolder { path } => vec![(path.clone(), "remove")],

@@ -58,6 +58,14 @@ impl Steps {
         Ok(None)
     }
 
+    pub(super) async fn reserve_note(&self, job: FileJob, disks: &[String], note: &str) -> Applied {
+        let disks: Vec<PathBuf> = disks.iter().map(PathBuf::from).collect();
+        let note = self.own(note)?;
+        let reserve = move || owners::reserve(&disks, &note).map_err(StepError::from);
+        self.files.run(job, reserve).await?;
+        Ok(None)
+    }
+
     pub(super) async fn note_owners(&self, job: FileJob, disks: &[String], note: &str) -> Applied {
         let disks: Vec<PathBuf> = disks.iter().map(PathBuf::from).collect();
         let note = self.own(note)?;

@@ -98,6 +98,7 @@ impl StepRunner for Steps {
                 self.expects_definition(context.plan).await?;
                 self.power_off(&context, *shutdown).await
             }
+            Step::ReserveNote { disks, note } => self.reserve_note(job(), disks, note).await,
             Step::NoteOwners { disks, note } => self.note_owners(job(), disks, note).await,
             Step::PutOwnersBack { note } => self.put_owners_back(job(), note).await,
             Step::MarkCommitStarted => self.mark_commit_started(server).await,
@@ -159,6 +160,8 @@ impl StepRunner for Steps {
                 let boot = boot(context.plan.steps.iter().any(defines));
                 self.power_on_again(&context, *shutdown, boot).await
             }
+            // It goes with its folder.
+            Step::ReserveNote { .. } => Ok(()),
             Step::NoteOwners { note, .. } => self.put_owners_back(job(), note).await.map(|_| ()),
             // libvirt gives them to the guest that is started again.
             Step::PutOwnersBack { .. } => Ok(()),
@@ -203,6 +206,7 @@ impl StepRunner for Steps {
             | Step::CopyFile { .. }
             | Step::BuildConfigDrive { .. }
             | Step::SaveDefinition { .. }
+            | Step::ReserveNote { .. }
             | Step::NoteOwners { .. }
             | Step::PutOwnersBack { .. }
             | Step::MarkCommitStarted

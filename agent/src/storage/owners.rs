@@ -14,7 +14,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write as _};
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -22,7 +22,7 @@ use nix::fcntl::{AtFlags, OFlag};
 use nix::unistd::{Gid, Uid, fchownat};
 use serde::{Deserialize, Serialize};
 
-use super::files::{DISK_MODE, FileError, cannot, replace_durable};
+use super::files::{DISK_MODE, FileError, cannot, create_part, finish_part, part_of, unwritten};
 
 /// To whom a file belonged.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,6 +50,20 @@ impl Owned {
     }
 }
 
+/// Makes room for the note of so many files, so that writing it, while a guest is off, needs none.
+///
+/// # Errors
+/// [`FileError`].
+pub fn reserve(files: &[PathBuf], note: &Path) -> Result<(), FileError> {
+    let paths: usize = files.iter().map(|path| path.as_os_str().len()).sum();
+    // Twice: JSON escapes quotes and backslashes. And what is noted besides, with its names.
+    let room = paths * 2 + files.len() * 256 + 16;
+    let part = part_of(note);
+    create_part(&part)?
+        .write_all(&vec![b' '; room])
+        .map_err(unwritten(&part, room as u64))
+}
+
 /// Notes at `note` to whom these files belong. What is noted there already stays; a file that is not
 /// there is left out.
 ///
@@ -70,9 +84,16 @@ pub fn note(files: &[PathBuf], note: &Path) -> Result<(), FileError> {
     }
     let text =
         serde_json::to_vec(&owners).map_err(|error| cannot("written", note)(error.into()))?;
-    replace_durable(note, DISK_MODE, |file, part| {
-        file.write_all(&text).map_err(cannot("written", part))
-    })
+    let part = part_of(note);
+    let reserved = OpenOptions::new().read(true).write(true).open(&part);
+    let file = match reserved {
+        Err(error) if error.kind() == ErrorKind::NotFound => create_part(&part)?,
+        file => file.map_err(cannot("opened", &part))?,
+    };
+    // What was reserved beyond it is blank, which JSON does not mind.
+    file.write_all_at(&text, 0)
+        .map_err(cannot("written", &part))?;
+    finish_part(&file, &part, note, DISK_MODE)
 }
 
 /// Puts back what is noted at `note`, if there is a note, and says of which files it could not, and

@@ -117,6 +117,7 @@ fn listing(plan: &Plan) -> String {
             Step::MakeFolder { .. }
             | Step::DropSavedMemory
             | Step::CopyFile { .. }
+            | Step::ReserveNote { .. }
             | Step::NoteOwners { .. }
             | Step::PutOwnersBack { .. }
             | Step::MarkCommitStarted

@@ -64,6 +64,7 @@ impl Host {
                 self.saved = Some((plan.id, xml.clone()));
             }
             Step::PowerOff { .. } => self.running = None,
+            Step::ReserveNote { .. } => {}
             Step::NoteOwners { note, .. } => {
                 assert_eq!(self.running, None, "the owners are those without a guest");
                 self.files.insert(note.clone());
@@ -133,6 +134,7 @@ impl Host {
             Step::UndefineDomain { before, .. } => self.defined = Some(before.clone()),
             Step::StartDomain { .. } => self.running = None,
             Step::MarkCommitStarted
+            | Step::ReserveNote { .. }
             | Step::PutOwnersBack { .. }
             | Step::CommitOverlay { .. }
             | Step::EmptyOverlay { .. }

@@ -146,17 +146,22 @@ fn guarded<'a>(
     disks.filter(|disk| changes.contains_key(&disk.target) && !disk.shareable)
 }
 
-/// Notes the owners of the disks that are protected, if there are any.
+/// Notes the owners of the disks that are protected, if there are any: the room for it is made before
+/// the guest is stopped, the note after that, for until then they are QEMU's.
 pub(super) fn note_owners(
     parsed: &Domain,
     changes: &BTreeMap<String, DiskChange>,
     folder: &str,
-) -> Option<Step> {
+) -> Option<(Step, Step)> {
     let paths = guarded(parsed, changes).filter_map(Disk::path);
     let disks: Vec<String> = paths.map(str::to_owned).collect();
-    (!disks.is_empty()).then(|| Step::NoteOwners {
-        disks,
-        note: owners_note(folder),
+    let note = owners_note(folder);
+    (!disks.is_empty()).then(|| {
+        let reserve = Step::ReserveNote {
+            disks: disks.clone(),
+            note: note.clone(),
+        };
+        (reserve, Step::NoteOwners { disks, note })
     })
 }
 

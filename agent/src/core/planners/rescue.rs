@@ -292,6 +292,9 @@ impl<'a> Rescue<'a> {
                 to: copy.clone(),
             });
         }
+        if let Some((reserve, _)) = note_owners(&self.parsed, &self.changes(), &self.folder) {
+            prepare(reserve);
+        }
         prepare(Step::BuildConfigDrive {
             path: self.config_drive.clone(),
             drive: Box::new(self.drive()),
@@ -329,8 +332,8 @@ impl<'a> Rescue<'a> {
             shutdown: self.args.shutdown,
             was_on: self.domain.power.is_on(),
         });
-        if let Some(step) = note_owners(&self.parsed, &self.changes(), &self.folder) {
-            switch(step);
+        if let Some((_, note)) = note_owners(&self.parsed, &self.changes(), &self.folder) {
+            switch(note);
         }
         switch(Step::DefineDomain {
             xml,

@@ -230,6 +230,10 @@ fn prepare() -> Vec<Step> {
                 metadata: [(text("role"), text("db"))].into(),
             }),
         },
+        Step::ReserveNote {
+            disks: vec![text("/d/disk")],
+            note: text("/d/owners"),
+        },
         Step::SaveDefinition {
             xml: text("<domain/>"),
         },
