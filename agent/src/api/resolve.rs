@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// The shortest beginning of an id that is taken for one.
-const SHORTEST: usize = 4;
+pub(super) const SHORTEST: usize = 4;
 
 /// How many candidates an error names.
 const NAMED: usize = 5;
@@ -33,10 +33,7 @@ fn find<T>(
     name: impl Fn(&T) -> &str,
 ) -> Result<T, Refusal> {
     let prefix = word.to_ascii_lowercase();
-    let is_prefix = word.len() >= SHORTEST
-        && word
-            .bytes()
-            .all(|byte| byte.is_ascii_hexdigit() || byte == b'-');
+    let is_prefix = may_begin_an_id(word);
     let mut found: Vec<T> = all
         .filter(|candidate| {
             name(candidate) == word || (is_prefix && id(candidate).to_string().starts_with(&prefix))
@@ -69,6 +66,14 @@ fn find<T>(
 
 fn not_found(what: &'static str, missing: Reason, word: &str) -> Refusal {
     Refusal::new(missing, format!("there is no {what} {:?}", echo(word))).about(what, word)
+}
+
+/// Is `word` long enough, and of the digits, for a beginning of an id?
+pub(super) fn may_begin_an_id(word: &str) -> bool {
+    word.len() >= SHORTEST
+        && word
+            .bytes()
+            .all(|byte| byte.is_ascii_hexdigit() || byte == b'-')
 }
 
 /// The id, if `word` is a whole one.

@@ -396,6 +396,26 @@ impl Store {
         .await
     }
 
+    /// Two of the operations whose ids begin with this (hexadecimal digits and hyphens).
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn operations_beginning(&self, beginning: String) -> StoreResult<Vec<Uuid>> {
+        self.run(move |db| {
+            // No digit comes after `g`.
+            let mut statement = db.connection.prepare_cached(
+                "SELECT id FROM operations WHERE id >= ?1 AND id < ?1 || 'g' ORDER BY id LIMIT 2",
+            )?;
+            let rows = statement.query_map([beginning], |row| row.get::<_, String>(0))?;
+            let ids = rows.collect::<Result<Vec<_>, _>>()?;
+            Ok(ids
+                .iter()
+                .filter_map(|id| Uuid::parse_str(id).ok())
+                .collect())
+        })
+        .await
+    }
+
     /// Operations, newest first, older than the number `before`, with their numbers.
     ///
     /// # Errors
