@@ -48,6 +48,12 @@ pub enum HypervisorError {
         /// libvirt's message.
         reason: String,
     },
+    /// The guest agent answered that it does not do it.
+    #[error("the guest agent refused: {reason}")]
+    GuestAgentRefused {
+        /// Its message, as libvirt tells it.
+        reason: String,
+    },
     /// libvirt refused.
     #[error("libvirt refused {call}: {message}")]
     Refused {
@@ -65,6 +71,7 @@ impl From<HypervisorError> for Refusal {
             HypervisorError::Deadline { .. } => Reason::DeadlineExceeded,
             HypervisorError::NoDomain { .. } => Reason::DomainNotFound,
             HypervisorError::NoGuestAgent { .. } => Reason::GuestAgentUnavailable,
+            HypervisorError::GuestAgentRefused { .. } => Reason::GuestAgentRefused,
             HypervisorError::Refused { .. } => Reason::LibvirtRefused,
         };
         Refusal::new(reason, error.to_string())

@@ -357,6 +357,13 @@ impl Store {
                         record.task_state = None;
                         record.operation = None;
                         record.settled_at_ms = now_ms;
+                        if operation.verb == Verb::DeliverPassword
+                            && operation.error.as_ref().map(|error| error.reason)
+                                == Some(Reason::GuestAgentRefused)
+                            && let Some(rescue) = &mut record.rescue
+                        {
+                            rescue.password_refused();
+                        }
                         if let Some((fault, plan)) = fault {
                             record.vm_state = VmState::Error;
                             record.fault = Some(fault);

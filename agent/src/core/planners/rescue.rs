@@ -167,6 +167,7 @@ pub(super) fn plan(
         password_delivered: vec![PasswordDelivery::ConfigDrive],
         password_for_agent: has_agent_channel.then(|| args.password.clone()),
         password_user: rescue.password_user,
+        password_refusals: 0,
     };
     Ok(builder.becomes(VmState::Rescued, RescueChange::Begin(Box::new(record))))
 }
