@@ -188,6 +188,7 @@ pub(crate) fn rescue_args() -> RescueArgs {
         device: None,
         protection: Protection::ReadWrite,
         password: hash(),
+        user_data: None,
         timeout_ms: None,
         timeout_overlay: None,
         shutdown: NOVA,

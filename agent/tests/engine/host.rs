@@ -615,6 +615,7 @@ pub(crate) fn rescue() -> RescueArgs {
         device: None,
         protection: Protection::ReadWrite,
         password: hash(),
+        user_data: None,
         timeout_ms: None,
         timeout_overlay: None,
         shutdown: PROMPT,

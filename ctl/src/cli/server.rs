@@ -222,6 +222,10 @@ pub(crate) struct RescueArgs {
     pub(crate) disks: DisksArg,
     #[command(flatten)]
     pub(crate) admin_pass: AdminPass,
+    /// File with user data for the rescue system's cloud-init. The server's own is for its first boot
+    /// and is not given to a rescue.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) user_data: Option<PathBuf>,
     /// Unrescue by itself after this time (2h, 1h30m, …); the configured time if absent, never if 0.
     #[arg(long, value_name = "TIME", value_parser = units::duration)]
     pub(crate) timeout: Option<Duration>,

@@ -313,7 +313,7 @@ impl<'a> Rescue<'a> {
             public_keys: server.public_keys.clone(),
             password: Some(self.args.password.clone()),
             password_user: self.password_user.clone(),
-            user_data: None,
+            user_data: self.args.user_data.clone(),
             metadata: server.metadata.clone(),
         }
     }
