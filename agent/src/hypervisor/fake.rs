@@ -219,6 +219,23 @@ impl FakeHypervisor {
         }
     }
 
+    /// Marks a domain to be started with the host, as `virsh autostart` does.
+    pub fn set_autostart(&self, id: Uuid) {
+        if let Some(domain) = lock(&self.host.state).domains.get_mut(&id) {
+            domain.autostart = true;
+        }
+    }
+
+    /// Is a domain started with the host?
+    #[must_use]
+    pub fn autostart(&self, id: Uuid) -> bool {
+        let state = lock(&self.host.state);
+        state
+            .domains
+            .get(&id)
+            .is_some_and(|domain| domain.autostart)
+    }
+
     /// The passwords that were set through the guest agent, in order.
     #[must_use]
     pub fn passwords(&self, id: Uuid) -> Vec<(String, CryptHash)> {

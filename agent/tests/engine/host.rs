@@ -260,6 +260,7 @@ impl Host {
             power: status.as_ref().map(|status| status.power),
             inactive: xml(Definition::Inactive).await,
             live: xml(Definition::Live).await,
+            autostart: fake.autostart(SERVER),
             saved: store.saved_definition(SERVER).await.unwrap(),
             holders: store.image_holders().await.unwrap(),
             files: hashes(self.dir.path()),
@@ -348,6 +349,8 @@ pub(crate) struct Seen {
     pub(crate) power: Option<salvor_agent::core::state::PowerState>,
     pub(crate) inactive: Option<String>,
     pub(crate) live: Option<String>,
+    /// Is it started with the host?
+    pub(crate) autostart: bool,
     pub(crate) saved: Option<String>,
     pub(crate) holders: Vec<(Uuid, String)>,
     /// A hash of each file, nothing for folders.
@@ -368,6 +371,7 @@ impl Seen {
         compare("power", &self.power, &other.power);
         compare("inactive definition", &self.inactive, &other.inactive);
         compare("live definition", &self.live, &other.live);
+        compare("autostart", &self.autostart, &other.autostart);
         compare("saved definition", &self.saved, &other.saved);
         compare("holders", &self.holders, &other.holders);
         for name in self.files.keys().chain(other.files.keys()) {

@@ -18,6 +18,8 @@ pub(super) struct Domain {
     pub(super) reason: &'static str,
     /// What ran when its memory was saved.
     pub(super) managed_save: Option<String>,
+    /// Is it started with the host? Goes with the definition, and is not in it.
+    pub(super) autostart: bool,
 }
 
 impl Domain {
@@ -128,6 +130,7 @@ impl HostState {
             power: PowerState::Shutdown,
             reason: "unknown",
             managed_save: None,
+            autostart: false,
         });
         if domain.name != name {
             let old = &domain.name;
@@ -145,6 +148,7 @@ impl HostState {
             return false;
         };
         domain.managed_save = None;
+        domain.autostart = false;
         let was = domain.inactive.take().is_some();
         if domain.live.is_none() {
             self.domains.remove(&id);
