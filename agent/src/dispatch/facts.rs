@@ -22,7 +22,7 @@ use crate::{
         backing::References,
         facts::{CommitSpace, DomainFacts, Facts, HostFacts, ImageFacts, live_only},
         image::ImageRecord,
-        planners::{HostImage, choose_image},
+        planners::{HostImage, choose_image, machine},
         reason::{Reason, Refusal},
         record::{OverlayDisposition, Protection, ServerRecord},
     },
@@ -77,9 +77,18 @@ impl Dispatcher {
             Action::Unrescue(args) if args.overlay == Some(OverlayDisposition::Commit) => server,
             _ => None,
         };
+        let host = self.host_facts()?;
+        let capacity = match action {
+            Action::Create(args) => {
+                let machine = machine(args, &host.arch);
+                Some(self.hypervisor.capacity(&host.virt_type, &machine).await?)
+            }
+            _ => None,
+        };
         Ok(Facts {
             plan: Uuid::new_v4(),
-            host: self.host_facts()?,
+            host,
+            capacity,
             domain,
             image,
             saved_xml,

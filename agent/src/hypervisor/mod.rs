@@ -15,6 +15,7 @@ use uuid::Uuid;
 
 pub use crate::core::password::CryptHash;
 use crate::core::{
+    facts::Capacity,
     reason::{Reason, Refusal},
     state::PowerState,
 };
@@ -211,6 +212,9 @@ impl StuckCall {
 pub trait Hypervisor: Send + Sync + 'static {
     /// The host's identity, versions and size.
     async fn host(&self) -> HypervisorResult<HostFacts>;
+
+    /// What the host has for a new domain of this type (`kvm`, `qemu`) and machine.
+    async fn capacity(&self, virt_type: &str, machine: &str) -> HypervisorResult<Capacity>;
 
     /// Every domain of the host, active or not.
     async fn domains(&self) -> HypervisorResult<Vec<DomainStatus>>;

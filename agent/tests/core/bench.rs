@@ -142,6 +142,7 @@ pub(crate) fn facts(domain: Option<DomainFacts>, image: Option<ImageFacts>) -> F
             rescue_timeout_ms: 0,
             now_ms: NOW,
         },
+        capacity: None,
         domain,
         image,
         saved_xml: None,

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The fake host: its domains and what may be done to them. It knows no calls and no processes.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use uuid::Uuid;
 
-use crate::core::state::PowerState;
+use crate::core::{facts::Capacity, state::PowerState};
 use crate::hypervisor::{CryptHash, DomainStatus, HypervisorError, HypervisorResult, StuckCall};
 
 /// One domain of the fake host.
@@ -49,7 +49,17 @@ pub(super) struct Planned {
     pub(super) takes_effect: bool,
 }
 
-#[derive(Debug, Clone, Default)]
+/// A host of 32 GiB with a network and a bridge.
+fn usual_capacity() -> Capacity {
+    Capacity {
+        memory_mib: 32 * 1024,
+        max_vcpus: Some(255),
+        networks: Some(BTreeMap::from([("default".to_owned(), true)])),
+        interfaces: Some(BTreeSet::from(["br0".to_owned()])),
+    }
+}
+
+#[derive(Debug, Clone)]
 pub(super) struct HostState {
     pub(super) domains: BTreeMap<Uuid, Domain>,
     pub(super) guests: HashMap<Uuid, Guest>,
@@ -57,6 +67,21 @@ pub(super) struct HostState {
     pub(super) planned: Vec<(String, Planned)>,
     pub(super) calls: Vec<String>,
     pub(super) stuck: Vec<StuckCall>,
+    pub(super) capacity: Capacity,
+}
+
+impl Default for HostState {
+    fn default() -> Self {
+        Self {
+            domains: BTreeMap::new(),
+            guests: HashMap::new(),
+            passwords: HashMap::new(),
+            planned: Vec::new(),
+            calls: Vec::new(),
+            stuck: Vec::new(),
+            capacity: usual_capacity(),
+        }
+    }
 }
 
 pub(super) fn element<'a>(xml: &'a str, name: &str) -> Option<&'a str> {
