@@ -24,7 +24,8 @@ use crate::{errors::EXIT_CODES, units};
 /// boots a rescue image in a broken server's place, with the server's disks attached, and later puts
 /// the server back.
 ///
-/// SERVER is a uuid, the beginning of one that is unique on this host, or a unique name; so is IMAGE.
+/// SERVER is a uuid, at least four digits that no other uuid of this host begins with, or a unique
+/// name; so is IMAGE. OPERATION is its name, its uuid, or at least four digits as above.
 /// Actions wait for their end and show their steps on standard error; results go to standard output.
 #[derive(Debug, Parser)]
 #[command(
@@ -236,7 +237,8 @@ pub(crate) enum OperationCommand {
     },
     /// Show an operation with all its steps.
     Show {
-        /// The operation: its name, or what follows `operations/` in it.
+        /// The operation: its name, what follows `operations/` in it, or at least four digits that no
+        /// other operation's uuid begins with.
         operation: String,
     },
     /// Wait for the end of an operation.

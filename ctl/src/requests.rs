@@ -116,6 +116,11 @@ pub(crate) fn map(
     Ok(map)
 }
 
+/// The bytes of a file with user data; none if none is named.
+fn user_data(file: Option<&Path>) -> Result<Vec<u8>, Failure> {
+    Ok(file.map(read).transpose()?.unwrap_or_default())
+}
+
 /// The request of `create`.
 ///
 /// # Errors
@@ -134,12 +139,7 @@ pub(crate) fn create(args: &CreateArgs) -> Result<v1::CreateServerRequest, Failu
         interfaces: args.interfaces.0.clone(),
         hostname: args.hostname.clone().unwrap_or_default(),
         public_keys: public_keys(&args.keys)?,
-        user_data: args
-            .user_data
-            .as_deref()
-            .map(read)
-            .transpose()?
-            .unwrap_or_default(),
+        user_data: user_data(args.user_data.as_deref())?,
         metadata: map("--metadata", &args.metadata)?,
         machine: args.machine.clone().unwrap_or_default(),
         firmware: args.firmware.api(),
@@ -206,6 +206,7 @@ pub(crate) fn rescue(args: &RescueArgs) -> Result<v1::RescueServerRequest, Failu
         timeout: args.timeout.map(to_api),
         timeout_overlay: args.timeout_overlay.map_or(0, |overlay| overlay.api()),
         shutdown_timeout: args.shutdown.shutdown_timeout.map(to_api),
+        user_data: user_data(args.user_data.as_deref())?,
         admin_pass: admin_pass(args.admin_pass.admin_pass_stdin)?,
     })
 }

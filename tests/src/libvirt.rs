@@ -10,6 +10,7 @@ use std::time::Duration;
 use uuid::Uuid;
 use virt::connect::Connect;
 use virt::domain::{Domain, DomainState};
+use virt::domain_snapshot::DomainSnapshot;
 use virt::enumutil::Enum;
 use virt::sys;
 
@@ -143,6 +144,38 @@ impl Libvirt {
     pub fn rename(&self, id: Uuid, name: &str) -> LibvirtResult<()> {
         let name = name.to_owned();
         self.domain(id, move |domain| domain.rename(&name, 0))
+    }
+
+    /// Is a domain started with its host?
+    pub fn autostart(&self, id: Uuid) -> LibvirtResult<bool> {
+        self.domain(id, Domain::autostart)
+    }
+
+    /// Has a domain started with its host.
+    pub fn set_autostart(&self, id: Uuid) -> LibvirtResult<()> {
+        self.domain(id, |domain| domain.set_autostart(true))
+    }
+
+    /// The names of a domain's snapshots.
+    pub fn snapshots(&self, id: Uuid) -> LibvirtResult<Vec<String>> {
+        self.domain(id, |domain| {
+            let snapshots = domain.list_all_snapshots(0)?;
+            snapshots.iter().map(DomainSnapshot::name).collect()
+        })
+    }
+
+    /// Has libvirt note a snapshot of a domain, as of one that was taken while it was off.
+    pub fn note_snapshot(&self, id: Uuid, name: &str) -> LibvirtResult<()> {
+        let name = name.to_owned();
+        self.domain(id, move |domain| {
+            let definition = domain.xml_desc(sys::VIR_DOMAIN_XML_INACTIVE)?;
+            let xml = format!(
+                "<domainsnapshot><name>{name}</name><state>shutoff</state>\
+                 <creationTime>1700000000</creationTime>{definition}</domainsnapshot>"
+            );
+            let redefine = sys::VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE;
+            domain.create_snapshot_xml(&xml, redefine).map(drop)
+        })
     }
 
     /// Pauses a domain.

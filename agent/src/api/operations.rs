@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     core::{
-        lookup::whole_id,
+        lookup,
         reason::{Reason, Refusal},
         text,
     },
@@ -37,21 +37,33 @@ const BATCH: u32 = 200;
 /// So many records are looked at for one page; a filter that few of them meet makes a short page.
 const SCANNED: usize = 2_000;
 
-/// The id in `operations/ID`.
-fn id(name: &str) -> Checked<Uuid> {
-    let id = name.strip_prefix("operations/").and_then(whole_id);
-    id.ok_or_else(|| {
-        Refusal::field(
-            "name",
-            format!(
-                "must be operations/ and a uuid, and is {:?}",
-                text::echo(name)
-            ),
-        )
-    })
+/// An operation's uuid or the beginning of one.
+#[derive(Debug, PartialEq, Eq)]
+enum Named {
+    Id(Uuid),
+    Beginning(String),
 }
 
-fn not_found(id: Uuid) -> Refusal {
+/// What is behind `operations/`.
+fn named(name: &str) -> Checked<Named> {
+    let word = name.strip_prefix("operations/").unwrap_or_default();
+    if let Some(id) = lookup::whole_id(word) {
+        return Ok(Named::Id(id));
+    }
+    if word.len() < 36 && lookup::may_begin_an_id(word) {
+        return Ok(Named::Beginning(word.to_ascii_lowercase()));
+    }
+    Err(Refusal::field(
+        "name",
+        format!(
+            "must be operations/ and a uuid or at least {} digits that one begins with, and is {:?}",
+            lookup::SHORTEST,
+            text::echo(name)
+        ),
+    ))
+}
+
+fn not_found(id: impl std::fmt::Display) -> Refusal {
     Refusal::new(
         Reason::OperationNotFound,
         format!("there is no operations/{id}, or it is no longer kept"),
@@ -108,8 +120,32 @@ impl Api {
         operation(&view.operation, view.percent, server.as_deref())
     }
 
+    /// The operation that a name means.
+    async fn operation_id(&self, name: &str) -> Checked<Uuid> {
+        let beginning = match named(name)? {
+            Named::Id(id) => return Ok(id),
+            Named::Beginning(beginning) => beginning,
+        };
+        let found = self.store.operations_beginning(beginning.clone()).await;
+        match found.map_err(refused)?.as_slice() {
+            [] => Err(not_found(beginning)),
+            [id] => Ok(*id),
+            several => {
+                let several: Vec<_> = several.iter().map(ToString::to_string).collect();
+                Err(Refusal::new(
+                    Reason::AmbiguousName,
+                    format!(
+                        "several operations begin with {beginning}, {} among them; use the whole uuid",
+                        several.join(" and ")
+                    ),
+                )
+                .about("name", name))
+            }
+        }
+    }
+
     async fn get(&self, name: &str) -> Checked<Operation> {
-        let id = id(name)?;
+        let id = self.operation_id(name).await?;
         let view = self.engine.operation(id).await.map_err(refused)?;
         view.map(|view| self.show(&view))
             .ok_or_else(|| not_found(id))
@@ -164,7 +200,7 @@ impl Api {
     }
 
     async fn wait(&self, call: &Call, request: WaitOperationRequest) -> Checked<Operation> {
-        let id = id(&request.name)?;
+        let id = self.operation_id(&request.name).await?;
         // More than the longest wait is the longest wait.
         let century = Duration::from_secs(100 * 366 * 86_400);
         let wanted = validate::duration("timeout", request.timeout, century)?.unwrap_or(WAIT);
@@ -215,15 +251,14 @@ impl Operations for Api {
     ) -> Result<Response<()>, Status> {
         let (call, message) = Call::open(request)?;
         let cancelled = async {
-            self.engine
-                .cancel(id(&message.name)?)
-                .await
-                .map_err(refused)
+            let id = self.operation_id(&message.name).await?;
+            let cancelled = self.engine.cancel(id).await;
+            cancelled.map_err(|error| refused(error).about("operation", format!("operations/{id}")))
         };
         cancelled
             .await
             .map(Response::new)
-            .map_err(|refusal| call.refuse(&refusal.about("operation", message.name)))
+            .map_err(|refusal| call.refuse(&refusal))
     }
 
     async fn delete_operation(
@@ -277,17 +312,23 @@ mod tests {
     }
 
     #[test]
-    fn names_are_operations_with_a_uuid() {
-        assert!(id(&format!("operations/{ID}")).is_ok());
+    fn names_are_operations_with_a_uuid_or_its_beginning() {
+        let id = Uuid::parse_str(ID).unwrap();
+        assert_eq!(named(&format!("operations/{ID}")), Ok(Named::Id(id)));
+        let beginning = Named::Beginning("7f0c1a52-3d".to_owned());
+        assert_eq!(named("operations/7F0C1a52-3d"), Ok(beginning));
         for wrong in [
             "",
             ID,
             "operations/",
             "operations/x",
+            "operations/7f0",
+            "operations/7f0_%",
+            &format!("operations/{ID}0"),
             &format!("operations/{ID}/x"),
             "../x",
         ] {
-            assert!(id(wrong).is_err(), "{wrong}");
+            assert!(named(wrong).is_err(), "{wrong}");
         }
     }
 }

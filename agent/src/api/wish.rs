@@ -293,6 +293,7 @@ impl Ask for v1::RescueServerRequest {
             protection: Protection::from_wire("disk_protection", self.disk_protection)?
                 .unwrap_or(Protection::ReadWrite),
             password: no_hash(),
+            user_data: validate::user_data("user_data", self.user_data)?,
             timeout_ms: timeout.map(millis),
             timeout_overlay: OverlayDisposition::from_wire(
                 "timeout_overlay",

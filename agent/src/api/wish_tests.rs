@@ -95,6 +95,25 @@ fn a_password_is_not_in_what_is_logged_of_a_wish() {
 }
 
 #[test]
+fn a_rescue_has_user_data_of_its_own() {
+    let with = |user_data: &[u8]| {
+        let wish = v1::RescueServerRequest {
+            user_data: user_data.to_vec(),
+            ..rescue()
+        }
+        .wish(USUAL)?;
+        match wish.action {
+            Action::Rescue(args) => Ok(args.user_data),
+            other => panic!("no rescue: {other:?}"),
+        }
+    };
+    assert_eq!(with(b"").unwrap(), None);
+    assert_eq!(with(b"#!/bin/sh").unwrap().unwrap(), b"#!/bin/sh");
+    let refusal: Refusal = with(&[0; 50_000]).unwrap_err();
+    assert_eq!(refusal.subject.unwrap().0, "user_data");
+}
+
+#[test]
 fn a_rescue_without_words_is_the_usual_one() {
     let Action::Rescue(args) = rescue().wish(USUAL).unwrap().action else {
         panic!("no rescue")

@@ -158,6 +158,24 @@ impl<'t> Reader<'t> {
             .any(|known| known.section == section && known.key == key)
     }
 
+    /// What there is where an unknown name stands.
+    fn known_beside(&self, name: &str) -> String {
+        let section = name.split_once('.').map_or("", |(section, _)| section);
+        let keys: Vec<&str> = self
+            .settings
+            .iter()
+            .filter(|known| known.section == section)
+            .map(|known| known.key)
+            .collect();
+        let keys = keys.join(", ");
+        if section.is_empty() {
+            let sections = self.sections.join(", ");
+            format!("outside of sections there are {keys}; the sections are {sections}")
+        } else {
+            format!("[{section}] has {keys}")
+        }
+    }
+
     fn unknown(&mut self, what: &str, name: &str, line: usize) {
         let nearest = if what == "section" {
             nearest(name, self.sections.iter().map(ToString::to_string))
@@ -165,7 +183,7 @@ impl<'t> Reader<'t> {
             nearest(name, self.settings.iter().map(Setting::name))
         };
         let hint = nearest.map_or_else(
-            || "see salvord check-config for all keys".to_owned(),
+            || self.known_beside(name),
             |nearest| format!("did you mean {nearest:?}?"),
         );
         self.problems.push(Problem {

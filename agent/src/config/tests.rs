@@ -166,7 +166,16 @@ fn an_unknown_key_is_named_with_its_line_and_the_nearest_known_one() {
         ),
         (
             "frobnicate_everything = 1",
-            "see salvord check-config for all keys",
+            "\"frobnicate_everything\"; outside of sections there are state_dir, ",
+        ),
+        ("frobnicate_everything = 1", "; the sections are libvirt, "),
+        (
+            "[rescue]\nfrobnicate_everything = 1",
+            "unknown key \"rescue.frobnicate_everything\"; [rescue] has default_image, timeout",
+        ),
+        (
+            "[frobnicate_everything]",
+            "unknown section \"frobnicate_everything\"; outside of sections there are ",
         ),
         (
             "[libvrit]\nuri = \"qemu:///system\"",

@@ -159,6 +159,9 @@ pub struct RescueArgs {
     pub protection: Protection,
     /// Hash of the administrator's password.
     pub password: CryptHash,
+    /// User data for the rescue guest.
+    #[serde(default)]
+    pub user_data: Option<Vec<u8>>,
     /// End it by itself after this time in milliseconds; 0 never; the configured time if `None`.
     pub timeout_ms: Option<u64>,
     /// What then becomes of the overlays.

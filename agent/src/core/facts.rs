@@ -27,6 +27,19 @@ pub struct HostFacts {
     pub now_ms: i64,
 }
 
+/// What the host has for a new domain. What cannot be told is `None`, and not checked.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Capacity {
+    /// Memory in MiB.
+    pub memory_mib: u64,
+    /// The most CPUs that a guest of the machine type can have.
+    pub max_vcpus: Option<u32>,
+    /// libvirt's networks, each with whether it is active.
+    pub networks: Option<BTreeMap<String, bool>>,
+    /// The network interfaces, bridges among them.
+    pub interfaces: Option<BTreeSet<String>>,
+}
+
 /// A domain.
 #[derive(Debug, Clone)]
 pub struct DomainFacts {
@@ -120,6 +133,8 @@ pub struct Facts {
     pub plan: Uuid,
     /// Host.
     pub host: HostFacts,
+    /// What it has for a new domain; only for a create.
+    pub capacity: Option<Capacity>,
     /// The server's domain; `None` if libvirt has none.
     pub domain: Option<DomainFacts>,
     /// The image that the action names or implies.

@@ -10,7 +10,7 @@ use super::{
 };
 
 /// The shortest beginning of an id that is taken for one.
-const SHORTEST: usize = 4;
+pub const SHORTEST: usize = 4;
 
 /// How many candidates an error names.
 const NAMED: usize = 5;
@@ -28,10 +28,7 @@ pub fn find<T>(
     name: impl Fn(&T) -> &str,
 ) -> Result<T, Refusal> {
     let prefix = word.to_ascii_lowercase();
-    let is_prefix = word.len() >= SHORTEST
-        && word
-            .bytes()
-            .all(|byte| byte.is_ascii_hexdigit() || byte == b'-');
+    let is_prefix = may_begin_an_id(word);
     let mut found: Vec<T> = all
         .filter(|candidate| {
             name(candidate) == word || (is_prefix && id(candidate).to_string().starts_with(&prefix))
@@ -65,6 +62,15 @@ pub fn find<T>(
 /// There is no such thing.
 pub fn not_found(what: &'static str, missing: Reason, word: &str) -> Refusal {
     Refusal::new(missing, format!("there is no {what} {:?}", echo(word))).about(what, word)
+}
+
+/// Is `word` long enough, and of the digits, for a beginning of an id?
+#[must_use]
+pub fn may_begin_an_id(word: &str) -> bool {
+    word.len() >= SHORTEST
+        && word
+            .bytes()
+            .all(|byte| byte.is_ascii_hexdigit() || byte == b'-')
 }
 
 /// The id, if `word` is a whole one.

@@ -173,7 +173,8 @@ pub enum Step {
         /// The definition before, which taking back restores; without one it undefines.
         before: Option<String>,
     },
-    /// The persistent domain is gone. Its NVRAM file stays: that of a created server goes with the server's folder, and any other
+    /// The persistent domain is gone, and with it what libvirt keeps beside a definition: the autostart flag, what it notes
+    /// of snapshots and checkpoints, saved memory. See [`Step::is_final`]. Its NVRAM file stays: that of a created server goes with the server's folder, and any other
     /// is not ours to remove.
     UndefineDomain {
         /// The definition before.
@@ -324,6 +325,13 @@ impl Step {
             Self::StartDomain { .. } => 180_000,
             Self::SetUserPassword { .. } => 30_000,
         }
+    }
+
+    /// Can what it did not be taken back whole? Once such a step took effect the plan only goes forward, whatever happens:
+    /// nothing but clean-up comes after it.
+    #[must_use]
+    pub const fn is_final(&self) -> bool {
+        matches!(self, Self::UndefineDomain { .. })
     }
 
     /// The power state that it leaves the guest in, if it is about that.

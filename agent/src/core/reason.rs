@@ -86,6 +86,8 @@ named_states! {
         /// See [`Reason::explanation`].
         GuestAgentUnavailable = "GUEST_AGENT_UNAVAILABLE",
         /// See [`Reason::explanation`].
+        GuestAgentRefused = "GUEST_AGENT_REFUSED",
+        /// See [`Reason::explanation`].
         StorageFailed = "STORAGE_FAILED",
         /// See [`Reason::explanation`].
         Cancelled = "CANCELLED",
@@ -340,6 +342,11 @@ impl Reason {
             Self::GuestAgentUnavailable => {
                 (FailedPrecondition, 409, "The guest agent does not answer.")
             }
+            Self::GuestAgentRefused => (
+                FailedPrecondition,
+                409,
+                "The guest agent answered that it does not do it. The message is its own.",
+            ),
             Self::StorageFailed => (
                 Internal,
                 500,

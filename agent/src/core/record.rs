@@ -197,6 +197,24 @@ pub struct RescueRecord {
     pub password_for_agent: Option<super::password::CryptHash>,
     /// The user whose password it is.
     pub password_user: String,
+    /// So often the guest agent refused the password.
+    #[serde(default)]
+    pub password_refusals: u32,
+}
+
+/// After so many refusals a guest agent is not offered the password any more. More than one, because
+/// the user may be made only after the agent was started.
+pub const PASSWORD_OFFERS: u32 = 5;
+
+impl RescueRecord {
+    /// Notes that the guest agent refused the password, and gives up if it did so too often: then the
+    /// hash goes.
+    pub fn password_refused(&mut self) {
+        self.password_refusals = self.password_refusals.saturating_add(1);
+        if self.password_refusals >= PASSWORD_OFFERS {
+            self.password_for_agent = None;
+        }
+    }
 }
 
 /// Why a server is in ERROR.

@@ -19,7 +19,7 @@ use crate::{
         errors::chain,
         facts::{CommitSpace, DomainFacts, Facts, HostFacts, ImageFacts, live_only},
         image::{ImageFormat, ImageRecord},
-        planners::{HostImage, choose_image},
+        planners::{HostImage, choose_image, machine},
         reason::{Reason, Refusal},
         record::{OverlayDisposition, Protection, ServerRecord},
     },
@@ -84,9 +84,18 @@ impl Dispatcher {
             Action::Delete => server.filter(commit_begun),
             _ => None,
         };
+        let host = self.host_facts(id).await?;
+        let capacity = match action {
+            Action::Create(args) => {
+                let machine = machine(args, &host.arch);
+                Some(self.hypervisor.capacity(&host.virt_type, &machine).await?)
+            }
+            _ => None,
+        };
         Ok(Facts {
             plan: Uuid::new_v4(),
-            host: self.host_facts(id).await?,
+            host,
+            capacity,
             domain,
             image,
             saved_xml,

@@ -141,7 +141,7 @@ impl Execution {
             if state == StepState::Done {
                 continue;
             }
-            if self.cancel_requested().await? {
+            if !self.only_forward() && self.cancel_requested().await? {
                 return self.turn_back(StepError::cancelled()).await;
             }
             // Noted as begun by an agent that died: perhaps it was applied.
@@ -152,8 +152,13 @@ impl Execution {
                 Some(error) => Err(error),
                 None => self.attempt(index, Direction::Apply, uncertain).await?,
             };
+            let is_final = self.is_final(index);
+            let outcome = match outcome {
+                Err(_) if is_final && self.took_effect(index).await => Ok(StepReport::default()),
+                outcome => outcome,
+            };
             let outcome = match (outcome, self.probe(Point::AfterStep(index))?) {
-                (Ok(_), Some(error)) => Err(error),
+                (Ok(_), Some(error)) if !is_final => Err(error),
                 (outcome, _) => outcome,
             };
             match outcome {
@@ -167,10 +172,13 @@ impl Execution {
                 }
             }
         }
-        if self.cancel_requested().await? {
+        let only_forward = self.only_forward();
+        if !only_forward && self.cancel_requested().await? {
             return self.turn_back(StepError::cancelled()).await;
         }
-        if let Some(error) = self.probe(Point::BeforeCommit)? {
+        if let Some(error) = self.probe(Point::BeforeCommit)?
+            && !only_forward
+        {
             return self.turn_back(error).await;
         }
         self.operation.state = OperationState::after_commit(&self.plan);
@@ -184,6 +192,38 @@ impl Execution {
         // The outcome stands: whatever happens here can no longer take it back.
         self.probe(Point::AfterCommit)?;
         Ok(())
+    }
+
+    fn is_final(&self, index: usize) -> bool {
+        let planned = self.plan.steps.get(index);
+        planned.is_some_and(|planned| planned.step.is_final())
+    }
+
+    /// Has a step taken effect that cannot be taken back whole?
+    fn only_forward(&self) -> bool {
+        (0..self.plan.steps_before_commit())
+            .any(|index| self.is_final(index) && self.step_state(index) == StepState::Done)
+    }
+
+    /// Did a step that failed take effect all the same? A call that missed its deadline may have.
+    async fn took_effect(&self, index: usize) -> bool {
+        let Some(planned) = self.plan.steps.get(index) else {
+            return false;
+        };
+        let context = StepContext {
+            plan: &self.plan,
+            cancel: Cancel::never(),
+            server_goes: Cancel::never(),
+            progress: &|_| {},
+        };
+        let look = async {
+            self.runner.settled(self.operation.server).await;
+            self.runner.observe(context, &planned.step).await
+        };
+        matches!(
+            tokio::time::timeout(REVERT_DEADLINE, look).await,
+            Ok(Ok(true))
+        )
     }
 
     async fn clean_up(&mut self) -> Result<(), Abandoned> {

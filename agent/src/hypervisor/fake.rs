@@ -26,7 +26,7 @@ use super::{
     Boot, CryptHash, Definition, DomainStatus, HostFacts, Hypervisor, HypervisorError,
     HypervisorEvent, HypervisorResult, LinkState, PowerReading, StuckCall,
 };
-use crate::core::state::PowerState;
+use crate::core::{facts::Capacity, state::PowerState};
 
 /// How many events a receiver may be behind.
 const EVENT_BUFFER: usize = 1024;
@@ -223,6 +223,28 @@ impl FakeHypervisor {
         if state.domains.get(&id).is_some_and(|d| d.power.is_on()) {
             self.emit(HypervisorEvent::GuestAgent { id, connected });
         }
+    }
+
+    /// What the host has for new domains, from now on.
+    pub fn set_capacity(&self, capacity: Capacity) {
+        lock(&self.host.state).capacity = capacity;
+    }
+
+    /// Marks a domain to be started with the host, as `virsh autostart` does.
+    pub fn set_autostart(&self, id: Uuid) {
+        if let Some(domain) = lock(&self.host.state).domains.get_mut(&id) {
+            domain.autostart = true;
+        }
+    }
+
+    /// Is a domain started with the host?
+    #[must_use]
+    pub fn autostart(&self, id: Uuid) -> bool {
+        let state = lock(&self.host.state);
+        state
+            .domains
+            .get(&id)
+            .is_some_and(|domain| domain.autostart)
     }
 
     /// The passwords that were set through the guest agent, in order.
@@ -461,6 +483,11 @@ impl Hypervisor for FakeHypervisor {
             })
         })
         .await
+    }
+
+    async fn capacity(&self, _virt_type: &str, machine: &str) -> HypervisorResult<Capacity> {
+        self.call("capacity", machine, |_, state| Ok(state.capacity.clone()))
+            .await
     }
 
     async fn domains(&self) -> HypervisorResult<Vec<DomainStatus>> {

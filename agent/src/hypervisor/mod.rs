@@ -15,6 +15,7 @@ use uuid::Uuid;
 
 pub use crate::core::password::CryptHash;
 use crate::core::{
+    facts::Capacity,
     reason::{Reason, Refusal},
     state::PowerState,
 };
@@ -48,6 +49,12 @@ pub enum HypervisorError {
         /// libvirt's message.
         reason: String,
     },
+    /// The guest agent answered that it does not do it.
+    #[error("the guest agent refused: {reason}")]
+    GuestAgentRefused {
+        /// Its message, as libvirt tells it.
+        reason: String,
+    },
     /// libvirt refused.
     #[error("libvirt refused {call}: {message}")]
     Refused {
@@ -73,6 +80,7 @@ impl From<HypervisorError> for Refusal {
             HypervisorError::Deadline { .. } => Reason::DeadlineExceeded,
             HypervisorError::NoDomain { .. } => Reason::DomainNotFound,
             HypervisorError::NoGuestAgent { .. } => Reason::GuestAgentUnavailable,
+            HypervisorError::GuestAgentRefused { .. } => Reason::GuestAgentRefused,
             HypervisorError::Refused { .. } => Reason::LibvirtRefused,
             HypervisorError::NotSynced { .. } => Reason::StorageFailed,
         };
@@ -216,6 +224,9 @@ impl StuckCall {
 pub trait Hypervisor: Send + Sync + 'static {
     /// The host's identity, versions and size.
     async fn host(&self) -> HypervisorResult<HostFacts>;
+
+    /// What the host has for a new domain of this type (`kvm`, `qemu`) and machine.
+    async fn capacity(&self, virt_type: &str, machine: &str) -> HypervisorResult<Capacity>;
 
     /// Every domain of the host, active or not.
     async fn domains(&self) -> HypervisorResult<Vec<DomainStatus>>;

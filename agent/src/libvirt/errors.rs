@@ -73,11 +73,17 @@ pub(super) fn refusal(call: &Call, error: &Error) -> HypervisorError {
 }
 
 /// What libvirt said of a command to the guest agent. "No channel for an agent" has no number of
-/// its own; it comes as an unsupported argument or configuration.
+/// its own; it comes as an unsupported argument or configuration. An error that the agent answers
+/// comes as an internal error.
 pub(super) fn agent_failure(error: Error) -> Failure {
     match error.code() {
         Enum::Known(ErrorNumber::ArgumentUnsupported | ErrorNumber::ConfigUnsupported) => {
             Failure::Said(HypervisorError::NoGuestAgent {
+                reason: error.message().trim().to_owned(),
+            })
+        }
+        Enum::Known(ErrorNumber::InternalError) => {
+            Failure::Said(HypervisorError::GuestAgentRefused {
                 reason: error.message().trim().to_owned(),
             })
         }

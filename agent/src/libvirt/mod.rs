@@ -50,10 +50,10 @@ pub use self::schema::{SchemaError, check_schema};
 
 use self::connections::{Class, Connections, Notice, Supervisor, is_alive};
 use self::errors::{Failure, agent_failure, is, is_silent_end, refusal, schema_failure};
-use self::reads::{all, facts, find, power, status};
+use self::reads::{all, capacity, facts, find, power, status};
 use self::threads::{Job, Ticket};
 use self::turns::Turns;
-use crate::core::state::PowerState;
+use crate::core::{facts::Capacity, state::PowerState};
 use crate::hypervisor::{
     Boot, CryptHash, Definition, DomainStatus, HostFacts, Hypervisor, HypervisorError,
     HypervisorEvent, HypervisorResult, LinkState, PowerReading, StuckCall,
@@ -387,6 +387,13 @@ impl Hypervisor for Libvirt {
     async fn host(&self) -> HypervisorResult<HostFacts> {
         let call = self.call_named("virConnectGetCapabilities");
         self.read("host", call, facts).await
+    }
+
+    async fn capacity(&self, virt_type: &str, machine: &str) -> HypervisorResult<Capacity> {
+        let call = self.call_named("virConnectGetDomainCapabilities");
+        let (virt_type, machine) = (virt_type.to_owned(), machine.to_owned());
+        let work = move |connect: &Connect| capacity(connect, &virt_type, &machine);
+        self.read("capacity", call, work).await
     }
 
     async fn domains(&self) -> HypervisorResult<Vec<DomainStatus>> {

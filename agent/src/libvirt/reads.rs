@@ -7,10 +7,13 @@ use uuid::Uuid;
 use virt::connect::Connect;
 use virt::domain::Domain;
 use virt::error::{Error, ErrorNumber};
+use virt::interface::Interface;
+use virt::network::Network;
 use virt::sys;
 
 use super::errors::{Failure, is};
 use super::{ffi, words};
+use crate::core::facts::Capacity;
 use crate::hypervisor::{DomainStatus, HostFacts, PowerReading};
 
 /// The domain, or `None` if there is none of this uuid.
@@ -89,6 +92,55 @@ pub(super) fn all(connect: &Connect) -> Result<Vec<DomainStatus>, Failure> {
 fn text_of<'a>(xml: &'a str, element: &str) -> Option<&'a str> {
     let (_, rest) = xml.split_once(&format!("<{element}>"))?;
     rest.split_once('<').map(|(text, _)| text)
+}
+
+/// What libvirt says, or `None` if it cannot tell: a driver that it was built without, a daemon that
+/// is not there, a machine type that QEMU does not know (which is said when the domain is validated).
+fn if_told<T>(answer: Result<T, Error>) -> Result<Option<T>, Failure> {
+    match answer {
+        Ok(told) => Ok(Some(told)),
+        Err(error)
+            if [
+                ErrorNumber::NoSupport,
+                ErrorNumber::NoConnect,
+                ErrorNumber::SystemError,
+                ErrorNumber::InvalidArg,
+            ]
+            .iter()
+            .any(|number| is(&error, *number)) =>
+        {
+            Ok(None)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The most CPUs in domain capabilities, as libvirt prints them.
+pub(super) fn max_vcpus(capabilities: &str) -> Option<u32> {
+    let (_, rest) = capabilities.split_once("<vcpu max='")?;
+    rest.split_once('\'')?.0.parse().ok()
+}
+
+/// What the host has for a new domain.
+pub(super) fn capacity(
+    connect: &Connect,
+    virt_type: &str,
+    machine: &str,
+) -> Result<Capacity, Failure> {
+    let capabilities = connect.domain_capabilities(None, None, Some(machine), Some(virt_type), 0);
+    let networks = connect.list_all_networks(0).and_then(|networks| {
+        let named = |network: &Network| Ok((network.name()?, network.is_active()?));
+        networks.iter().map(named).collect()
+    });
+    let interfaces = connect
+        .list_all_interfaces(0)
+        .and_then(|interfaces| interfaces.iter().map(Interface::name).collect());
+    Ok(Capacity {
+        memory_mib: connect.node_info()?.memory / 1024,
+        max_vcpus: if_told(capabilities)?.as_deref().and_then(max_vcpus),
+        networks: if_told(networks)?,
+        interfaces: if_told(interfaces)?,
+    })
 }
 
 /// What libvirt says of the host. Its capabilities are printed by libvirt, so looking for

@@ -363,6 +363,13 @@ impl Store {
                         record.task_state = None;
                         record.operation = None;
                         record.settled_at_ms = now_ms;
+                        if operation.verb == Verb::DeliverPassword
+                            && operation.error.as_ref().map(|error| error.reason)
+                                == Some(Reason::GuestAgentRefused)
+                            && let Some(rescue) = &mut record.rescue
+                        {
+                            rescue.password_refused();
+                        }
                         if let Some((fault, plan)) = fault {
                             record.vm_state = VmState::Error;
                             record.fault = Some(fault);
@@ -399,6 +406,26 @@ impl Store {
                 .optional()?;
             doc.map(|doc| documents::OPERATION.read(&id, &doc))
                 .transpose()
+        })
+        .await
+    }
+
+    /// Two of the operations whose ids begin with this (hexadecimal digits and hyphens).
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn operations_beginning(&self, beginning: String) -> StoreResult<Vec<Uuid>> {
+        self.run(move |db| {
+            // No digit comes after `g`.
+            let mut statement = db.connection.prepare_cached(
+                "SELECT id FROM operations WHERE id >= ?1 AND id < ?1 || 'g' ORDER BY id LIMIT 2",
+            )?;
+            let rows = statement.query_map([beginning], |row| row.get::<_, String>(0))?;
+            let ids = rows.collect::<Result<Vec<_>, _>>()?;
+            Ok(ids
+                .iter()
+                .filter_map(|id| Uuid::parse_str(id).ok())
+                .collect())
         })
         .await
     }

@@ -218,6 +218,41 @@ async fn operations_are_listed_newest_first_by_server_and_end() {
 }
 
 #[tokio::test]
+async fn an_operation_is_known_by_the_beginning_of_its_uuid() {
+    let agent = Agent::start().await;
+    let id = agent.server("web").await;
+    agent.gate.send_replace(false);
+    let stopping = agent.servers().stop_server(stop(id)).await.unwrap();
+    let name = stopping.into_inner().operation.unwrap().name;
+    let beginning = name[.."operations/".len() + 8].to_uppercase();
+    let short = beginning.replace("OPERATIONS/", "operations/");
+    let get = GetOperationRequest {
+        name: short.clone(),
+    };
+    let found = agent.operations().get_operation(get).await.unwrap();
+    assert_eq!(found.into_inner().name, name);
+    let wait = WaitOperationRequest {
+        name: short.clone(),
+        timeout: seconds(0),
+    };
+    let found = agent.operations().wait_operation(wait).await.unwrap();
+    assert_eq!(found.into_inner().name, name);
+    let cancel = CancelOperationRequest { name: short };
+    agent.operations().cancel_operation(cancel).await.unwrap();
+    agent.gate.send_replace(true);
+    for (wrong, code) in [
+        ("operations/7f0", Code::InvalidArgument),
+        ("operations/web1", Code::InvalidArgument),
+        ("operations/00000000-0000", Code::NotFound),
+    ] {
+        let get = GetOperationRequest {
+            name: wrong.to_owned(),
+        };
+        assert_eq!(refusal(agent.operations().get_operation(get).await).0, code);
+    }
+}
+
+#[tokio::test]
 async fn an_operation_that_is_not_there_is_not_found() {
     let agent = Agent::start().await;
     let name = format!("operations/{}", Uuid::new_v4());

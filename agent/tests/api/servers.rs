@@ -1,8 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //! ServerService.
 
-use salvor_agent::hypervisor::{Definition, Hypervisor as _, LinkState};
-use salvor_proto::{google::longrunning::operation::Result as Outcome, v1};
+use salvor_agent::{
+    core::facts::Capacity,
+    hypervisor::{Definition, Hypervisor as _, LinkState},
+};
+use salvor_proto::{
+    google::longrunning::operation::Result as Outcome,
+    v1::{self, plan_action_request::Action},
+};
 use tonic::{Code, Request};
 use uuid::Uuid;
 
@@ -116,6 +122,71 @@ async fn what_a_create_names_must_be_there_and_not_be_taken() {
         details.bad_request().unwrap().field_violations[0].field,
         "name"
     );
+}
+
+#[tokio::test]
+async fn what_a_create_needs_of_the_host_must_be_there_before_anything_is_made() {
+    use v1::network_interface_spec::Connection;
+    let agent = Agent::start().await;
+    let image = agent.image("cirros").await;
+    agent.hypervisor.set_capacity(Capacity {
+        memory_mib: 2048,
+        max_vcpus: Some(4),
+        networks: Some([("up".to_owned(), true), ("down".to_owned(), false)].into()),
+        interfaces: Some(["br0".to_owned()].into()),
+    });
+    let with = |vcpus, memory_mib, connection| v1::CreateServerRequest {
+        flavor: Some(v1::Flavor {
+            vcpus,
+            memory_mib,
+            disk_gib: 0,
+        }),
+        interfaces: [Connection::User(true), connection]
+            .map(|connection| v1::NetworkInterfaceSpec {
+                connection: Some(connection),
+                ..v1::NetworkInterfaceSpec::default()
+            })
+            .into(),
+        ..create(&image)
+    };
+    let bridge = |name: &str| Connection::Bridge(name.to_owned());
+    let network = |name: &str| Connection::Network(name.to_owned());
+    for (request, field) in [
+        (with(1, 2049, bridge("br0")), "flavor.memory_mib"),
+        (with(5, 64, bridge("br0")), "flavor.vcpus"),
+        (with(1, 64, bridge("br1")), "interfaces[1].bridge"),
+        (with(1, 64, network("none")), "interfaces[1].network"),
+        (with(1, 64, network("down")), "interfaces[1].network"),
+    ] {
+        let (code, reason, details) = refusal(agent.servers().create_server(request.clone()).await);
+        assert_eq!(
+            (code, reason.as_str()),
+            (Code::InvalidArgument, "INVALID_FIELD")
+        );
+        assert_eq!(
+            details.bad_request().unwrap().field_violations[0].field,
+            field
+        );
+        let planned = v1::PlanActionRequest {
+            action: Some(Action::Create(request)),
+        };
+        assert_eq!(
+            refusal(agent.servers().plan_action(planned).await).0,
+            Code::InvalidArgument
+        );
+    }
+    assert_eq!(agent.store.server_count(), 0);
+    for good in [with(4, 2048, bridge("br0")), with(1, 64, network("up"))] {
+        agent.servers().create_server(good).await.unwrap();
+    }
+    // What cannot be told is not held against anybody.
+    agent.hypervisor.set_capacity(Capacity {
+        memory_mib: 64,
+        ..Capacity::default()
+    });
+    for unknown in [with(64, 64, bridge("x")), with(1, 64, network("x"))] {
+        agent.servers().create_server(unknown).await.unwrap();
+    }
 }
 
 #[tokio::test]
@@ -426,7 +497,6 @@ async fn an_agent_that_stops_takes_no_new_work_but_knows_the_old() {
 
 #[tokio::test]
 async fn a_dry_run_tells_the_steps_or_the_refusal_and_changes_nothing() {
-    use v1::plan_action_request::Action;
     let agent = Agent::start().await;
     let image = agent.image("rescue").await;
     let id = agent.server("web").await;

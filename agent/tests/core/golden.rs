@@ -550,3 +550,29 @@ fn plans_of_unrescue_and_password() {
     }
     check("unrescue.txt", &book.0);
 }
+
+#[test]
+fn a_rescues_drive_carries_the_user_data_that_the_rescue_was_given_and_no_other() {
+    for given in [None, Some(b"#!/bin/sh".to_vec())] {
+        let args = RescueArgs {
+            user_data: given.clone(),
+            ..rescue_args()
+        };
+        let facts = facts(
+            Some(domain(&created_xml(false), PowerState::Running)),
+            Some(image(RESCUE, "rescue", ImageFormat::Qcow2)),
+        );
+        let server = record(Origin::Created, VmState::Active);
+        let action = Action::Rescue(Box::new(args));
+        let plan = plan(Some(&server), &action, &facts, templates()).unwrap();
+        let drives: Vec<_> = plan
+            .steps
+            .iter()
+            .filter_map(|planned| match &planned.step {
+                Step::BuildConfigDrive { drive, .. } => Some(drive.user_data.clone()),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(drives, [given]);
+    }
+}

@@ -255,7 +255,7 @@ async fn a_dry_run_changes_nothing() {
         .await
         .unwrap();
     assert_eq!(preview.refusal, None);
-    let reads = ["domain ", "domain_xml", "validate"];
+    let reads = ["domain ", "domain_xml", "validate", "capacity"];
     for call in host.fake.calls() {
         assert!(reads.iter().any(|read| call.starts_with(read)), "{call}");
     }

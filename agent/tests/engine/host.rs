@@ -283,6 +283,7 @@ impl Host {
             inactive: xml(Definition::Inactive).await,
             on_disk: fake.definition_on_disk(SERVER),
             live: xml(Definition::Live).await,
+            autostart: fake.autostart(SERVER),
             saved: store.saved_definition(SERVER).await.unwrap(),
             holders: store.image_holders().await.unwrap(),
             files: hashes(self.dir.path()),
@@ -373,6 +374,8 @@ pub(crate) struct Seen {
     /// The inactive definition after a power cut.
     pub(crate) on_disk: Option<String>,
     pub(crate) live: Option<String>,
+    /// Is it started with the host?
+    pub(crate) autostart: bool,
     pub(crate) saved: Option<String>,
     pub(crate) holders: Vec<(Uuid, String)>,
     /// A hash of each file, nothing for folders.
@@ -394,6 +397,7 @@ impl Seen {
         compare("inactive definition", &self.inactive, &other.inactive);
         compare("definition on the disk", &self.on_disk, &other.on_disk);
         compare("live definition", &self.live, &other.live);
+        compare("autostart", &self.autostart, &other.autostart);
         compare("saved definition", &self.saved, &other.saved);
         compare("holders", &self.holders, &other.holders);
         for name in self.files.keys().chain(other.files.keys()) {
@@ -641,6 +645,7 @@ pub(crate) fn rescue() -> RescueArgs {
         device: None,
         protection: Protection::ReadWrite,
         password: hash(),
+        user_data: None,
         timeout_ms: None,
         timeout_overlay: None,
         shutdown: PROMPT,

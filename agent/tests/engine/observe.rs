@@ -6,7 +6,8 @@ use std::{sync::Arc, time::Duration};
 use salvor_agent::{
     core::{
         action::{Action, RescueArgs, Verb},
-        record::{OverlayDisposition, PasswordDelivery, Protection},
+        reason::Reason,
+        record::{OverlayDisposition, PASSWORD_OFFERS, PasswordDelivery, Protection},
         state::{ObservationSource, PowerState, VmState},
     },
     dispatch::Target,
@@ -331,15 +332,50 @@ async fn a_guest_agent_that_was_there_before_the_rescue_stood_gets_the_password_
     watched.end().await;
 }
 
+fn no_user() -> HypervisorError {
+    HypervisorError::GuestAgentRefused {
+        reason: "no such user".to_owned(),
+    }
+}
+
+#[tokio::test]
+async fn a_guest_agent_that_keeps_refusing_the_password_is_given_up_and_the_operations_say_why() {
+    let watched = Watched::new().await;
+    for _ in 0..1_000 {
+        watched.host.fake.fail_next("set_user_password", no_user());
+    }
+    watched.rescue(|_| {}).await;
+    let rescue = || watched.agent.record().rescue.clone().unwrap();
+    for refusals in 1..=PASSWORD_OFFERS {
+        assert!(rescue().password_for_agent.is_some());
+        // It is offered at once to one that has just come.
+        watched.host.fake.guest_agent(SERVER, true);
+        until("it was refused", || rescue().password_refusals == refusals).await;
+        watched.host.fake.guest_agent(SERVER, false);
+    }
+    assert_eq!(rescue().password_for_agent, None);
+    assert_eq!(rescue().password_delivered, [PasswordDelivery::ConfigDrive]);
+    watched.host.fake.guest_agent(SERVER, true);
+    let offers = || {
+        let calls = watched.host.fake.calls();
+        let offers = calls
+            .iter()
+            .filter(|call| call.starts_with("set_user_password"));
+        u32::try_from(offers.count()).unwrap()
+    };
+    stays("it is not offered again", || offers() == PASSWORD_OFFERS).await;
+    let operations = watched.agent.store.operations(None, i64::MAX, 100).await;
+    let last = operations.unwrap().remove(0).1;
+    assert_eq!(last.verb, Verb::DeliverPassword);
+    assert_eq!(last.error.unwrap().reason, Reason::GuestAgentRefused);
+    watched.end().await;
+}
+
 #[tokio::test]
 async fn a_password_that_the_guest_agent_refuses_is_not_offered_again_at_once() {
     let watched = Watched::new().await;
     for _ in 0..1_000 {
-        let no = HypervisorError::Refused {
-            call: "virDomainSetUserPassword",
-            message: "no such user".to_owned(),
-        };
-        watched.host.fake.fail_next("set_user_password", no);
+        watched.host.fake.fail_next("set_user_password", no_user());
     }
     watched.rescue(|_| {}).await;
     watched.host.fake.guest_agent(SERVER, true);

@@ -353,6 +353,33 @@ fn set_version(path: &Path, version: i64) {
 }
 
 #[tokio::test]
+async fn two_of_the_operations_that_begin_alike_are_found() {
+    let folder = folder();
+    let store = open(&folder);
+    let ids = [
+        uuid::uuid!("aaaa1111-0000-4000-8000-000000000001"),
+        uuid::uuid!("aaaa2222-0000-4000-8000-000000000002"),
+        uuid::uuid!("aaaaffff-ffff-4000-8000-000000000003"),
+        uuid::uuid!("aaab0000-0000-4000-8000-000000000004"),
+    ];
+    for id in ids {
+        let made = server(Uuid::new_v4());
+        let plan = plan(Verb::Adopt, made.id, Outcome::Insert(Box::new(made)));
+        let plan = Arc::new(Plan {
+            id,
+            ..Plan::clone(&plan)
+        });
+        done(&store, &plan).await;
+    }
+    let beginning = async |word: &str| store.operations_beginning(word.to_owned()).await.unwrap();
+    assert_eq!(beginning("aaaa2").await, ids[1..2]);
+    assert_eq!(beginning("aaaaf").await, ids[2..3]);
+    assert_eq!(beginning("aaaaffff-").await, ids[2..3]);
+    assert_eq!(beginning("aaaa").await, ids[..2]);
+    assert!(beginning("aaac").await.is_empty());
+}
+
+#[tokio::test]
 async fn an_image_that_somebody_stands_on_is_not_removed() {
     let folder = folder();
     let store = open(&folder);

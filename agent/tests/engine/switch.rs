@@ -273,7 +273,7 @@ async fn a_domain_that_is_renamed_while_it_is_switched_goes_on_under_its_new_nam
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn taking_back_leaves_a_definition_alone_that_somebody_else_made() {
+async fn a_delete_that_removed_the_definition_goes_on_and_leaves_alone_what_somebody_else_made() {
     let host = Host::new();
     let gate = Gate::new(Verb::Delete, Point::AfterStep(1));
     let agent = with_server(&host, Arc::clone(&gate) as _).await;
@@ -286,8 +286,42 @@ async fn taking_back_leaves_a_definition_alone_that_somebody_else_made() {
     agent.engine.cancel(delete).await.unwrap();
     gate.open();
     let operation = agent.ended(delete).await;
-    assert_eq!(operation.state, OperationState::Cancelled);
-    assert_eq!(host.look(&agent).await.inactive, Some(mine));
+    assert_eq!(operation.state, OperationState::Done);
+    let seen = host.look(&agent).await;
+    assert_eq!((seen.inactive, seen.record), (Some(mine), None));
+}
+
+#[tokio::test]
+async fn a_delete_goes_on_if_removing_the_definition_failed_but_took_effect() {
+    let host = Host::new();
+    let agent = with_server(&host, Arc::new(NoProbe)).await;
+    let late = HypervisorError::Deadline {
+        call: "virDomainUndefineFlags",
+        after: std::time::Duration::from_secs(30),
+    };
+    host.fake.lose_next_answer("undefine", late);
+    agent.succeed(ON, Action::Delete).await;
+    assert!(host.look(&agent).await.power.is_none());
+}
+
+#[tokio::test]
+async fn a_delete_that_may_not_remove_the_definition_leaves_the_domain_as_it_was() {
+    let host = Host::new();
+    let agent = with_server(&host, Arc::new(NoProbe)).await;
+    host.fake.set_autostart(SERVER);
+    let before = host.look(&agent).await;
+    let no = HypervisorError::Refused {
+        call: "virDomainUndefineFlags",
+        message: "no".to_owned(),
+    };
+    host.fake.fail_next("undefine", no);
+    let operation = agent.carry_out(ON, Action::Delete).await;
+    assert_eq!(operation.state, OperationState::Failed);
+    let differences = host.look(&agent).await.differences(&before);
+    assert!(
+        differences.is_empty() && before.autostart,
+        "{differences:?}"
+    );
 }
 
 #[tokio::test]

@@ -257,4 +257,5 @@ pub(crate) async fn prepare(host: &Host, prior: &[Prior]) {
             }
         }
     }
+    host.fake.set_autostart(SERVER);
 }

@@ -87,7 +87,7 @@ pub(crate) enum ServerCommand {
 /// A server.
 #[derive(Debug, Args)]
 pub(crate) struct ServerArg {
-    /// The server: uuid, unique beginning of a uuid, or unique name.
+    /// The server: uuid, at least four digits that no other uuid begins with, or unique name.
     pub(crate) server: String,
 }
 
@@ -122,7 +122,7 @@ pub(crate) struct CreateArgs {
     /// Name of the server.
     #[arg(long)]
     pub(crate) name: String,
-    /// Image: id, unique beginning of an id, or unique name.
+    /// Image: id, at least four digits that no other id begins with, or unique name.
     #[arg(long)]
     pub(crate) image: String,
     /// Virtual CPUs.
@@ -185,7 +185,7 @@ pub(crate) struct AdoptArgs {
 /// How to stop.
 #[derive(Debug, Args)]
 pub(crate) struct StopArgs {
-    /// The server: uuid, unique beginning of a uuid, or unique name.
+    /// The server: uuid, at least four digits that no other uuid begins with, or unique name.
     pub(crate) server: String,
     #[command(flatten)]
     pub(crate) shutdown: Shutdown,
@@ -203,7 +203,7 @@ pub(crate) struct Shutdown {
 /// How to rescue.
 #[derive(Debug, Args)]
 pub(crate) struct RescueArgs {
-    /// The server: uuid, unique beginning of a uuid, or unique name.
+    /// The server: uuid, at least four digits that no other uuid begins with, or unique name.
     pub(crate) server: String,
     /// Rescue image; if absent the server's own image, else the host's default rescue image.
     #[arg(long)]
@@ -222,6 +222,10 @@ pub(crate) struct RescueArgs {
     pub(crate) disks: DisksArg,
     #[command(flatten)]
     pub(crate) admin_pass: AdminPass,
+    /// File with user data for the rescue system's cloud-init. The server's own is for its first boot
+    /// and is not given to a rescue.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) user_data: Option<PathBuf>,
     /// Unrescue by itself after this time (2h, 1h30m, …); the configured time if absent, never if 0.
     #[arg(long, value_name = "TIME", value_parser = units::duration)]
     pub(crate) timeout: Option<Duration>,
@@ -235,7 +239,7 @@ pub(crate) struct RescueArgs {
 /// How to put a server back.
 #[derive(Debug, Args)]
 pub(crate) struct UnrescueArgs {
-    /// The server: uuid, unique beginning of a uuid, or unique name.
+    /// The server: uuid, at least four digits that no other uuid begins with, or unique name.
     pub(crate) server: String,
     /// What becomes of the overlays of a rescue with --disks overlay.
     #[arg(long, value_enum)]

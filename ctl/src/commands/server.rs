@@ -30,7 +30,8 @@ macro_rules! send {
             let request = ask_within(request.clone(), ACTION_TIMEOUT);
             $session.agent.servers().$method(request).await
         });
-        unless_interrupted(&id, async { Ok(call.await?) }).await
+        // On the heap: one of these for each verb would make the program's own future large.
+        unless_interrupted(&id, Box::pin(async { Ok(call.await?) })).await
     }};
 }
 

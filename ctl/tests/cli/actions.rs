@@ -251,12 +251,16 @@ async fn quiet_writes_the_result_only() {
 async fn arguments_become_the_request() {
     let mock = agent(done());
     let socket = mock.socket();
+    let script = mock.folder().join("repair.sh");
+    std::fs::write(&script, "#!/bin/sh").unwrap();
     run(
         &socket,
         &[
             "server",
             "rescue",
             "web-1",
+            "--user-data",
+            script.to_str().unwrap(),
             "--image",
             "fix",
             "--mode",
@@ -300,6 +304,7 @@ async fn arguments_become_the_request() {
     let seconds = |seconds| Some(prost_types::Duration { seconds, nanos: 0 });
     let rescue = &state.rescues[0];
     assert_eq!(rescue.image.as_deref(), Some("fix"));
+    assert_eq!(rescue.user_data, b"#!/bin/sh");
     assert_eq!(rescue.mode(), v1::RescueMode::Stable);
     assert_eq!(rescue.bus(), v1::RescueBus::Usb);
     assert_eq!(rescue.device(), v1::RescueDevice::Cdrom);

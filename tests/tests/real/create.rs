@@ -6,7 +6,8 @@ use std::path::PathBuf;
 
 use salvor_proto::v1::{
     CreateServerRequest, DeleteImageRequest, Firmware, Flavor, Image, NetworkInterfaceSpec,
-    RescueMode, RescueServerRequest, ServerOrigin, VmState, network_interface_spec::Connection,
+    PlanActionRequest, RescueMode, RescueServerRequest, ServerOrigin, VmState,
+    network_interface_spec::Connection, plan_action_request::Action,
 };
 use salvor_tests::agent::AgentSettings;
 use salvor_tests::client::{Client, assert_refused};
@@ -15,7 +16,9 @@ use salvor_tests::guests::{Format, LinuxGuest, TinyGuest, linux_slot};
 use salvor_tests::wait::{BOOT, SOON};
 use serde_json::Value;
 use tonic::Code;
+use tonic_types::StatusExt as _;
 use uuid::Uuid;
+use virt::connect::Connect;
 use virt::domain::DomainState;
 
 use crate::scene::{AT_ONCE, Scene, crypt, rescue_with, sha256, unrescue_of};
@@ -99,6 +102,77 @@ async fn a_server_made_of_a_qcow2_or_raw_image_boots_knows_who_it_is_and_leaves_
         assert_eq!(scene.references(&image.id).await, 0);
         assert_eq!(sha256(&stored), sum, "nobody wrote to the image");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_host_has_not_is_refused_before_anything_is_made() {
+    let mut scene = Scene::new().await;
+    let image = scene.tiny_image("small").await;
+    let (name, bridge) = (Scene::unique("idle"), Scene::unique("br"));
+    let xml = format!("<network><name>{name}</name><bridge name='{bridge}' stp='off'/></network>");
+    let network = scene.libvirt.call(move |connect| {
+        let network = connect.define_network_xml(&xml)?;
+        network.name()
+    });
+    let network = network.unwrap();
+    let with = |connection| CreateServerRequest {
+        interfaces: vec![NetworkInterfaceSpec {
+            connection: Some(connection),
+            ..NetworkInterfaceSpec::default()
+        }],
+        ..server_from(&image, 64)
+    };
+    let mut many = server_from(&image, 64);
+    many.flavor.as_mut().unwrap().vcpus = 512;
+    for (request, field) in [
+        (server_from(&image, 16 << 20), "flavor.memory_mib"),
+        (many, "flavor.vcpus"),
+        (
+            with(Connection::Bridge(bridge.clone())),
+            "interfaces[0].bridge",
+        ),
+        (
+            with(Connection::Network("none".into())),
+            "interfaces[0].network",
+        ),
+        (
+            with(Connection::Network(network.clone())),
+            "interfaces[0].network",
+        ),
+    ] {
+        let refused = scene.client.servers.create_server(request).await;
+        let details = refused.as_ref().unwrap_err().get_error_details();
+        let fields = &details.bad_request().expect(field).field_violations;
+        println!("{}: {}", fields[0].field, fields[0].description);
+        assert_eq!(fields[0].field, field);
+        assert_refused(refused, Code::InvalidArgument, "INVALID_FIELD");
+    }
+    assert!(scene.client.list().await.is_empty());
+    // What is there is taken: the network that runs, and the bridge that came with it.
+    let called = {
+        let name = network.clone();
+        let started = move |connect: &Connect| connect.lookup_network_by_name(&name)?.create();
+        scene.libvirt.call(started)
+    };
+    called.unwrap();
+    for there in [
+        Connection::Network(network.clone()),
+        Connection::Bridge(bridge),
+    ] {
+        let action = Some(Action::Create(with(there.clone())));
+        let planned = scene
+            .client
+            .servers
+            .plan_action(PlanActionRequest { action });
+        let planned = planned.await.unwrap_or_else(|no| panic!("{there:?}: {no}"));
+        assert!(planned.into_inner().accepted);
+    }
+    let removed = scene.libvirt.call(move |connect| {
+        let network = connect.lookup_network_by_name(&network)?;
+        network.destroy()?;
+        network.undefine()
+    });
+    removed.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

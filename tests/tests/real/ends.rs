@@ -104,6 +104,34 @@ async fn a_stop_that_is_cancelled_leaves_the_guest_running() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_delete_is_taken_back_whole_or_carried_through() {
+    let folder = RunFolder::for_this_test();
+    let host = TestHost::shared();
+    let settings = AgentSettings::default();
+    let (actor, mut scene) = Scene::with_actor(host, folder.path(), &tiny("kept"), settings).await;
+    let libvirt = actor.libvirt.clone();
+    libvirt.set_autostart(actor.id).unwrap();
+    libvirt.note_snapshot(actor.id, "before").unwrap();
+    let (mark, number) = (actor.console().mark(), actor.number());
+    // Before the definition goes, everything is taken back.
+    scene.restart_with("delete:before-step:1:fail").await;
+    let ended = scene.client.delete(actor.id).await;
+    assert_eq!(ended.metadata.state(), OperationState::Failed, "{ended:#?}");
+    assert_eq!(ended.metadata.steps[1].kind, "UndefineDomain");
+    scene.assert_original(&actor, mark, number).await;
+    assert!(libvirt.autostart(actor.id).unwrap());
+    assert_eq!(libvirt.snapshots(actor.id).unwrap(), ["before"]);
+    // After that it could not be: libvirt keeps neither with the definition that is given back.
+    for failpoint in ["delete:after-step:1:fail", "delete:before-commit:fail"] {
+        let other = scene.another_actor(&tiny(&Scene::unique("gone"))).await;
+        libvirt.note_snapshot(other.id, "before").unwrap();
+        scene.restart_with(failpoint).await;
+        scene.client.delete(other.id).await.done();
+        libvirt.inactive_xml(other.id).unwrap_err();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn rescue_and_unrescue_can_be_cancelled_in_every_phase() {
     let folder = RunFolder::for_this_test();
     let host = TestHost::shared();

@@ -503,6 +503,24 @@ async fn a_host_that_reboots_while_rescued_finds_record_and_domain_agreed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_starts_with_its_host_comes_up_in_its_rescue_after_a_reboot() {
+    let folder = RunFolder::for_this_test();
+    let host = TestHost::start(folder.path());
+    let settings = AgentSettings::default();
+    let (actor, mut scene) = Scene::with_actor(&host, folder.path(), &tiny("auto"), settings).await;
+    actor.libvirt.set_autostart(actor.id).unwrap();
+    let operation = scene.rescue_actor(&actor).await;
+    let mark = actor.console().mark();
+    host.reboot();
+    scene.agent.forget_process();
+    scene.restart().await;
+    actor.wait_ready(mark, FIXER);
+    scene.assert_rescued(&actor, &operation, mark, None).await;
+    scene.unrescue_actor(&actor).await;
+    assert!(actor.libvirt.autostart(actor.id).unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_rescue_that_a_reboot_cut_off_is_carried_on() {
     let folder = RunFolder::for_this_test();
     let host = TestHost::start(folder.path());

@@ -194,6 +194,7 @@ pub(in crate::api) mod tests {
                 password_delivered: Vec::new(),
                 password_for_agent: Some(CryptHash("$6$secret".to_owned())),
                 password_user: "root".to_owned(),
+                password_refusals: 0,
             }),
             fault: None,
             operation: Some(Uuid::from_u128(5)),

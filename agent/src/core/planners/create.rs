@@ -12,7 +12,7 @@ use crate::core::{
     action::{CreateArgs, NicConnection, Verb},
     backing::{References, check_name},
     devices::devices,
-    facts::{Facts, ImageFacts},
+    facts::{Capacity, Facts, ImageFacts},
     image::{ImageFormat, Understood},
     plan::{ConfigDriveSpec, Mark, Phase, Plan, RescueChange, Step},
     reason::{Reason, Refusal, Warning, WarningName},
@@ -41,6 +41,9 @@ pub(super) fn plan(
     }
     let image = image(facts)?;
     let size = disk_size(args, image)?;
+    if let Some(capacity) = &facts.capacity {
+        check_capacity(args, capacity)?;
+    }
     let admin_user = properties(image)?.admin_user;
     check_space(facts, FILES_NEED)?;
     let xml = render_server(templates, &spec(args, facts, image)).map_err(|error| {
@@ -94,6 +97,83 @@ pub(super) fn plan(
     Ok(builder.becomes(VmState::Active, RescueChange::Keep))
 }
 
+/// The machine type.
+#[must_use]
+pub fn machine(args: &CreateArgs, arch: &str) -> String {
+    args.machine.clone().unwrap_or_else(|| {
+        let default = if arch == "x86_64" { "q35" } else { "virt" };
+        default.to_owned()
+    })
+}
+
+/// Has the host what the server is to run on? libvirt looks for most of it only when the guest starts.
+fn check_capacity(args: &CreateArgs, capacity: &Capacity) -> Result<(), Refusal> {
+    let flavor = &args.flavor;
+    if flavor.memory_mib > capacity.memory_mib {
+        return Err(Refusal::field(
+            "flavor.memory_mib",
+            format!(
+                "the host has {} MiB, and {} were asked for",
+                capacity.memory_mib, flavor.memory_mib
+            ),
+        ));
+    }
+    if let Some(most) = capacity.max_vcpus
+        && flavor.vcpus > most
+    {
+        return Err(Refusal::field(
+            "flavor.vcpus",
+            format!(
+                "a guest of this machine type has at most {most} CPUs here, and {} were asked for",
+                flavor.vcpus
+            ),
+        ));
+    }
+    for (index, nic) in args.nics.iter().enumerate() {
+        check_connection(index, &nic.connection, capacity)?;
+    }
+    Ok(())
+}
+
+fn check_connection(
+    index: usize,
+    connection: &NicConnection,
+    capacity: &Capacity,
+) -> Result<(), Refusal> {
+    let field = |kind: &str| format!("interfaces[{index}].{kind}");
+    match connection {
+        NicConnection::Network(name) => {
+            match capacity
+                .networks
+                .as_ref()
+                .map(|networks| networks.get(name))
+            {
+                Some(None) => Err(Refusal::field(
+                    field("network"),
+                    format!("libvirt has no network {name:?}; `virsh net-list --all` shows them"),
+                )),
+                Some(Some(false)) => Err(Refusal::field(
+                    field("network"),
+                    format!(
+                        "libvirt's network {name:?} is not active; `virsh net-start {name}` starts it"
+                    ),
+                )),
+                Some(Some(true)) | None => Ok(()),
+            }
+        }
+        NicConnection::Bridge(name) => match &capacity.interfaces {
+            Some(interfaces) if !interfaces.contains(name) => Err(Refusal::field(
+                field("bridge"),
+                format!(
+                    "the host has no bridge {name:?}; `virsh iface-list --all` shows what it has"
+                ),
+            )),
+            Some(_) | None => Ok(()),
+        },
+        NicConnection::User => Ok(()),
+    }
+}
+
 /// The size of the server's disk in bytes.
 fn disk_size(args: &CreateArgs, image: &ImageFacts) -> Result<u64, Refusal> {
     if image.record.format == ImageFormat::Iso {
@@ -140,10 +220,7 @@ fn spec(args: &CreateArgs, facts: &Facts, image: &ImageFacts) -> ServerSpec {
             DomainKind::Qemu
         },
         arch: host.arch.clone(),
-        machine: args.machine.clone().unwrap_or_else(|| {
-            let default = if host.arch == "x86_64" { "q35" } else { "virt" };
-            default.to_owned()
-        }),
+        machine: machine(args, &host.arch),
         memory_mib: args.flavor.memory_mib,
         vcpus: args.flavor.vcpus,
         disks: vec![ServerDisk {

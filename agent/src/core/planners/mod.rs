@@ -25,6 +25,7 @@ use super::{
     state::VmState,
 };
 
+pub use create::machine;
 pub use rescue::{HostImage, choose_image};
 
 /// Plans an action that admission accepted.

@@ -168,6 +168,7 @@ pub(super) fn plan(
         password_delivered: vec![PasswordDelivery::ConfigDrive],
         password_for_agent: has_agent_channel.then(|| args.password.clone()),
         password_user: rescue.password_user,
+        password_refusals: 0,
     };
     let begins = RescueChange::Begin {
         rescue: Box::new(record),
@@ -319,7 +320,7 @@ impl<'a> Rescue<'a> {
             public_keys: server.public_keys.clone(),
             password: Some(self.args.password.clone()),
             password_user: self.password_user.clone(),
-            user_data: None,
+            user_data: self.args.user_data.clone(),
             metadata: server.metadata.clone(),
         }
     }

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The fake host: its domains and what may be done to them. It knows no calls and no processes.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use uuid::Uuid;
 
-use crate::core::state::PowerState;
+use crate::core::{facts::Capacity, state::PowerState};
 use crate::hypervisor::{CryptHash, DomainStatus, HypervisorError, HypervisorResult, StuckCall};
 
 /// One domain of the fake host.
@@ -18,6 +18,8 @@ pub(super) struct Domain {
     pub(super) reason: &'static str,
     /// What ran when its memory was saved.
     pub(super) managed_save: Option<String>,
+    /// Is it started with the host? Goes with the definition, and is not in it.
+    pub(super) autostart: bool,
 }
 
 impl Domain {
@@ -47,7 +49,17 @@ pub(super) struct Planned {
     pub(super) takes_effect: bool,
 }
 
-#[derive(Debug, Clone, Default)]
+/// A host of 32 GiB with a network and a bridge.
+fn usual_capacity() -> Capacity {
+    Capacity {
+        memory_mib: 32 * 1024,
+        max_vcpus: Some(255),
+        networks: Some(BTreeMap::from([("default".to_owned(), true)])),
+        interfaces: Some(BTreeSet::from(["br0".to_owned()])),
+    }
+}
+
+#[derive(Debug, Clone)]
 pub(super) struct HostState {
     pub(super) domains: BTreeMap<Uuid, Domain>,
     pub(super) guests: HashMap<Uuid, Guest>,
@@ -57,6 +69,22 @@ pub(super) struct HostState {
     pub(super) stuck: Vec<StuckCall>,
     /// Definitions as they were when they were synced last.
     pub(super) on_disk: BTreeMap<Uuid, String>,
+    pub(super) capacity: Capacity,
+}
+
+impl Default for HostState {
+    fn default() -> Self {
+        Self {
+            domains: BTreeMap::new(),
+            guests: HashMap::new(),
+            passwords: HashMap::new(),
+            planned: Vec::new(),
+            calls: Vec::new(),
+            stuck: Vec::new(),
+            on_disk: BTreeMap::new(),
+            capacity: usual_capacity(),
+        }
+    }
 }
 
 pub(super) fn element<'a>(xml: &'a str, name: &str) -> Option<&'a str> {
@@ -130,6 +158,7 @@ impl HostState {
             power: PowerState::Shutdown,
             reason: "unknown",
             managed_save: None,
+            autostart: false,
         });
         if domain.name != name {
             let old = &domain.name;
@@ -147,6 +176,7 @@ impl HostState {
             return false;
         };
         domain.managed_save = None;
+        domain.autostart = false;
         let was = domain.inactive.take().is_some();
         if domain.live.is_none() {
             self.domains.remove(&id);

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use crate::core::plan::ConfigDriveSpec;
 
 /// The metadata versions of OpenStack; each has its folder, `latest` is what most readers open.
-const VERSIONS: [&str; 10] = [
+const VERSIONS: [&str; 11] = [
     "2012-08-10",
     "2013-04-04",
     "2013-10-17",
@@ -16,6 +16,7 @@ const VERSIONS: [&str; 10] = [
     "2017-02-22",
     "2018-08-27",
     "2020-10-14",
+    "2025-04-04",
     "latest",
 ];
 /// The versions from which on there is vendor data, of the static and of the dynamic kind. They are

@@ -67,7 +67,7 @@ fn json(path: &Path, name: &str) -> Value {
 fn the_drive_tells_who_the_guest_is() {
     let dir = tempfile::tempdir().unwrap();
     let path = build(&drive(), dir.path());
-    for version in ["latest", "2012-08-10", "2020-10-14"] {
+    for version in ["latest", "2012-08-10", "2025-04-04"] {
         let metadata = json(&path, &format!("openstack/{version}/meta_data.json"));
         assert_eq!(metadata["uuid"], "1d2c3b4a-0000-4000-8000-123456789abc");
         assert_eq!(metadata["hostname"], "web-1");

@@ -92,6 +92,7 @@ fn rescue() -> RescueRecord {
         password_delivered: vec![PasswordDelivery::ConfigDrive],
         password_for_agent: Some(hash()),
         password_user: text("root"),
+        password_refusals: 2,
     }
 }
 
