@@ -47,6 +47,8 @@ CREATE INDEX operations_of_server ON operations (server, ord);
 
 CREATE INDEX operations_under_way ON operations (ord) WHERE final = 0;
 
+CREATE TABLE room (filler BLOB NOT NULL) STRICT;
+
 CREATE TABLE saved_definitions (
         server TEXT PRIMARY KEY,
         plan TEXT NOT NULL,
