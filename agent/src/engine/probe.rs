@@ -53,12 +53,12 @@ impl Probe for NoProbe {
 
 /// The crash points of the real daemon, in builds for tests: `SALVOR_FAILPOINT=VERB:WHERE[:INDEX]:WHAT`
 /// with WHERE one of `before-step`, `after-step`, `before-revert`, `after-revert`, `before-commit`,
-/// `after-commit`, `before-finish` and WHAT one of `kill` (SIGKILL to the agent itself) and `fail`.
+/// `after-commit`, `before-finish` and WHAT one of `kill` (SIGKILL to the agent itself), `fail` and `cancel`.
 /// Several are separated by commas.
 #[cfg(feature = "failpoints")]
 #[derive(Debug, Clone, Default)]
 pub struct EnvProbe {
-    points: Vec<(String, Point, bool)>,
+    points: Vec<(String, Point, Event)>,
 }
 
 #[cfg(feature = "failpoints")]
@@ -76,7 +76,7 @@ impl EnvProbe {
         Ok(Self { points })
     }
 
-    fn parse(part: &str) -> Option<(String, Point, bool)> {
+    fn parse(part: &str) -> Option<(String, Point, Event)> {
         let mut words = part.split(':');
         let verb = words.next()?.to_owned();
         let place = words.next()?;
@@ -91,29 +91,31 @@ impl EnvProbe {
             "before-finish" => Point::BeforeFinish,
             _ => return None,
         };
-        let kill = match words.next()? {
-            "kill" => true,
-            "fail" => false,
+        let event = match words.next()? {
+            "kill" => Event::Die,
+            "fail" => Event::Fail(Reason::Internal),
+            "cancel" => Event::Cancel,
             _ => return None,
         };
-        words.next().is_none().then_some((verb, point, kill))
+        words.next().is_none().then_some((verb, point, event))
     }
 }
 
 #[cfg(feature = "failpoints")]
 impl Probe for EnvProbe {
     fn at(&self, plan: &Plan, point: Point) -> Event {
-        for (verb, at, kill) in &self.points {
+        for (verb, at, event) in &self.points {
             if verb != plan.verb.name() || *at != point {
                 continue;
             }
-            if !kill {
-                return Event::Fail(Reason::Internal);
+            if *event == Event::Die {
+                // Not an exit: nothing may be flushed, dropped or said on the way out.
+                let _ = nix::sys::signal::kill(
+                    nix::unistd::Pid::this(),
+                    nix::sys::signal::Signal::SIGKILL,
+                );
             }
-            // Not an exit: nothing may be flushed, dropped or said on the way out.
-            let _ =
-                nix::sys::signal::kill(nix::unistd::Pid::this(), nix::sys::signal::Signal::SIGKILL);
-            return Event::Die;
+            return *event;
         }
         Event::Go
     }

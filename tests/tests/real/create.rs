@@ -21,6 +21,7 @@ use uuid::Uuid;
 use virt::connect::Connect;
 use virt::domain::DomainState;
 
+use crate::firmware::{setting, variable};
 use crate::scene::{AT_ONCE, Scene, crypt, rescue_with, sha256, unrescue_of};
 
 /// A request for a server as small as can be.
@@ -198,6 +199,20 @@ async fn a_uefi_server_is_made_rescued_and_deleted_with_its_variables() {
             .iter()
             .any(|file| file.ends_with("nvram.fd"))
     );
+
+    console.run_ok(&setting("ByTheServer"));
+    let mark = console.mark();
+    scene.rescue(rescue_with(id, &image)).await;
+    console.wait_line(mark, "GUEST ready name=made", BOOT);
+    console.run_ok(&setting("ByTheRescue"));
+    console.run_ok(&format!("test -e {}", variable("ByTheServer")));
+    let mark = console.mark();
+    scene.unrescue(unrescue_of(id)).await;
+    console.wait_line(mark, "GUEST ready name=made", BOOT);
+    console.run_ok(&setting("AfterTheRescue"));
+    console.run_ok(&format!("test -e {}", variable("ByTheServer")));
+    console.run_ok(&format!("test ! -e {}", variable("ByTheRescue")));
+
     scene.client.delete(id).await.done();
     assert_eq!(scene.files_of(id), Vec::<PathBuf>::new());
     assert!(scene.libvirt.state(id).is_err());

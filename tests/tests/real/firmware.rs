@@ -20,12 +20,12 @@ fn nvram_of(xml: &str) -> PathBuf {
 }
 
 /// Where a UEFI variable of the test's own shows itself in a guest.
-fn variable(name: &str) -> String {
+pub(crate) fn variable(name: &str) -> String {
     format!("/sys/firmware/efi/efivars/{name}-11111111-2222-3333-4444-555555555555")
 }
 
 /// The order that mounts the variables and sets one.
-fn setting(name: &str) -> String {
+pub(crate) fn setting(name: &str) -> String {
     format!(
         "mount -t efivarfs efivarfs /sys/firmware/efi/efivars; \
          printf '\\007\\0\\0\\0value' > {}; sync",

@@ -68,6 +68,8 @@ pub(super) enum Cut {
     Kill,
     /// A step fails: as before.
     Fail,
+    /// Somebody cancels: as before.
+    Cancel,
     /// A step fails, and the agent dies while it takes back: as before.
     FailAndKill,
     /// A step of the clean-up fails: done, and what is left goes at the next start.
@@ -120,6 +122,11 @@ pub(super) fn cases(script: Script, steps: usize, before_commit: usize) -> Vec<C
         add(Cut::Fail, &[format!("after-step:{step}:fail")]);
     }
     add(Cut::Fail, &["before-commit:fail".into()]);
+    for step in 0..before_commit {
+        add(Cut::Cancel, &[format!("before-step:{step}:cancel")]);
+    }
+    let last = before_commit.saturating_sub(1);
+    add(Cut::Cancel, &[format!("after-step:{last}:cancel")]);
     for step in before_commit..steps {
         add(Cut::FailCleanUp, &[format!("before-step:{step}:fail")]);
     }

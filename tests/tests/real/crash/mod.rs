@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The plans of rescue and unrescue on real libvirt, cut off at every point: the real daemon is killed
-//! (by itself, with SIGKILL) before and after every step, every step fails, the way back is cut off as
-//! well, and taking back fails. However it was cut off, the operation ends in "done" or "as before".
+//! (by itself, with SIGKILL) before and after every step, every step fails, somebody cancels at every step,
+//! the way back is cut off as well, and taking back fails. However it was cut off, the operation ends in "done" or "as before".
 //!
 //! `SALVOR_CRASH_CASE=unrescue:after-step:1:kill` plays only the cases whose failpoints hold that text.
 //! The same over all verbs on a hypervisor in memory is in the agent's own tests.

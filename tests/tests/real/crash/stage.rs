@@ -168,7 +168,7 @@ impl Stage {
                 assert_eq!(self.scene.agent.wait_end(SOON), "signal 9");
                 self.scene.start_with("").await;
             }
-            Cut::Fail | Cut::FailTwice | Cut::FailCleanUp => {}
+            Cut::Fail | Cut::Cancel | Cut::FailTwice | Cut::FailCleanUp => {}
         }
         // The same request again, also after a restart, is the same operation.
         let operation = self.submit(&action).await.unwrap();
@@ -185,6 +185,7 @@ impl Stage {
             Cut::Fail | Cut::FailAndKill | Cut::FailTwice => {
                 assert_eq!(state, OperationState::Failed, "{ended:#?}");
             }
+            Cut::Cancel => assert_eq!(state, OperationState::Cancelled, "{ended:#?}"),
             Cut::FailCleanUp => {
                 ended.done();
                 let left_behind =

@@ -36,7 +36,7 @@ use calls::Call;
 use values::{Fuzz, Known};
 
 use crate::actor::{Actor, FIXER, tiny};
-use crate::scene::{Scene, files_below};
+use crate::scene::{Scene, files_below, sha256};
 
 const CALLS: usize = 2_000;
 
@@ -123,6 +123,8 @@ struct World {
     definitions: Vec<String>,
     numbers: Vec<Option<u32>>,
     consoles: Vec<String>,
+    /// Sums of the disks. No guest here writes without being told.
+    disks: Vec<String>,
     files: Vec<PathBuf>,
 }
 
@@ -174,6 +176,7 @@ async fn world(scene: &mut Scene<'_>, actors: &[&Actor]) -> World {
             .collect(),
         numbers: actors.iter().map(|actor| actor.number()).collect(),
         consoles: actors.iter().map(|actor| actor.console().text()).collect(),
+        disks: actors.iter().map(|actor| sha256(&actor.disk)).collect(),
         files: files_below(&scene.agent.state_folder())
             .into_iter()
             .filter(|file| !file.to_string_lossy().contains("salvor.db"))
