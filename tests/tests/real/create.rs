@@ -207,7 +207,7 @@ async fn a_uefi_server_is_made_rescued_and_deleted_with_its_variables() {
     console.run_ok(&setting("ByTheRescue"));
     console.run_ok(&format!("test -e {}", variable("ByTheServer")));
     let mark = console.mark();
-    scene.unrescue(unrescue_of(id)).await;
+    scene.client.unrescue(unrescue_of(id)).await.done();
     console.wait_line(mark, "GUEST ready name=made", BOOT);
     console.run_ok(&setting("AfterTheRescue"));
     console.run_ok(&format!("test -e {}", variable("ByTheServer")));
