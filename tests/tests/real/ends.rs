@@ -343,7 +343,7 @@ async fn a_disk_that_is_full_leaves_the_guest_untouched_and_no_file_behind() {
 
     // Not enough to begin with: refused at once.
     let filler = disk.outside.join("filler");
-    fs::write(&filler, vec![0; 56 << 20]).unwrap();
+    fs::write(&filler, vec![0; 44 << 20]).unwrap();
     let refused = scene
         .client
         .servers

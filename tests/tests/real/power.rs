@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Adopt, start and stop, and the plainest rescue there is, on real guests.
 
+use std::fs;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use salvor_proto::v1::{GuestStop, PowerState, VmState};
@@ -14,7 +16,7 @@ use salvor_tests::wait::SOON;
 use virt::sys;
 
 use crate::actor::tiny;
-use crate::scene::Scene;
+use crate::scene::{Scene, rescue_with, unrescue_of};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_adopted_domain_is_stopped_and_started_and_its_definition_stays() {
@@ -53,6 +55,46 @@ async fn a_repair_made_in_the_rescue_is_there_afterwards() {
         Scene::with_actor(host, folder.path(), &tiny("patient"), settings).await;
     scene.rescue_actor(&actor).await;
     scene.unrescue_actor(&actor).await;
+}
+
+// gap 4
+#[tokio::test(flavor = "multi_thread")]
+async fn what_another_rescue_left_behind_is_not_used_and_goes_at_the_next_start() {
+    let mut scene = Scene::new().await;
+    let id = scene.tiny(&TinyGuest::new("orig")).await;
+    let (one, other) = (
+        scene.tiny_image("one").await,
+        scene.tiny_image("other").await,
+    );
+    let console = scene.console(id);
+    let mark = console.mark();
+    scene.rescue(rescue_with(id, &one)).await;
+    console.wait_line(mark, "TINY-READY one", SOON);
+    // As if removing them had failed.
+    let files: Vec<(PathBuf, Vec<u8>)> = scene
+        .files_of(id)
+        .into_iter()
+        .map(|file| (file.clone(), fs::read(file).unwrap()))
+        .collect();
+    assert!(files.iter().any(|(file, _)| file.ends_with("disk.config")));
+    scene.unrescue(unrescue_of(id)).await;
+    for (file, content) in &files {
+        fs::create_dir_all(file.parent().unwrap()).unwrap();
+        fs::write(file, content).unwrap();
+    }
+
+    let mark = console.mark();
+    scene.rescue(rescue_with(id, &other)).await;
+    console.wait_line(mark, "TINY-READY other", SOON);
+    for (file, content) in &files {
+        assert_eq!(&fs::read(file).unwrap(), content, "{}", file.display());
+    }
+    scene.agent.kill_9();
+    scene.restart().await;
+    assert!(!files.iter().any(|(file, _)| file.exists()));
+    let mark = console.mark();
+    scene.unrescue(unrescue_of(id)).await;
+    console.wait_line(mark, "TINY-READY orig", SOON);
 }
 
 #[tokio::test(flavor = "multi_thread")]
