@@ -176,6 +176,7 @@ impl Libvirt {
         if let Some(stuck) = call
             .domain
             .and_then(|domain| self.shared.stuck.in_the_way(class.name(), domain))
+            .filter(|stuck| self.hangs(stuck))
         {
             return Err(HypervisorError::Deadline {
                 call: stuck.call,
@@ -232,7 +233,7 @@ impl Libvirt {
         T: Send + 'static,
         F: FnOnce(&Domain) -> Result<T, Failure> + Send + 'static,
     {
-        if let Some(stuck) = self.shared.stuck.of(id) {
+        if let Some(stuck) = self.shared.stuck.of(id).filter(|stuck| self.hangs(stuck)) {
             return Err(HypervisorError::Deadline {
                 call: stuck.call,
                 after: stuck.age,
@@ -253,6 +254,11 @@ impl Libvirt {
             asked.map(drop).map_err(agent_failure)
         })
         .await
+    }
+
+    /// Does a call that was given up on hang? One whose caller just went away may be about to come back.
+    fn hangs(&self, stuck: &StuckCall) -> bool {
+        stuck.age >= (self.shared.config.call_timeout / 2).min(HANGS)
     }
 
     fn call_named(&self, name: &'static str) -> Call {
@@ -351,6 +357,9 @@ fn run_event_loop() {
         }
     }
 }
+
+/// A call that was given up on and is as old as this hangs.
+const HANGS: Duration = Duration::from_secs(1);
 
 /// The flags of an undefine, best first: an older libvirt does not know the later ones, and without
 /// that for NVRAM it refuses rather than to choose for us. What it notes of snapshots and checkpoints

@@ -255,6 +255,10 @@ async fn calls_that_hang_hold_up_their_own_domain_only_and_are_listed_until_they
         libvirt.domain(well).await.unwrap();
         libvirt.destroy(well).await.unwrap();
         libvirt.start(well, Boot::Resume).await.unwrap();
+        // They were given up on at once; whether they hang takes a while to tell.
+        while libvirt.stuck_calls()[0].age < HANGS {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
         // What would hang as well takes no thread more.
         let again = match class {
             Class::Mutate => libvirt.start(sick, Boot::Fresh).await,
@@ -316,6 +320,28 @@ async fn a_caller_that_goes_away_leaves_no_thread_behind() {
     if has_begun.recv_timeout(PATIENCE).is_ok() {
         assert_eq!(libvirt.stuck_calls()[0].call, "abandoned");
     }
+    drop(end);
+}
+
+#[tokio::test]
+async fn a_caller_that_goes_away_is_in_nobodys_way() {
+    let libvirt = test_host().await;
+    let id = libvirt.domain_by_name("test").await.unwrap().unwrap().id;
+    let (begun, has_begun) = mpsc::channel();
+    let (end, told) = mpsc::channel::<()>();
+    let call = Call::new("abandoned", PATIENCE).about(id);
+    let asked = libvirt.call(Class::Read, call, move |_| {
+        begun.send(()).unwrap();
+        let _ = told.recv();
+        Ok(())
+    });
+    let mut asked = Box::pin(asked);
+    while has_begun.try_recv().is_err() {
+        let _ = timeout(Duration::from_millis(1), &mut asked).await;
+    }
+    drop(asked);
+    assert_eq!(libvirt.stuck_calls()[0].call, "abandoned");
+    libvirt.power(id).await.unwrap().unwrap();
     drop(end);
 }
 
