@@ -122,25 +122,26 @@ fn statuses() -> String {
 }
 
 fn admission() -> String {
-    let verbs: Vec<_> = Verb::ALL
-        .iter()
-        .filter(|verb| !matches!(verb, Verb::Create | Verb::Adopt))
-        .collect();
-    let mut heading = vec!["vm state"];
-    heading.extend(verbs.iter().map(|verb| verb.name()));
-    let mut table = head(&heading);
-    for vm_state in VmState::ALL {
-        let mut cells = vec![code(vm_state)];
-        cells.extend(verbs.iter().map(|verb| {
-            match allowed(**verb, *vm_state) {
-                Allowed::Yes => "yes",
-                Allowed::IfRescued => "if rescued",
-                Allowed::UnlessRescued => "unless rescued",
-                Allowed::No => "",
-            }
-            .to_owned()
-        }));
-        row(&mut table, &cells);
+    let mut table = head(&["verb", "yes", "if rescued", "unless rescued"]);
+    for verb in Verb::ALL {
+        if matches!(verb, Verb::Create | Verb::Adopt) {
+            continue;
+        }
+        let states = |answer: Allowed| {
+            let states = VmState::ALL
+                .iter()
+                .filter(|state| allowed(*verb, **state) == answer);
+            states.map(code).collect::<Vec<_>>().join(", ")
+        };
+        row(
+            &mut table,
+            &[
+                code(verb),
+                states(Allowed::Yes),
+                states(Allowed::IfRescued),
+                states(Allowed::UnlessRescued),
+            ],
+        );
     }
     table
 }
@@ -150,7 +151,7 @@ fn tasks() -> String {
     for verb in Verb::ALL {
         let overtaken: Vec<_> = Verb::ALL
             .iter()
-            .filter(|other| verb.overtakes(other.task_state()))
+            .filter(|other| verb.overtakes(**other))
             .map(code)
             .collect();
         row(

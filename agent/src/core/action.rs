@@ -59,17 +59,16 @@ impl Verb {
     /// Does it cancel what is under way instead of being refused? Everything that users ask for
     /// overtakes what the agent does of its own; a delete overtakes everything but another delete.
     #[must_use]
-    pub const fn overtakes(self, under_way: Option<TaskState>) -> bool {
-        let own = matches!(under_way, Some(TaskState::UpdatingPassword));
+    pub const fn overtakes(self, under_way: Self) -> bool {
         match self {
-            Self::Delete => !matches!(under_way, Some(TaskState::Deleting)),
+            Self::Delete => !matches!(under_way, Self::Delete),
             Self::Create
             | Self::Adopt
             | Self::Release
             | Self::Start
             | Self::Stop
             | Self::Rescue
-            | Self::Unrescue => own,
+            | Self::Unrescue => matches!(under_way, Self::DeliverPassword),
             Self::DeliverPassword => false,
         }
     }

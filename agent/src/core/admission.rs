@@ -168,7 +168,9 @@ pub fn busy(verb: Verb, server: &ServerRecord, operation: Uuid) -> Refusal {
 /// [`Reason::ServerBusy`] that names it, unless the verb overtakes.
 pub fn admit(verb: Verb, server: &ServerRecord) -> Result<(), Refusal> {
     if let Some(operation) = server.operation
-        && !verb.overtakes(server.task_state)
+        && !server
+            .operation_verb
+            .is_some_and(|under_way| verb.overtakes(under_way))
     {
         return Err(busy(verb, server, operation));
     }

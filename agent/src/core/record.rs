@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::{
+    action::Verb,
     backing::References,
     reason::Reason,
     state::{PowerObservation, PowerState, Status, TaskState, VmState, named_states, status},
@@ -277,6 +278,9 @@ pub struct ServerRecord {
     pub fault: Option<Fault>,
     /// The operation under way.
     pub operation: Option<Uuid>,
+    /// What that does.
+    #[serde(default)]
+    pub operation_verb: Option<Verb>,
     /// Number of the last change on this host.
     pub revision: i64,
     /// When the record was made, in milliseconds since the Unix epoch.
@@ -299,6 +303,11 @@ impl ServerRecord {
     #[must_use]
     pub fn status(&self) -> Status {
         status(self.vm_state, self.task_state)
+    }
+
+    /// An operation has its lane from now on, or none has.
+    pub fn give_lane(&mut self, to: Option<(Uuid, Verb)>) {
+        (self.operation, self.operation_verb) = to.unzip();
     }
 
     /// Shows these devices from now on. Are they others than before?

@@ -223,11 +223,11 @@ impl Store {
                 if let Some(initial) = &plan.initial {
                     let mut record = ServerRecord::clone(initial);
                     record.task_state = plan.verb.task_state();
-                    record.operation = Some(plan.id);
+                    record.give_lane(Some((plan.id, plan.verb)));
                     insert_server(tx, publish, record, now_ms)?;
                 } else if let Some((order, mut record)) = current {
                     record.task_state = plan.verb.task_state();
-                    record.operation = Some(plan.id);
+                    record.give_lane(Some((plan.id, plan.verb)));
                     put_server(tx, publish, order, record, now_ms)?;
                 }
                 announce(tx, publish, &operation, now_ms)
@@ -275,11 +275,11 @@ impl Store {
         self.run(move |db| {
             let current = db.server(plan.server);
             db.change(Durability::Power, |tx, publish| {
-                let lane = (!operation.state.is_final()).then_some(operation.id);
+                let lane = (!operation.state.is_final()).then_some((operation.id, operation.verb));
                 match (&plan.outcome, current) {
                     (Outcome::Insert(record), None) => {
                         let mut record = ServerRecord::clone(record);
-                        record.operation = lane;
+                        record.give_lane(lane);
                         insert_server(tx, publish, record, now_ms)?;
                     }
                     (Outcome::Remove, Some(_)) => remove_server(tx, publish, &operation, now_ms)?,
@@ -295,7 +295,7 @@ impl Store {
                     ) => {
                         record.vm_state = *vm_state;
                         record.task_state = None;
-                        record.operation = lane;
+                        record.give_lane(lane);
                         record.fault = None;
                         record.settled_at_ms = now_ms;
                         infer_power(&mut record, &plan, &operation, now_ms);
@@ -361,7 +361,7 @@ impl Store {
                         remove_server(tx, publish, &operation, now_ms)?;
                     } else {
                         record.task_state = None;
-                        record.operation = None;
+                        record.give_lane(None);
                         record.settled_at_ms = now_ms;
                         if operation.verb == Verb::DeliverPassword
                             && operation.error.as_ref().map(|error| error.reason)

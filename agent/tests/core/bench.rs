@@ -70,6 +70,7 @@ pub(crate) fn record(origin: Origin, vm_state: VmState) -> ServerRecord {
         rescue: None,
         fault: None,
         operation: None,
+        operation_verb: None,
         revision: 1,
         created_at_ms: 1_000,
         updated_at_ms: 1_000,

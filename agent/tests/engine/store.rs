@@ -50,6 +50,7 @@ fn server(id: Uuid) -> ServerRecord {
         rescue: None,
         fault: None,
         operation: None,
+        operation_verb: None,
         revision: 0,
         created_at_ms: 1,
         updated_at_ms: 1,

@@ -74,6 +74,7 @@ pub(super) fn plan(args: &AdoptArgs, facts: &Facts) -> Result<Plan, Refusal> {
         rescue: None,
         fault: None,
         operation: None,
+        operation_verb: None,
         revision: 0,
         created_at_ms: now,
         updated_at_ms: now,

@@ -423,6 +423,7 @@ fn record(args: &CreateArgs, facts: &Facts, rendered: &Domain) -> ServerRecord {
         rescue: None,
         fault: None,
         operation: None,
+        operation_verb: None,
         revision: 0,
         created_at_ms: now,
         updated_at_ms: now,

@@ -132,6 +132,7 @@ pub(super) fn server() -> ServerRecord {
             at_ms: 1_700_000_004_000,
         }),
         operation: Some(PLAN),
+        operation_verb: Some(Verb::Rescue),
         revision: 7,
         created_at_ms: 1_700_000_000_000,
         updated_at_ms: 1_700_000_005_000,
