@@ -11,6 +11,7 @@ use clap::{Parser, Subcommand};
 use salvor_agent::config::{Config, ConfigError, Loaded};
 use salvor_agent::core::errors::chain;
 use salvor_agent::daemon::{self, DaemonError};
+use salvor_agent::libvirt;
 use salvor_agent::telemetry::{self, FILTER_VARIABLE};
 
 /// The configuration that is read when none is named. It may be missing.
@@ -137,15 +138,29 @@ fn run(loaded: &Loaded) -> ExitCode {
         Some(path) => tracing::info!(path = %path.display(), "configuration read"),
         None => tracing::info!("{DEFAULT_CONFIG} does not exist: every setting has its default"),
     }
-    match daemon::run(&loaded.config) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error @ DaemonError::Templates(_)) => failed(CONFIG, &error),
-        Err(error) => failed(FAILED, &error),
-    }
+    let code = match daemon::run(&loaded.config) {
+        Ok(()) => 0,
+        Err(error @ DaemonError::Templates(_)) => {
+            tell(&error);
+            CONFIG
+        }
+        Err(error) => {
+            tell(&error);
+            FAILED
+        }
+    };
+    // Standard error has no buffer, and this is all that standard output may have.
+    let _ = io::stdout().flush();
+    libvirt::leave(code)
+}
+
+fn failed(code: u8, error: &dyn std::error::Error) -> ExitCode {
+    tell(error);
+    code.into()
 }
 
 /// Says once what went wrong, with all causes: in the log if there is one, else as plain text.
-fn failed(code: u8, error: &dyn std::error::Error) -> ExitCode {
+fn tell(error: &dyn std::error::Error) {
     let chain = chain(error);
     if tracing::enabled!(tracing::Level::ERROR) {
         tracing::error!("{chain}");
@@ -153,5 +168,4 @@ fn failed(code: u8, error: &dyn std::error::Error) -> ExitCode {
         // There is nowhere left to complain.
         let _ = writeln!(io::stderr(), "{chain}");
     }
-    code.into()
 }

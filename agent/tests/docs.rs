@@ -122,7 +122,13 @@ fn statuses() -> String {
 }
 
 fn admission() -> String {
-    let mut table = head(&["verb", "yes", "if rescued", "unless rescued"]);
+    let mut table = head(&[
+        "verb",
+        "yes",
+        "if rescued",
+        "unless rescued",
+        "if its CPUs are stopped",
+    ]);
     for verb in Verb::ALL {
         if matches!(verb, Verb::Create | Verb::Adopt) {
             continue;
@@ -140,6 +146,7 @@ fn admission() -> String {
                 states(Allowed::Yes),
                 states(Allowed::IfRescued),
                 states(Allowed::UnlessRescued),
+                states(Allowed::IfPaused),
             ],
         );
     }
@@ -208,6 +215,12 @@ fn the_deadlines_are_those_of_the_code() {
                 "{}, and 1 s for every 10 MB, which are read if the file was touched",
                 time(step.deadline_ms())
             ),
+            Step::SaveMemory { .. } | Step::RestoreMemory { .. } | Step::DumpMemory { .. } => {
+                format!(
+                    "{}, and 1 s for every 10 MB of the guest's memory",
+                    time(step.deadline_ms())
+                )
+            }
             step => time(step.deadline_ms()),
         };
         row(
@@ -268,6 +281,13 @@ fn about(step: &Step) -> &'static str {
         Step::RemoveFolder { .. } => "removes a folder of the server",
         Step::ReleaseImage { .. } => "lets go of an image",
         Step::DropSavedDefinition => "forgets the saved definition",
+        Step::Pause { .. } => "stops the guest's CPUs",
+        Step::Unpause => "lets the guest's CPUs run",
+        Step::SaveMemory { .. } => "saves the guest's memory and ends it (a managed save)",
+        Step::RestoreMemory { .. } => "starts the guest from its saved memory",
+        Step::SetGuestTime => "has the guest agent set the guest's clock",
+        Step::InjectNmi => "injects an NMI",
+        Step::DumpMemory { .. } => "writes the guest's memory to a file",
     }
 }
 
@@ -307,10 +327,7 @@ fn steps() -> Vec<Step> {
             }),
         },
         Step::SaveDefinition { xml: text() },
-        Step::PowerOff {
-            shutdown: EXAMPLE,
-            was_on: true,
-        },
+        Step::power_off(EXAMPLE, true),
         Step::ReserveNote {
             disks: Vec::new(),
             note: text(),
@@ -353,5 +370,15 @@ fn steps() -> Vec<Step> {
             holder: text(),
         },
         Step::DropSavedDefinition,
+        Step::Pause { was_running: true },
+        Step::Unpause,
+        Step::SaveMemory { memory_kib: 0 },
+        Step::RestoreMemory { memory_kib: 0 },
+        Step::SetGuestTime,
+        Step::InjectNmi,
+        Step::DumpMemory {
+            path: text(),
+            memory_kib: 0,
+        },
     ]
 }

@@ -11,8 +11,8 @@ use uuid::Uuid;
 
 pub(crate) use self::{
     server::{
-        AdoptArgs, CreateArgs, ListServers, RescueArgs, ServerArg, ServerCommand, StopArgs,
-        UnrescueArgs,
+        AdoptArgs, CrashDumpArgs, CreateArgs, ListServers, RebootArgs, RescueArgs, ServerArg,
+        ServerCommand, SetPasswordArgs, StopArgs, UnrescueArgs,
     },
     values::{ImageFormatArg, key_value},
 };
@@ -304,6 +304,20 @@ pub(crate) enum PlanCommand {
     Rescue(RescueArgs),
     /// What `server unrescue` would do.
     Unrescue(UnrescueArgs),
+    /// What `server reboot` would do.
+    Reboot(RebootArgs),
+    /// What `server pause` would do.
+    Pause(ServerArg),
+    /// What `server unpause` would do.
+    Unpause(ServerArg),
+    /// What `server suspend` would do.
+    Suspend(ServerArg),
+    /// What `server resume` would do.
+    Resume(ServerArg),
+    /// What `server crash-dump` would do.
+    CrashDump(CrashDumpArgs),
+    /// What `server set-password` would do.
+    SetPassword(SetPasswordArgs),
 }
 
 /// Reads the socket's path; `unix:PATH` is how the agent's configuration has it.

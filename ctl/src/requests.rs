@@ -7,12 +7,16 @@ use std::{
     fs::File,
     io::{self, BufRead as _, Read as _},
     path::Path,
+    time::Duration,
 };
 
 use salvor_proto::v1;
 
 use crate::{
-    cli::{AdoptArgs, CreateArgs, RescueArgs, ServerArg, StopArgs, UnrescueArgs},
+    cli::{
+        AdoptArgs, CreateArgs, RebootArgs, RescueArgs, ServerArg, SetPasswordArgs, StopArgs,
+        UnrescueArgs,
+    },
     errors::Failure,
     units::to_api,
 };
@@ -186,8 +190,72 @@ pub(crate) fn stop(args: &StopArgs) -> v1::StopServerRequest {
     v1::StopServerRequest {
         request_id: String::new(),
         server: args.server.clone(),
-        shutdown_timeout: args.shutdown.shutdown_timeout.map(to_api),
+        shutdown_timeout: if args.force {
+            Some(to_api(Duration::ZERO))
+        } else {
+            args.shutdown.shutdown_timeout.map(to_api)
+        },
     }
+}
+
+/// The request of `reboot`.
+pub(crate) fn reboot(args: &RebootArgs) -> v1::RebootServerRequest {
+    let (kind, on_timeout, shutdown_timeout) = if args.hard {
+        (v1::RebootType::Hard, 0, None)
+    } else {
+        let timeout = Some(to_api(args.shutdown_timeout));
+        (v1::RebootType::Soft, args.on_timeout.api(), timeout)
+    };
+    v1::RebootServerRequest {
+        request_id: String::new(),
+        server: args.server.clone(),
+        r#type: kind.into(),
+        on_timeout,
+        shutdown_timeout,
+    }
+}
+
+/// The requests that say no more than which server.
+macro_rules! plain {
+    ($($(#[doc = $doc:literal])+ $name:ident: $request:ident),+ $(,)?) => {
+        $($(#[doc = $doc])+
+        pub(crate) fn $name(server: &str) -> v1::$request {
+            v1::$request {
+                request_id: String::new(),
+                server: server.to_owned(),
+            }
+        })+
+    };
+}
+
+plain! {
+    /// The request of `pause`.
+    pause: PauseServerRequest,
+    /// The request of `unpause`.
+    unpause: UnpauseServerRequest,
+    /// The request of `suspend`.
+    suspend: SuspendServerRequest,
+    /// The request of `resume`.
+    resume: ResumeServerRequest,
+    /// The request of `crash-dump`.
+    crash_dump: TriggerCrashDumpRequest,
+    /// The request of `crash-dump --to-host`.
+    dump_memory: DumpServerMemoryRequest,
+}
+
+/// The request of `set-password`.
+///
+/// # Errors
+/// If the password cannot be read from standard input.
+pub(crate) fn set_password(
+    args: &SetPasswordArgs,
+) -> Result<v1::ChangeServerPasswordRequest, Failure> {
+    Ok(v1::ChangeServerPasswordRequest {
+        request_id: String::new(),
+        server: args.server.clone(),
+        user: args.user.clone().unwrap_or_default(),
+        admin_pass: admin_pass(args.admin_pass.admin_pass_stdin)?,
+    })
 }
 
 /// The request of `rescue`.

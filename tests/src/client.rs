@@ -13,9 +13,11 @@ use salvor_proto::{
     google::rpc::Status as RpcStatus,
     v1::{
         ActionResult, AdoptServerRequest, CreateServerRequest, CreateServerResponse,
-        DeleteServerRequest, GetServerRequest, Image, ImageFormat, ImageSpec, ImportImageRequest,
-        ImportImageResponse, ListServersRequest, OperationMetadata, OperationState,
-        RescueServerRequest, RescueServerResponse, Server, StartServerRequest, StopServerRequest,
+        DeleteServerRequest, DumpServerMemoryRequest, GetServerRequest, Image, ImageFormat,
+        ImageSpec, ImportImageRequest, ImportImageResponse, ListServersRequest, OperationMetadata,
+        OperationState, PauseServerRequest, RebootOnTimeout, RebootServerRequest, RebootType,
+        RescueServerRequest, RescueServerResponse, ResumeServerRequest, Server, StartServerRequest,
+        StopServerRequest, SuspendServerRequest, TriggerCrashDumpRequest, UnpauseServerRequest,
         UnrescueServerRequest, VmState, host_service_client::HostServiceClient,
         image_service_client::ImageServiceClient, import_image_request::Part,
         server_service_client::ServerServiceClient, watch_service_client::WatchServiceClient,
@@ -40,6 +42,29 @@ pub struct Client {
     pub hosts: HostServiceClient<Channel>,
     /// Calls of `WatchService`.
     pub watches: WatchServiceClient<Channel>,
+}
+
+/// An action whose request says no more than which server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Plain {
+    /// StartServer.
+    Start,
+    /// PauseServer.
+    Pause,
+    /// UnpauseServer.
+    Unpause,
+    /// SuspendServer.
+    Suspend,
+    /// ResumeServer.
+    Resume,
+    /// TriggerCrashDump.
+    CrashDump,
+    /// DumpServerMemory.
+    DumpMemory,
+    /// DeleteServer.
+    Delete,
+    /// RebootServer, hard.
+    HardReboot,
 }
 
 /// An operation that has ended.
@@ -86,6 +111,19 @@ impl Ended {
             ),
             None => panic!("the operation has not ended: {:#?}", self.metadata),
         }
+    }
+
+    /// The reason for which an operation failed or was cancelled.
+    #[track_caller]
+    pub fn reason(&self) -> String {
+        let error = self.error();
+        let status = tonic_types::pb::Status {
+            code: error.code,
+            message: error.message,
+            details: error.details,
+        };
+        use tonic_types::RpcStatusExt as _;
+        status.get_details_error_info().unwrap().reason
     }
 
     /// The error of an operation that failed or was cancelled.
@@ -312,6 +350,66 @@ impl Client {
             .unwrap()
             .into_inner();
         self.wait(&answer.operation.unwrap()).await
+    }
+
+    /// Begins an action that needs no words but the server's.
+    pub async fn begin(&mut self, verb: Plain, server: Uuid) -> Result<Operation, Status> {
+        let server = server.to_string();
+        let request_id = String::new();
+        macro_rules! ask {
+            ($method:ident, $request:ident) => {{
+                let request = $request { request_id, server };
+                let answer = self.servers.$method(request).await?;
+                answer.into_inner().operation
+            }};
+        }
+        let operation = match verb {
+            Plain::Start => ask!(start_server, StartServerRequest),
+            Plain::Pause => ask!(pause_server, PauseServerRequest),
+            Plain::Unpause => ask!(unpause_server, UnpauseServerRequest),
+            Plain::Suspend => ask!(suspend_server, SuspendServerRequest),
+            Plain::Resume => ask!(resume_server, ResumeServerRequest),
+            Plain::CrashDump => ask!(trigger_crash_dump, TriggerCrashDumpRequest),
+            Plain::DumpMemory => ask!(dump_server_memory, DumpServerMemoryRequest),
+            Plain::Delete => ask!(delete_server, DeleteServerRequest),
+            Plain::HardReboot => {
+                let request = RebootServerRequest {
+                    server,
+                    r#type: RebootType::Hard.into(),
+                    ..RebootServerRequest::default()
+                };
+                self.servers
+                    .reboot_server(request)
+                    .await?
+                    .into_inner()
+                    .operation
+            }
+        };
+        Ok(operation.unwrap())
+    }
+
+    /// Does such an action and waits for the end.
+    pub async fn act(&mut self, verb: Plain, server: Uuid) -> Ended {
+        let operation = self.begin(verb, server).await.unwrap();
+        self.wait(&operation).await
+    }
+
+    /// Reboots a server softly.
+    pub async fn reboot(
+        &mut self,
+        server: Uuid,
+        within: Duration,
+        on_timeout: RebootOnTimeout,
+    ) -> Ended {
+        let request = RebootServerRequest {
+            server: server.to_string(),
+            r#type: RebootType::Soft.into(),
+            on_timeout: on_timeout.into(),
+            shutdown_timeout: Some(within.try_into().unwrap()),
+            ..RebootServerRequest::default()
+        };
+        let answer = self.servers.reboot_server(request).await.unwrap();
+        self.wait(&answer.into_inner().operation.unwrap()).await
     }
 
     /// Rescues a server and waits for the end.

@@ -183,13 +183,22 @@ fn fill(action: &mut Action, image: Option<uuid::Uuid>, password: Option<CryptHa
             (None, &mut args.password)
         }
         Action::Rescue(args) => (Some(&mut args.image), &mut args.password),
+        Action::ChangePassword(args) => (None, &mut args.password),
         Action::Adopt(_)
         | Action::Release
         | Action::Delete
         | Action::Start
         | Action::Stop(_)
         | Action::Unrescue(_)
-        | Action::DeliverPassword => return,
+        | Action::DeliverPassword
+        | Action::Reboot(_)
+        | Action::HardReboot
+        | Action::Pause
+        | Action::Unpause
+        | Action::Suspend
+        | Action::Resume
+        | Action::CrashDump
+        | Action::DumpMemory => return,
     };
     if let Some(field) = image_field {
         *field = image;

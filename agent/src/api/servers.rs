@@ -243,6 +243,14 @@ macro_rules! actions {
                     Some(A::Stop(ask)) => self.preview(&call, ask).await,
                     Some(A::Rescue(ask)) => self.preview(&call, ask).await,
                     Some(A::Unrescue(ask)) => self.preview(&call, ask).await,
+                    Some(A::Reboot(ask)) => self.preview(&call, ask).await,
+                    Some(A::Pause(ask)) => self.preview(&call, ask).await,
+                    Some(A::Unpause(ask)) => self.preview(&call, ask).await,
+                    Some(A::Suspend(ask)) => self.preview(&call, ask).await,
+                    Some(A::Resume(ask)) => self.preview(&call, ask).await,
+                    Some(A::TriggerCrashDump(ask)) => self.preview(&call, ask).await,
+                    Some(A::DumpMemory(ask)) => self.preview(&call, ask).await,
+                    Some(A::ChangePassword(ask)) => self.preview(&call, ask).await,
                     None => Err(call.refuse(&Refusal::field("action", "must be given"))),
                 };
                 preview.map(|preview| Response::new(plan_response(&preview)))
@@ -264,4 +272,14 @@ actions! {
         operation, admin_pass, admin_pass_delivery, warnings
     }
     unrescue_server: UnrescueServerRequest -> UnrescueServerResponse { operation }
+    reboot_server: RebootServerRequest -> RebootServerResponse { operation, warnings }
+    pause_server: PauseServerRequest -> PauseServerResponse { operation }
+    unpause_server: UnpauseServerRequest -> UnpauseServerResponse { operation }
+    suspend_server: SuspendServerRequest -> SuspendServerResponse { operation }
+    resume_server: ResumeServerRequest -> ResumeServerResponse { operation }
+    trigger_crash_dump: TriggerCrashDumpRequest -> TriggerCrashDumpResponse { operation }
+    dump_server_memory: DumpServerMemoryRequest -> DumpServerMemoryResponse { operation }
+    change_server_password: ChangeServerPasswordRequest -> ChangeServerPasswordResponse {
+        operation, admin_pass
+    }
 }

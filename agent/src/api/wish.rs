@@ -20,7 +20,11 @@ use super::{
     validate::{self, Checked},
 };
 use crate::core::{
-    action::{Action, AdoptArgs, CreateArgs, RescueArgs, Shutdown, UnrescueArgs, Verb},
+    action::{
+        Action, AdoptArgs, ChangePasswordArgs, CreateArgs, RebootArgs, RescueArgs, SOFT_REBOOT_MS,
+        Shutdown, UnrescueArgs, Verb,
+    },
+    image::{USER_RULE, is_user},
     reason::Refusal,
     record::{OverlayDisposition, Protection, RescueBus, RescueDevice, RescueMode},
 };
@@ -255,7 +259,11 @@ macro_rules! ask_plain {
     };
 }
 
-ask_plain! { ReleaseServerRequest: Release, DeleteServerRequest: Delete, StartServerRequest: Start }
+ask_plain! {
+    ReleaseServerRequest: Release, DeleteServerRequest: Delete, StartServerRequest: Start,
+    PauseServerRequest: Pause, UnpauseServerRequest: Unpause, SuspendServerRequest: Suspend,
+    ResumeServerRequest: Resume, TriggerCrashDumpRequest: CrashDump, DumpServerMemoryRequest: DumpMemory
+}
 
 impl Ask for v1::StopServerRequest {
     const VERB: Verb = Verb::Stop;
@@ -340,6 +348,86 @@ impl Ask for v1::UnrescueServerRequest {
             shutdown: shutdown(self.shutdown_timeout, usual)?,
         };
         plain(request_id, body_hash, self.server, Action::Unrescue(args))
+    }
+}
+
+impl Ask for v1::RebootServerRequest {
+    const VERB: Verb = Verb::Reboot;
+
+    fn subject(&self) -> &str {
+        &self.server
+    }
+
+    fn wish(mut self, usual: Shutdown) -> Checked<Wish> {
+        let (request_id, body_hash) = identify(take(&mut self.request_id), &self, &[])?;
+        let or_fail = match v1::RebootOnTimeout::try_from(self.on_timeout) {
+            Ok(v1::RebootOnTimeout::Unspecified) => None,
+            Ok(v1::RebootOnTimeout::Hard) => Some(false),
+            Ok(v1::RebootOnTimeout::Fail) => Some(true),
+            Err(_) => {
+                return Err(Refusal::field(
+                    "on_timeout",
+                    format!("{} is no value of RebootOnTimeout", self.on_timeout),
+                ));
+            }
+        };
+        let for_soft = "is for a soft reboot only: a hard one does not wait for the guest";
+        let action = match v1::RebootType::try_from(self.r#type) {
+            Ok(v1::RebootType::Soft) => Action::Reboot(RebootArgs {
+                shutdown: shutdown(
+                    self.shutdown_timeout,
+                    Shutdown {
+                        timeout_ms: SOFT_REBOOT_MS,
+                        ..usual
+                    },
+                )?,
+                or_fail: or_fail.unwrap_or(false),
+            }),
+            Ok(v1::RebootType::Hard) if or_fail.is_some() => {
+                return Err(Refusal::field("on_timeout", for_soft));
+            }
+            Ok(v1::RebootType::Hard) if self.shutdown_timeout.is_some() => {
+                return Err(Refusal::field("shutdown_timeout", for_soft));
+            }
+            Ok(v1::RebootType::Hard) => Action::HardReboot,
+            Ok(v1::RebootType::Unspecified) => {
+                return Err(Refusal::field("type", "must be given: soft or hard"));
+            }
+            Err(_) => {
+                return Err(Refusal::field(
+                    "type",
+                    format!("{} is no value of RebootType", self.r#type),
+                ));
+            }
+        };
+        plain(request_id, body_hash, self.server, action)
+    }
+}
+
+impl Ask for v1::ChangeServerPasswordRequest {
+    const VERB: Verb = Verb::ChangePassword;
+
+    fn subject(&self) -> &str {
+        &self.server
+    }
+
+    fn wish(mut self, _shutdown: Shutdown) -> Checked<Wish> {
+        let password = Password::take(&mut self.admin_pass)?;
+        let (request_id, body_hash) = identify(take(&mut self.request_id), &self, &[])?;
+        if !self.user.is_empty() && !is_user(&self.user) {
+            return Err(Refusal::field("user", USER_RULE));
+        }
+        let args = ChangePasswordArgs {
+            user: (!self.user.is_empty()).then_some(self.user),
+            password: no_hash(),
+        };
+        let wish = plain(
+            request_id,
+            body_hash,
+            self.server,
+            Action::ChangePassword(args),
+        )?;
+        Ok(Wish { password, ..wish })
     }
 }
 

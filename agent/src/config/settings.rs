@@ -170,6 +170,10 @@ settings! {
         /// changed one, so that a power cut cannot bring the old one back. If it does not exist, everything is synced.
         definitions: PathBuf = PathBuf::from("/etc/libvirt/qemu"), AbsolutePath;
 
+        /// The folder in which libvirt saves the memory of guests that are suspended. A suspend is refused if it has
+        /// no room for it.
+        saved_memory: PathBuf = PathBuf::from("/var/lib/libvirt/qemu/save"), AbsolutePath;
+
         /// How long one call may take before it counts as stuck.
         call_timeout: Duration = secs(30), SHORT;
 

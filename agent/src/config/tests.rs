@@ -88,6 +88,7 @@ templates_dir = "/etc/salvor/templates"
 import_dirs = ["/srv/images", "/mnt/more"]
 libvirt.uri = "qemu+unix:///system?socket=/run/l.sock"
 libvirt.definitions = "/var/lib/libvirt/qemu"
+libvirt.saved_memory = "/var/lib/libvirt/memory"
 libvirt.call_timeout = "10s"
 libvirt.start_timeout = "5m"
 libvirt.destroy_timeout = "90s"

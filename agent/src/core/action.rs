@@ -36,10 +36,38 @@ named_states! {
         Unrescue = "unrescue",
         /// Hand the rescue's password to the guest agent, once it answers. Only the agent asks for it.
         DeliverPassword = "deliverPassword",
+        /// Have the guest shut down, and start it again.
+        Reboot = "reboot",
+        /// End the guest and start it again.
+        HardReboot = "hardReboot",
+        /// Stop the guest's CPUs.
+        Pause = "pause",
+        /// Let the CPUs of a paused guest run again.
+        Unpause = "unpause",
+        /// Save the guest's memory to disk and end it.
+        Suspend = "suspend",
+        /// Start a suspended guest from its saved memory.
+        Resume = "resume",
+        /// Inject an NMI, at which a guest that is set up for it dumps its memory inside.
+        CrashDump = "trigger_crash_dump",
+        /// Write the guest's memory to a file of the host.
+        DumpMemory = "dumpMemory",
+        /// Have the guest agent set a user's password.
+        ChangePassword = "changePassword",
     }
 }
 
 impl Verb {
+    /// The name under which Nova records the same action (`nova/compute/instance_actions.py`); that of the
+    /// verb where Nova records none.
+    #[must_use]
+    pub const fn action_name(self) -> &'static str {
+        match self {
+            Self::HardReboot => Self::Reboot.name(),
+            verb => verb.name(),
+        }
+    }
+
     /// The task state while it runs.
     #[must_use]
     pub const fn task_state(self) -> Option<TaskState> {
@@ -52,23 +80,55 @@ impl Verb {
             Self::Stop => Some(TaskState::PoweringOff),
             Self::Rescue => Some(TaskState::Rescuing),
             Self::Unrescue => Some(TaskState::Unrescuing),
-            Self::DeliverPassword => Some(TaskState::UpdatingPassword),
+            Self::DeliverPassword | Self::ChangePassword => Some(TaskState::UpdatingPassword),
+            Self::Reboot => Some(TaskState::Rebooting),
+            Self::HardReboot => Some(TaskState::RebootingHard),
+            Self::Pause => Some(TaskState::Pausing),
+            Self::Unpause => Some(TaskState::Unpausing),
+            Self::Suspend => Some(TaskState::Suspending),
+            Self::Resume => Some(TaskState::Resuming),
+            // The guest goes on as it is.
+            Self::CrashDump | Self::DumpMemory => None,
         }
     }
 
     /// Does it cancel what is under way instead of being refused? Everything that users ask for
-    /// overtakes what the agent does of its own; a delete overtakes everything but another delete.
+    /// overtakes what the agent does of its own; a delete overtakes everything but another delete, and a
+    /// hard reboot what is about power (Nova: `ALLOW_REBOOT` of `nova/compute/task_states.py`, and stop
+    /// and start besides).
     #[must_use]
     pub const fn overtakes(self, under_way: Self) -> bool {
+        let own = matches!(under_way, Self::DeliverPassword);
         match self {
             Self::Delete => !matches!(under_way, Self::Delete),
+            Self::HardReboot => {
+                own || matches!(
+                    under_way,
+                    Self::Start
+                        | Self::Stop
+                        | Self::Reboot
+                        | Self::HardReboot
+                        | Self::Pause
+                        | Self::Unpause
+                        | Self::Suspend
+                        | Self::Resume
+                )
+            }
             Self::Create
             | Self::Adopt
             | Self::Release
             | Self::Start
             | Self::Stop
             | Self::Rescue
-            | Self::Unrescue => matches!(under_way, Self::DeliverPassword),
+            | Self::Unrescue
+            | Self::Reboot
+            | Self::Pause
+            | Self::Unpause
+            | Self::Suspend
+            | Self::Resume
+            | Self::CrashDump
+            | Self::DumpMemory
+            | Self::ChangePassword => own,
             Self::DeliverPassword => false,
         }
     }
@@ -143,6 +203,28 @@ pub struct Shutdown {
     pub retry_ms: u64,
 }
 
+/// So long a guest may take to shut down for a soft reboot, if the request does not say (Nova:
+/// `[libvirt] wait_soft_reboot_seconds`), in milliseconds.
+pub const SOFT_REBOOT_MS: u64 = 120_000;
+
+/// Arguments of [`Verb::Reboot`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RebootArgs {
+    /// Time for the guest to shut down.
+    pub shutdown: Shutdown,
+    /// A guest that does not shut down in time goes on, and the reboot fails, instead of being ended.
+    pub or_fail: bool,
+}
+
+/// Arguments of [`Verb::ChangePassword`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChangePasswordArgs {
+    /// The user; the guest's administrator if `None`.
+    pub user: Option<String>,
+    /// Hash of the password.
+    pub password: CryptHash,
+}
+
 /// Arguments of [`Verb::Rescue`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RescueArgs {
@@ -201,6 +283,24 @@ pub enum Action {
     Unrescue(UnrescueArgs),
     /// See [`Verb::DeliverPassword`].
     DeliverPassword,
+    /// See [`Verb::Reboot`].
+    Reboot(RebootArgs),
+    /// See [`Verb::HardReboot`].
+    HardReboot,
+    /// See [`Verb::Pause`].
+    Pause,
+    /// See [`Verb::Unpause`].
+    Unpause,
+    /// See [`Verb::Suspend`].
+    Suspend,
+    /// See [`Verb::Resume`].
+    Resume,
+    /// See [`Verb::CrashDump`].
+    CrashDump,
+    /// See [`Verb::DumpMemory`].
+    DumpMemory,
+    /// See [`Verb::ChangePassword`].
+    ChangePassword(ChangePasswordArgs),
 }
 
 impl Action {
@@ -217,6 +317,15 @@ impl Action {
             Self::Rescue(_) => Verb::Rescue,
             Self::Unrescue(_) => Verb::Unrescue,
             Self::DeliverPassword => Verb::DeliverPassword,
+            Self::Reboot(_) => Verb::Reboot,
+            Self::HardReboot => Verb::HardReboot,
+            Self::Pause => Verb::Pause,
+            Self::Unpause => Verb::Unpause,
+            Self::Suspend => Verb::Suspend,
+            Self::Resume => Verb::Resume,
+            Self::CrashDump => Verb::CrashDump,
+            Self::DumpMemory => Verb::DumpMemory,
+            Self::ChangePassword(_) => Verb::ChangePassword,
         }
     }
 }

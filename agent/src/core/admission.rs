@@ -10,7 +10,7 @@ use super::{
     action::Verb,
     reason::{Reason, Refusal},
     record::{Origin, ServerRecord},
-    state::VmState,
+    state::{PowerState, VmState},
 };
 
 /// What the table says of a verb in a vm state.
@@ -22,6 +22,8 @@ pub enum Allowed {
     IfRescued,
     /// Only while no rescue is in force: a second one would lose the way back.
     UnlessRescued,
+    /// Only while the guest's CPUs are seen stopped.
+    IfPaused,
     /// No.
     No,
 }
@@ -29,7 +31,7 @@ pub enum Allowed {
 /// The table.
 #[must_use]
 pub const fn allowed(verb: Verb, vm_state: VmState) -> Allowed {
-    use Allowed::{IfRescued, No, UnlessRescued, Yes};
+    use Allowed::{IfPaused, IfRescued, No, UnlessRescued, Yes};
     use VmState as S;
     match verb {
         // These make the record; there is none yet.
@@ -129,6 +131,71 @@ pub const fn allowed(verb: Verb, vm_state: VmState) -> Allowed {
             | S::Shelved
             | S::ShelvedOffloaded => No,
         },
+        Verb::Reboot | Verb::Pause | Verb::Suspend | Verb::ChangePassword => match vm_state {
+            S::Active => Yes,
+            S::Building
+            | S::Paused
+            | S::Suspended
+            | S::Stopped
+            | S::Rescued
+            | S::Resized
+            | S::SoftDeleted
+            | S::Deleted
+            | S::Error
+            | S::Shelved
+            | S::ShelvedOffloaded => No,
+        },
+        // From ERROR as Nova does, but not over a rescue: unrescue is the way out of that.
+        Verb::HardReboot => match vm_state {
+            S::Active | S::Stopped | S::Paused | S::Suspended => Yes,
+            S::Error => UnlessRescued,
+            S::Building
+            | S::Rescued
+            | S::Resized
+            | S::SoftDeleted
+            | S::Deleted
+            | S::Shelved
+            | S::ShelvedOffloaded => No,
+        },
+        // What stopped an active server's CPUs may have been a full disk, or somebody at the host.
+        Verb::Unpause => match vm_state {
+            S::Paused => Yes,
+            S::Active => IfPaused,
+            S::Building
+            | S::Suspended
+            | S::Stopped
+            | S::Rescued
+            | S::Resized
+            | S::SoftDeleted
+            | S::Deleted
+            | S::Error
+            | S::Shelved
+            | S::ShelvedOffloaded => No,
+        },
+        Verb::Resume => match vm_state {
+            S::Suspended => Yes,
+            S::Building
+            | S::Active
+            | S::Paused
+            | S::Stopped
+            | S::Rescued
+            | S::Resized
+            | S::SoftDeleted
+            | S::Deleted
+            | S::Error
+            | S::Shelved
+            | S::ShelvedOffloaded => No,
+        },
+        Verb::CrashDump | Verb::DumpMemory => match vm_state {
+            S::Active | S::Paused | S::Rescued | S::Resized | S::Error => Yes,
+            S::Building
+            | S::Suspended
+            | S::Stopped
+            | S::SoftDeleted
+            | S::Deleted
+            | S::Shelved
+            | S::ShelvedOffloaded => No,
+        },
     }
 }
 
@@ -136,7 +203,31 @@ pub const fn allowed(verb: Verb, vm_state: VmState) -> Allowed {
 const fn advice(verb: Verb, vm_state: VmState) -> &'static str {
     match (verb, vm_state) {
         (Verb::Rescue, VmState::Rescued) => "unrescue it first",
-        (Verb::Start | Verb::Stop | Verb::Release, VmState::Rescued) => "unrescue it",
+        (
+            Verb::Start
+            | Verb::Stop
+            | Verb::Release
+            | Verb::Reboot
+            | Verb::HardReboot
+            | Verb::Pause
+            | Verb::Suspend
+            | Verb::ChangePassword,
+            VmState::Rescued,
+        ) => "unrescue it",
+        (_, VmState::Paused) => "unpause it first",
+        (_, VmState::Suspended) => "resume it first",
+        (Verb::Unpause, VmState::Active) => "its CPUs run",
+        (Verb::Resume, VmState::Active) => "it runs already",
+        (
+            Verb::Reboot
+            | Verb::Pause
+            | Verb::Suspend
+            | Verb::ChangePassword
+            | Verb::CrashDump
+            | Verb::DumpMemory,
+            VmState::Stopped,
+        ) => "start it first",
+        (Verb::Unpause | Verb::Resume, VmState::Stopped) => "it is off; start it",
         (Verb::Start, VmState::Active) => "it is started already",
         (Verb::Stop, VmState::Stopped) => "it is stopped already",
         (Verb::Start, VmState::Error) => "stop it first, or unrescue it if a rescue is in force",
@@ -187,6 +278,7 @@ pub fn admit(verb: Verb, server: &ServerRecord) -> Result<(), Refusal> {
     let rescued = server.rescue.is_some();
     match (allowed(verb, state), rescued) {
         (Allowed::Yes, _) | (Allowed::IfRescued, true) | (Allowed::UnlessRescued, false) => Ok(()),
+        (Allowed::IfPaused, _) if server.power.state == PowerState::Paused => Ok(()),
         (Allowed::UnlessRescued, true) | (Allowed::No, true) if verb == Verb::Rescue => {
             Err(Refusal::new(
                 Reason::AlreadyRescued,
@@ -205,14 +297,16 @@ pub fn admit(verb: Verb, server: &ServerRecord) -> Result<(), Refusal> {
                 ),
             ))
         }
-        (Allowed::IfRescued | Allowed::UnlessRescued | Allowed::No, _) => Err(Refusal::state(
-            "vm_state",
-            state.name(),
-            format!(
-                "cannot {verb} server {} while it is in vm_state {state}: {}",
-                server.id,
-                advice(verb, state)
-            ),
-        )),
+        (Allowed::IfRescued | Allowed::UnlessRescued | Allowed::IfPaused | Allowed::No, _) => {
+            Err(Refusal::state(
+                "vm_state",
+                state.name(),
+                format!(
+                    "cannot {verb} server {} while it is in vm_state {state}: {}",
+                    server.id,
+                    advice(verb, state)
+                ),
+            ))
+        }
     }
 }

@@ -45,7 +45,11 @@ pub fn devices(domain: &Domain) -> Devices {
             model: nic.model.unwrap_or_default(),
         })
         .collect();
-    Devices { disks, nics }
+    Devices {
+        disks,
+        nics,
+        guest_agent: domain.has_guest_agent_channel(),
+    }
 }
 
 fn source_name(source: &DiskSource) -> String {

@@ -126,6 +126,31 @@ pub struct ImageFacts {
     pub present: bool,
 }
 
+/// The room where libvirt saves the memory of guests.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SaveRoom {
+    /// The folder.
+    pub folder: String,
+    /// Bytes that are free on its file system.
+    pub free_bytes: u64,
+}
+
+/// What a look at a guest's agent showed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AgentLook {
+    /// It answers.
+    Answers,
+    /// It does not, in libvirt's words.
+    Silent(String),
+    /// It did not answer so often that it is not asked for now.
+    GivenUp {
+        /// So often in a row.
+        failures: u32,
+        /// It is asked again after so many seconds.
+        seconds: u64,
+    },
+}
+
 /// Everything a planner may ask for. A verb gathers what it needs.
 #[derive(Debug, Clone)]
 pub struct Facts {
@@ -146,4 +171,8 @@ pub struct Facts {
     /// For a commit of overlays: the other files that the disk under each refers to now, or why that
     /// cannot be told, by the overlay's path. Where the disk or the overlay is gone there is none.
     pub commit_references: BTreeMap<String, Result<References, String>>,
+    /// For a suspend: where the memory goes. `None` if it cannot be told.
+    pub save_room: Option<SaveRoom>,
+    /// For a change of a password: does the guest agent answer?
+    pub agent: Option<AgentLook>,
 }

@@ -88,7 +88,8 @@ pub struct Understood {
     pub rescue_bus: Option<RescueBus>,
     /// `hw_rescue_device`.
     pub rescue_device: Option<RescueDevice>,
-    /// `os_admin_user`: whose password is set; `root` without it.
+    /// `os_admin_user`: whose password is set. Without it `Administrator` where `os_type` is `windows`
+    /// and `root` elsewhere (Nova: `set_admin_password` of its libvirt driver).
     pub admin_user: String,
 }
 
@@ -119,6 +120,9 @@ impl Understood {
                 })
                 .transpose()?,
             admin_user: match read(user) {
+                None if read("os_type").is_some_and(|os| os == "windows") => {
+                    "Administrator".to_owned()
+                }
                 None => "root".to_owned(),
                 Some(name) if is_user(name) => name.clone(),
                 Some(name) => return Err(wrong(user, name, USER_RULE)),

@@ -8,6 +8,7 @@
 //!                              disk.config
 //!                              nvram.fd
 //!                              console.log
+//!                              dumps/<operation>/memory.elf
 //!                              rescue/<operation>/disk
 //!                                                 disk.config
 //!                                                 nvram.fd
@@ -100,5 +101,17 @@ impl Layout {
     #[must_use]
     pub fn rescue(&self, server: Uuid, plan: Uuid) -> String {
         format!("{}/{plan}", self.rescues(server))
+    }
+
+    /// The folder of a server's memory dumps.
+    #[must_use]
+    pub fn dumps(&self, server: Uuid) -> String {
+        format!("{}/dumps", self.server(server))
+    }
+
+    /// The folder of one memory dump: its own, so that taking it back takes no other with it.
+    #[must_use]
+    pub fn dump(&self, server: Uuid, plan: Uuid) -> String {
+        format!("{}/{plan}", self.dumps(server))
     }
 }

@@ -119,6 +119,12 @@ pub enum Step {
         shutdown: Shutdown,
         /// It was on before: taking the step back starts it again.
         was_on: bool,
+        /// The guest agent is asked as well, should the guest not hear the power button.
+        #[serde(default)]
+        ask_agent: bool,
+        /// A guest that does not shut down in time goes on, and the step fails.
+        #[serde(default)]
+        or_fail: bool,
     },
     /// There is room for a note of so many owners: it is written while the guest is off.
     ReserveNote {
@@ -211,9 +217,48 @@ pub enum Step {
     },
     /// The saved definition is no longer needed.
     DropSavedDefinition,
+    /// The guest's CPUs are stopped.
+    Pause {
+        /// They ran before: taking the step back lets them run again.
+        was_running: bool,
+    },
+    /// The guest's CPUs run.
+    Unpause,
+    /// The guest's memory is saved, and the guest is off.
+    SaveMemory {
+        /// Memory of the guest in KiB.
+        memory_kib: u64,
+    },
+    /// The guest is started from its saved memory. See [`Step::is_final`]: ending it would lose that.
+    RestoreMemory {
+        /// Memory of the guest in KiB.
+        memory_kib: u64,
+    },
+    /// The guest's clock is right again, if its guest agent sets it.
+    SetGuestTime,
+    /// The guest got an NMI.
+    InjectNmi,
+    /// The guest's memory is in a file.
+    DumpMemory {
+        /// The file.
+        path: String,
+        /// Memory of the guest in KiB.
+        memory_kib: u64,
+    },
 }
 
 impl Step {
+    /// The guest is off, whatever it takes.
+    #[must_use]
+    pub const fn power_off(shutdown: Shutdown, was_on: bool) -> Self {
+        Self::PowerOff {
+            shutdown,
+            was_on,
+            ask_agent: false,
+            or_fail: false,
+        }
+    }
+
     /// The kind's stable name.
     #[must_use]
     pub const fn kind(&self) -> &'static str {
@@ -239,6 +284,13 @@ impl Step {
             Self::RemoveFolder { .. } => "RemoveFolder",
             Self::ReleaseImage { .. } => "ReleaseImage",
             Self::DropSavedDefinition => "DropSavedDefinition",
+            Self::Pause { .. } => "Pause",
+            Self::Unpause => "Unpause",
+            Self::SaveMemory { .. } => "SaveMemory",
+            Self::RestoreMemory { .. } => "RestoreMemory",
+            Self::SetGuestTime => "SetGuestTime",
+            Self::InjectNmi => "InjectNmi",
+            Self::DumpMemory { .. } => "DumpMemory",
         }
     }
 
@@ -260,6 +312,16 @@ impl Step {
                 shutdown: Shutdown { timeout_ms: 0, .. },
                 ..
             } => "power the guest off at once".to_owned(),
+            Self::PowerOff {
+                shutdown,
+                or_fail: true,
+                ..
+            } => {
+                format!(
+                    "shut the guest down within {} s, or leave it as it is",
+                    shutdown.timeout_ms.div_ceil(1000)
+                )
+            }
             Self::PowerOff { shutdown, .. } => {
                 format!(
                     "shut the guest down, and end it after {} s",
@@ -290,6 +352,15 @@ impl Step {
             Self::RemoveFolder { path } => format!("remove {path}"),
             Self::ReleaseImage { image, .. } => format!("let go of image {image}"),
             Self::DropSavedDefinition => "forget the saved definition".to_owned(),
+            Self::Pause { .. } => "stop the guest's CPUs".to_owned(),
+            Self::Unpause => "let the guest's CPUs run".to_owned(),
+            Self::SaveMemory { memory_kib } => {
+                format!("save the guest's memory ({} MiB)", memory_kib / 1024)
+            }
+            Self::RestoreMemory { .. } => "start the guest from its saved memory".to_owned(),
+            Self::SetGuestTime => "have the guest agent set the guest's clock".to_owned(),
+            Self::InjectNmi => "inject an NMI into the guest".to_owned(),
+            Self::DumpMemory { path, .. } => format!("write the guest's memory to {path}"),
         }
     }
 
@@ -323,7 +394,12 @@ impl Step {
                 60_000
             }
             Self::StartDomain { .. } => 180_000,
-            Self::SetUserPassword { .. } => 30_000,
+            Self::SetUserPassword { .. } | Self::SetGuestTime => 30_000,
+            Self::Pause { .. } | Self::Unpause | Self::InjectNmi => 60_000,
+            // At 10 MB/s at least, which is what a disk gives that many guests use.
+            Self::SaveMemory { memory_kib }
+            | Self::RestoreMemory { memory_kib }
+            | Self::DumpMemory { memory_kib, .. } => 180_000 + *memory_kib / 10,
         }
     }
 
@@ -331,15 +407,30 @@ impl Step {
     /// nothing but clean-up comes after it.
     #[must_use]
     pub const fn is_final(&self) -> bool {
-        matches!(self, Self::UndefineDomain { .. })
+        matches!(
+            self,
+            Self::UndefineDomain { .. } | Self::RestoreMemory { .. }
+        )
+    }
+
+    /// Does it change nothing but the state of a running QEMU? A power cut undoes that anyway.
+    #[must_use]
+    pub const fn is_memory_only(&self) -> bool {
+        matches!(
+            self,
+            Self::Pause { .. } | Self::Unpause | Self::SetGuestTime
+        )
     }
 
     /// The power state that it leaves the guest in, if it is about that.
     #[must_use]
     pub const fn power_after(&self) -> Option<PowerState> {
         match self {
-            Self::PowerOff { .. } => Some(PowerState::Shutdown),
-            Self::StartDomain { .. } => Some(PowerState::Running),
+            Self::PowerOff { .. } | Self::SaveMemory { .. } => Some(PowerState::Shutdown),
+            Self::StartDomain { .. } | Self::RestoreMemory { .. } | Self::Unpause => {
+                Some(PowerState::Running)
+            }
+            Self::Pause { .. } => Some(PowerState::Paused),
             Self::HoldImage { .. }
             | Self::MakeFolder { .. }
             | Self::CreateOverlay { .. }
@@ -358,7 +449,10 @@ impl Step {
             | Self::SetUserPassword { .. }
             | Self::RemoveFolder { .. }
             | Self::ReleaseImage { .. }
-            | Self::DropSavedDefinition => None,
+            | Self::DropSavedDefinition
+            | Self::SetGuestTime
+            | Self::InjectNmi
+            | Self::DumpMemory { .. } => None,
         }
     }
 
@@ -373,6 +467,7 @@ impl Step {
             }
             Self::CopyFile { to, .. } => vec![(to.clone(), "create")],
             Self::NoteOwners { note, .. } => vec![(note.clone(), "create")],
+            Self::DumpMemory { path, .. } => vec![(path.clone(), "create")],
             Self::ReserveNote { .. } => Vec::new(),
             Self::CommitOverlay { base, .. } => vec![(base.clone(), "write")],
             Self::EmptyOverlay { path, .. } => vec![(path.clone(), "write")],
@@ -388,7 +483,13 @@ impl Step {
             | Self::DropSavedMemory
             | Self::SetUserPassword { .. }
             | Self::ReleaseImage { .. }
-            | Self::DropSavedDefinition => Vec::new(),
+            | Self::DropSavedDefinition
+            | Self::Pause { .. }
+            | Self::Unpause
+            | Self::SaveMemory { .. }
+            | Self::RestoreMemory { .. }
+            | Self::SetGuestTime
+            | Self::InjectNmi => Vec::new(),
         }
     }
 }
@@ -436,6 +537,8 @@ pub enum Outcome {
     },
     /// The record goes.
     Remove,
+    /// The record stays as it is, a fault included.
+    Keep,
 }
 
 /// A plan.
@@ -467,6 +570,17 @@ impl Plan {
             .iter()
             .filter(|step| step.phase != Phase::CleanUp)
             .count()
+    }
+
+    /// Does it change nothing but the state of a running QEMU? Then nothing of it has to outlive a power
+    /// cut: the guest does not either.
+    #[must_use]
+    pub fn is_memory_only(&self) -> bool {
+        !self.steps.is_empty()
+            && self
+                .steps
+                .iter()
+                .all(|planned| planned.step.is_memory_only())
     }
 
     /// The power state that it leaves the guest in, with the index of the step that does; `None` if

@@ -56,6 +56,10 @@ named_states! {
         /// See [`Reason::explanation`].
         SavedMemory = "SAVED_MEMORY",
         /// See [`Reason::explanation`].
+        NoSavedMemory = "NO_SAVED_MEMORY",
+        /// See [`Reason::explanation`].
+        GuestStillOn = "GUEST_STILL_ON",
+        /// See [`Reason::explanation`].
         DomainTransient = "DOMAIN_TRANSIENT",
         /// See [`Reason::explanation`].
         NotAdopted = "NOT_ADOPTED",
@@ -269,6 +273,16 @@ impl Reason {
                 409,
                 "The domain has saved memory that the action would lose. Start it first, or remove it with `virsh managedsave-remove`.",
             ),
+            Self::NoSavedMemory => (
+                FailedPrecondition,
+                409,
+                "The server is suspended, but libvirt has no saved memory of it any more. Boot it anew with a hard reboot.",
+            ),
+            Self::GuestStillOn => (
+                DeadlineExceeded,
+                409,
+                "The guest did not shut down in time, and was not to be ended: it goes on. Ask for a hard reboot, or look into the guest.",
+            ),
             Self::DomainTransient => (
                 FailedPrecondition,
                 409,
@@ -468,6 +482,8 @@ named_states! {
         OwnersNotKept = "OWNERS_NOT_KEPT",
         /// Repairs in overlays go with the server.
         RepairsLost = "REPAIRS_LOST",
+        /// Memory that was saved of the guest is lost.
+        SavedMemoryLost = "SAVED_MEMORY_LOST",
         /// A file or folder could not be removed and is left behind.
         LeftBehind = "LEFT_BEHIND",
     }
@@ -496,6 +512,9 @@ impl WarningName {
             }
             Self::RepairsLost => {
                 "The server is deleted with overlays that were not committed, so what was repaired in them is lost. The message says which disk a commit that did not end may have left half written."
+            }
+            Self::SavedMemoryLost => {
+                "The guest boots anew: memory that was saved of it before is lost."
             }
             Self::LeftBehind => {
                 "A file or folder could not be removed and is left behind. The message says which."

@@ -243,6 +243,9 @@ pub struct Devices {
     pub disks: Vec<DiskSummary>,
     /// Interfaces.
     pub nics: Vec<NicSummary>,
+    /// It has a channel for a guest agent.
+    #[serde(default)]
+    pub guest_agent: bool,
 }
 
 /// A server.
@@ -296,6 +299,9 @@ pub struct ServerRecord {
     /// SSH public keys by name, for its rescues as well.
     #[serde(default)]
     pub public_keys: BTreeMap<String, String>,
+    /// Its own definition has a channel for a guest agent.
+    #[serde(default)]
+    pub guest_agent: bool,
 }
 
 impl ServerRecord {
@@ -312,10 +318,13 @@ impl ServerRecord {
 
     /// Shows these devices from now on. Are they others than before?
     pub fn show(&mut self, devices: &Devices) -> bool {
-        let others = self.disks != devices.disks || self.nics != devices.nics;
+        let others = self.disks != devices.disks
+            || self.nics != devices.nics
+            || self.guest_agent != devices.guest_agent;
         if others {
             self.disks.clone_from(&devices.disks);
             self.nics.clone_from(&devices.nics);
+            self.guest_agent = devices.guest_agent;
         }
         others
     }

@@ -17,7 +17,9 @@ use crate::{
         action::Action,
         backing::References,
         errors::chain,
-        facts::{CommitSpace, DomainFacts, Facts, HostFacts, ImageFacts, live_only},
+        facts::{
+            AgentLook, CommitSpace, DomainFacts, Facts, HostFacts, ImageFacts, SaveRoom, live_only,
+        },
         image::{ImageFormat, ImageRecord},
         planners::{HostImage, choose_image, machine},
         reason::{Reason, Refusal},
@@ -61,7 +63,20 @@ impl Dispatcher {
             | Action::Start
             | Action::Stop(_)
             | Action::Unrescue(_)
-            | Action::DeliverPassword => None,
+            | Action::DeliverPassword
+            | Action::Reboot(_)
+            | Action::HardReboot
+            | Action::Pause
+            | Action::Unpause
+            | Action::Suspend
+            | Action::Resume
+            | Action::CrashDump
+            | Action::DumpMemory => None,
+            // Whose password it is, if the request does not say.
+            Action::ChangePassword(args) => match (&args.user, server) {
+                (None, Some(server)) => server.image_id,
+                _ => None,
+            },
         };
         let image = match image {
             Some(image) => self.image_facts(id, image).await?,
@@ -74,6 +89,8 @@ impl Dispatcher {
         // Giving a domain back needs nothing of libvirt, and must work while it is away.
         let domain = match action {
             Action::Release => None,
+            // These do one thing to a running QEMU, and ask for nothing that would take longer than it does.
+            Action::Pause | Action::Unpause | Action::CrashDump => None,
             _ => self.domain_facts(id, protection).await?,
         };
         let commit_begun =
@@ -84,7 +101,10 @@ impl Dispatcher {
             Action::Delete => server.filter(commit_begun),
             _ => None,
         };
-        let host = self.host_facts(id).await?;
+        let host = match action {
+            Action::Pause | Action::Unpause | Action::CrashDump => self.host_facts(0),
+            _ => self.host_facts(self.free_bytes(id).await?),
+        };
         let capacity = match action {
             Action::Create(args) => {
                 let machine = machine(args, &host.arch);
@@ -107,23 +127,64 @@ impl Dispatcher {
                 Some(server) => commit_references(server).await,
                 None => BTreeMap::new(),
             },
+            save_room: match action {
+                Action::Suspend => self.save_room(id).await,
+                _ => None,
+            },
+            agent: match action {
+                Action::ChangePassword(_) => Some(self.look_at_agent(id).await),
+                _ => None,
+            },
         })
     }
 
-    async fn host_facts(&self, id: Uuid) -> Result<HostFacts, Refusal> {
-        let settings = &self.settings;
-        // What servers need may be on a file system of its own.
-        let servers = settings.layout.servers();
+    /// What is free for servers' files: that may be on a file system of its own.
+    async fn free_bytes(&self, id: Uuid) -> Result<u64, Refusal> {
+        let servers = self.settings.layout.servers();
         let asked = PathBuf::from(&servers);
-        let free_bytes = look(id, move || free_space(&asked))
-            .await
-            .map_err(|error| {
-                Refusal::new(
-                    Reason::StorageFailed,
-                    format!("the free space of {servers} cannot be told: {error}"),
-                )
-            })?;
-        Ok(HostFacts {
+        look(id, move || free_space(&asked)).await.map_err(|error| {
+            Refusal::new(
+                Reason::StorageFailed,
+                format!("the free space of {servers} cannot be told: {error}"),
+            )
+        })
+    }
+
+    /// Where libvirt saves memory, and what is free there. A folder that the agent cannot look at is
+    /// libvirt's to find full.
+    async fn save_room(&self, id: Uuid) -> Option<SaveRoom> {
+        let folder = &self.settings.saved_memory;
+        let asked = folder.clone();
+        let free_bytes = look(id, move || free_space(&asked)).await.ok()?;
+        Some(SaveRoom {
+            folder: folder.display().to_string(),
+            free_bytes,
+        })
+    }
+
+    /// Does the server's guest agent answer?
+    async fn look_at_agent(&self, id: Uuid) -> AgentLook {
+        if let Some((failures, pause)) = self.agents.given_up(id) {
+            return AgentLook::GivenUp {
+                failures,
+                seconds: pause.as_secs().max(1),
+            };
+        }
+        match self.hypervisor.ping_guest_agent(id).await {
+            Ok(()) => {
+                self.agents.answered(id);
+                AgentLook::Answers
+            }
+            Err(error) => {
+                self.agents.silent(id);
+                AgentLook::Silent(error.to_string())
+            }
+        }
+    }
+
+    fn host_facts(&self, free_bytes: u64) -> HostFacts {
+        let settings = &self.settings;
+        HostFacts {
             layout: settings.layout.clone(),
             virt_type: settings.virt_type.clone(),
             arch: std::env::consts::ARCH.to_owned(),
@@ -131,7 +192,7 @@ impl Dispatcher {
             reserve_bytes: settings.reserve_bytes,
             rescue_timeout_ms: settings.rescue_timeout_ms,
             now_ms: now_ms(),
-        })
+        }
     }
 
     /// With what a rescue must know besides, if it is one, for its protection of disks.

@@ -4,15 +4,17 @@
 //! This is the one way in. The API, the timers and the observers all submit their actions here, so
 //! that each is admitted, planned and journaled alike. It knows no step and makes no change itself.
 
+mod agents;
 mod facts;
 mod preview;
 
-use std::{sync::Arc, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use salvor_domain_templates::Templates;
 use tokio::sync::watch;
 use uuid::Uuid;
 
+use agents::Agents;
 pub use preview::Preview;
 
 use crate::{
@@ -50,6 +52,8 @@ pub struct Settings {
     pub default_rescue_image: Option<String>,
     /// How guests are shut down, if the request does not say.
     pub shutdown: Shutdown,
+    /// Where libvirt saves the memory of guests.
+    pub saved_memory: PathBuf,
 }
 
 /// What an action is to be done to.
@@ -86,6 +90,7 @@ pub struct Dispatcher {
     hypervisor: Arc<dyn Hypervisor>,
     templates: Arc<Templates>,
     settings: Arc<Settings>,
+    agents: Arc<Agents>,
     draining: watch::Receiver<bool>,
 }
 
@@ -106,8 +111,14 @@ impl Dispatcher {
             hypervisor,
             templates,
             settings: Arc::new(settings),
+            agents: Arc::default(),
             draining,
         }
+    }
+
+    /// The guest agent of a server has connected: it is worth asking again.
+    pub fn agent_connected(&self, server: Uuid) {
+        self.agents.answered(server);
     }
 
     /// What the configuration says about actions.

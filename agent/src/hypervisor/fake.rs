@@ -16,6 +16,7 @@ mod host;
 mod tests;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::sync::{broadcast, watch};
@@ -23,7 +24,7 @@ use uuid::Uuid;
 
 use self::host::{HostState, Planned, element, identity, refused};
 use super::{
-    Boot, CryptHash, Definition, DomainStatus, HostFacts, Hypervisor, HypervisorError,
+    Ask, Boot, CryptHash, Definition, DomainStatus, HostFacts, Hypervisor, HypervisorError,
     HypervisorEvent, HypervisorResult, LinkState, PowerReading, StuckCall,
 };
 use crate::core::{facts::Capacity, state::PowerState};
@@ -301,9 +302,12 @@ impl FakeHypervisor {
 
     /// Gives the domain a managed save image; it is off then.
     pub fn managed_save(&self, id: Uuid) {
-        let mut state = lock(&self.host.state);
+        self.save_memory(&mut lock(&self.host.state), id);
+    }
+
+    fn save_memory(&self, state: &mut HostState, id: Uuid) {
         let saved = state.domains.get(&id).and_then(|d| d.live.clone());
-        self.end(&mut state, id, "saved");
+        self.end(state, id, "saved");
         if let Some(domain) = state.domains.get_mut(&id) {
             domain.managed_save = saved;
         }
@@ -619,9 +623,14 @@ impl Hypervisor for FakeHypervisor {
         .await
     }
 
-    async fn shutdown(&self, id: Uuid) -> HypervisorResult<()> {
+    async fn shutdown(&self, id: Uuid, how: Ask) -> HypervisorResult<()> {
         self.call("shutdown", &id.to_string(), |fake, state| {
             state.running("shutdown", id)?;
+            if how == Ask::GuestAgent {
+                state.agent("shutdown", id)?;
+                fake.end(state, id, "shutdown");
+                return Ok(());
+            }
             let guest = state.guests.entry(id).or_default();
             if guest.acpi_requests_to_ignore == 0 {
                 fake.end(state, id, "shutdown");
@@ -629,6 +638,81 @@ impl Hypervisor for FakeHypervisor {
                 guest.acpi_requests_to_ignore -= 1;
             }
             Ok(())
+        })
+        .await
+    }
+
+    async fn pause(&self, id: Uuid) -> HypervisorResult<()> {
+        self.call("pause", &id.to_string(), |fake, state| {
+            let domain = state.running("pause", id)?;
+            if domain.power != PowerState::Paused {
+                (domain.power, domain.reason) = (PowerState::Paused, "user");
+                fake.emit(HypervisorEvent::Domain {
+                    id,
+                    what: "suspended",
+                });
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    async fn unpause(&self, id: Uuid) -> HypervisorResult<()> {
+        self.call("unpause", &id.to_string(), |fake, state| {
+            let domain = state.running("unpause", id)?;
+            if domain.power != PowerState::Running {
+                (domain.power, domain.reason) = (PowerState::Running, "unpaused");
+                fake.emit(HypervisorEvent::Domain {
+                    id,
+                    what: "resumed",
+                });
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    async fn save(&self, id: Uuid, _limit: Duration) -> HypervisorResult<()> {
+        self.call("save", &id.to_string(), |fake, state| {
+            state.running("save", id)?;
+            fake.save_memory(state, id);
+            Ok(())
+        })
+        .await
+    }
+
+    async fn restore(&self, id: Uuid, _limit: Duration) -> HypervisorResult<()> {
+        self.start(id, Boot::Resume).await
+    }
+
+    async fn dump(&self, id: Uuid, path: &str, _limit: Duration) -> HypervisorResult<()> {
+        self.call("dump", &id.to_string(), |_, state| {
+            let live = state.running("dump", id)?.live.clone();
+            std::fs::write(path, live.unwrap_or_default())
+                .or_else(|error| refused("dump", error.to_string()))
+        })
+        .await
+    }
+
+    async fn job_percent(&self, id: Uuid) -> HypervisorResult<Option<u8>> {
+        self.call("job_percent", &id.to_string(), |_, _| Ok(None))
+            .await
+    }
+
+    async fn abort_job(&self, id: Uuid) -> HypervisorResult<()> {
+        self.call("abort_job", &id.to_string(), |_, _| Ok(())).await
+    }
+
+    async fn inject_nmi(&self, id: Uuid) -> HypervisorResult<()> {
+        self.call("inject_nmi", &id.to_string(), |_, state| {
+            state.running("inject_nmi", id).map(|_| ())
+        })
+        .await
+    }
+
+    async fn set_guest_time(&self, id: Uuid) -> HypervisorResult<()> {
+        self.call("set_guest_time", &id.to_string(), |_, state| {
+            state.agent("set_guest_time", id)
         })
         .await
     }

@@ -136,6 +136,15 @@ pub enum Boot {
     Fresh,
 }
 
+/// How a guest is asked to shut down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ask {
+    /// By the power button (ACPI).
+    PowerButton,
+    /// By its guest agent.
+    GuestAgent,
+}
+
 /// The host as libvirt describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostFacts {
@@ -215,6 +224,9 @@ impl StuckCall {
                 | "virDomainManagedSaveRemove"
                 | "virDomainCreate"
                 | "virDomainDestroy"
+                | "virDomainManagedSave"
+                | "virDomainSuspend"
+                | "virDomainResume"
         )
     }
 }
@@ -269,8 +281,38 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// Removes a managed save image. Without one, or without such a domain, it is success.
     async fn drop_saved_memory(&self, id: Uuid) -> HypervisorResult<()>;
 
-    /// Asks the guest to shut down (ACPI). Returns once asked, not once off.
-    async fn shutdown(&self, id: Uuid) -> HypervisorResult<()>;
+    /// Asks the guest to shut down. Returns once asked, not once off.
+    async fn shutdown(&self, id: Uuid, how: Ask) -> HypervisorResult<()>;
+
+    /// Stops the guest's CPUs. A guest whose CPUs are stopped already is success.
+    async fn pause(&self, id: Uuid) -> HypervisorResult<()>;
+
+    /// Lets the guest's CPUs run. A guest whose CPUs run is success.
+    async fn unpause(&self, id: Uuid) -> HypervisorResult<()>;
+
+    /// Saves the guest's memory where the next start brings it back ([`Boot::Resume`]), and ends it. It takes as
+    /// long as writing the memory does, and may be ended before ([`Hypervisor::abort_job`]): then the guest
+    /// goes on.
+    async fn save(&self, id: Uuid, limit: Duration) -> HypervisorResult<()>;
+
+    /// Starts the domain with its saved memory, which stays where it is if that fails.
+    async fn restore(&self, id: Uuid, limit: Duration) -> HypervisorResult<()>;
+
+    /// Writes the guest's memory to a new file, in the ELF format of crash dumps. The guest stands still
+    /// meanwhile. It may be ended before, as [`Hypervisor::save`].
+    async fn dump(&self, id: Uuid, path: &str, limit: Duration) -> HypervisorResult<()>;
+
+    /// How far a save or a dump is, in percent; `None` if there is none.
+    async fn job_percent(&self, id: Uuid) -> HypervisorResult<Option<u8>>;
+
+    /// Ends a save or a dump that is under way. Without one it is success.
+    async fn abort_job(&self, id: Uuid) -> HypervisorResult<()>;
+
+    /// Injects an NMI.
+    async fn inject_nmi(&self, id: Uuid) -> HypervisorResult<()>;
+
+    /// Sets the guest's clock to the host's, through the guest agent.
+    async fn set_guest_time(&self, id: Uuid) -> HypervisorResult<()>;
 
     /// Ends the guest at once; it is off when this returns. A domain that is off already is success.
     /// Goes over a connection of its own, so that it works while other calls hang.

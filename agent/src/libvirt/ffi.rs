@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! All of Salvor's `unsafe` code: the libvirt functions that the `virt` crate does not wrap, or wraps
-//! so that they leak or never fail; and one of the C library.
+//! so that they leak or never fail; and two of the C library.
 //!
 //! Whatever libvirt allocates for us is owned by a type here and freed when that is dropped.
 //! Callbacks run on libvirt's threads, and a close callback even on whichever thread happens to read
@@ -62,6 +62,55 @@ pub(super) fn domain_state(domain: &Domain) -> Result<RawState, Error> {
         return Err(Error::last_error());
     }
     Ok(raw)
+}
+
+/// A save, dump or migration that is under way, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct RunningJob {
+    /// How much there is to do.
+    pub(super) total: u64,
+    /// How much is done.
+    pub(super) processed: u64,
+}
+
+/// `virDomainGetJobInfo`; `None` if no job is under way.
+pub(super) fn job(domain: &Domain) -> Result<Option<RunningJob>, Error> {
+    let mut info = std::mem::MaybeUninit::<sys::virDomainJobInfo>::zeroed();
+    // SAFETY: `domain` keeps its handle alive for the call, and the out pointer is to a whole struct.
+    let answer = unsafe { sys::virDomainGetJobInfo(domain.as_ptr(), info.as_mut_ptr()) };
+    if answer < 0 {
+        return Err(Error::last_error());
+    }
+    // SAFETY: it is a struct of integers, zeroed before and written by libvirt.
+    let info = unsafe { info.assume_init() };
+    let running = [
+        sys::VIR_DOMAIN_JOB_BOUNDED.cast_signed(),
+        sys::VIR_DOMAIN_JOB_UNBOUNDED.cast_signed(),
+    ];
+    Ok(running.contains(&info.type_).then_some(RunningJob {
+        total: info.dataTotal,
+        processed: info.dataProcessed,
+    }))
+}
+
+/// `virDomainAbortJob`.
+pub(super) fn abort_job(domain: &Domain) -> Result<(), Error> {
+    // SAFETY: `domain` keeps its handle alive for the call.
+    let answer = unsafe { sys::virDomainAbortJob(domain.as_ptr()) };
+    if answer < 0 {
+        return Err(Error::last_error());
+    }
+    Ok(())
+}
+
+/// `virDomainInjectNMI`.
+pub(super) fn inject_nmi(domain: &Domain) -> Result<(), Error> {
+    // SAFETY: `domain` keeps its handle alive for the call.
+    let answer = unsafe { sys::virDomainInjectNMI(domain.as_ptr(), 0) };
+    if answer < 0 {
+        return Err(Error::last_error());
+    }
+    Ok(())
 }
 
 /// The records of `virConnectGetAllDomainStats`, freed on drop (`virt` 0.5 never frees them).
@@ -285,6 +334,20 @@ pub(super) fn give_memory_back() {
         // touches only what is free.
         unsafe { malloc_trim(0) };
     }
+}
+
+/// Ends the process at once, without the C library's exit handlers.
+///
+/// Those free what libvirt and the libraries under it keep, while threads of ours are still in their
+/// calls: there is no telling a call that hangs to return. Such a thread then meets freed memory, and
+/// the process that was to end well ends by a signal (seen: SIGSEGV, on a busy host).
+pub(super) fn exit_at_once(code: u8) -> ! {
+    unsafe extern "C" {
+        fn _exit(code: c_int) -> !;
+    }
+    // SAFETY: POSIX's function has this type, may be called at any time from any thread, and does not
+    // come back.
+    unsafe { _exit(c_int::from(code)) }
 }
 
 type GenericCallback = unsafe extern "C" fn(sys::virConnectPtr, sys::virDomainPtr, *mut c_void);

@@ -38,7 +38,7 @@ use async_trait::async_trait;
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use nix::errno::Errno;
-use tokio::sync::{broadcast, oneshot, watch};
+use tokio::sync::{Semaphore, SemaphorePermit, broadcast, oneshot, watch};
 use uuid::Uuid;
 use virt::connect::Connect;
 use virt::domain::Domain;
@@ -55,7 +55,7 @@ use self::threads::{Job, Ticket};
 use self::turns::Turns;
 use crate::core::{facts::Capacity, state::PowerState};
 use crate::hypervisor::{
-    Boot, CryptHash, Definition, DomainStatus, HostFacts, Hypervisor, HypervisorError,
+    Ask, Boot, CryptHash, Definition, DomainStatus, HostFacts, Hypervisor, HypervisorError,
     HypervisorEvent, HypervisorResult, LinkState, PowerReading, StuckCall,
 };
 
@@ -130,7 +130,11 @@ pub struct Libvirt {
     shared: Arc<Connections>,
     turns: Turns,
     schema: Arc<SchemaChecks>,
+    long_jobs: Semaphore,
 }
+
+/// So many memories are saved, brought back or dumped at once: disks are no faster with more.
+const LONG_JOBS: usize = 3;
 
 impl Libvirt {
     /// Sets the layer up and begins to connect. It does not wait for libvirt, which may come later:
@@ -159,6 +163,7 @@ impl Libvirt {
             shared,
             turns,
             schema: Arc::default(),
+            long_jobs: Semaphore::new(LONG_JOBS),
         })
     }
 
@@ -256,6 +261,16 @@ impl Libvirt {
         .await
     }
 
+    /// A turn for a call that takes as long as a guest's memory is large: there are few, so that threads
+    /// are left for everything else.
+    async fn long_job(&self, limit: Duration, call: Call) -> HypervisorResult<SemaphorePermit<'_>> {
+        match tokio::time::timeout(limit, self.long_jobs.acquire()).await {
+            Ok(Ok(permit)) => Ok(permit),
+            // It is never closed.
+            Ok(Err(_)) | Err(_) => Err(call.too_late()),
+        }
+    }
+
     /// Does a call that was given up on hang? One whose caller just went away may be about to come back.
     fn hangs(&self, stuck: &StuckCall) -> bool {
         stuck.age >= (self.shared.config.call_timeout / 2).min(HANGS)
@@ -330,6 +345,12 @@ fn panicked(call: &'static str) -> HypervisorError {
     }
 }
 
+/// Ends the process while calls to libvirt may be under way, which cannot be told to return. Whatever is to
+/// outlive the process must be written before.
+pub fn leave(code: u8) -> ! {
+    ffi::exit_at_once(code)
+}
+
 /// Registers libvirt's default event loop and starts its thread, once per process. It has to be
 /// there before the first connection is opened, or that one has neither events nor keepalive.
 fn start_event_loop() -> Result<(), OpenError> {
@@ -383,6 +404,15 @@ fn sync_folder(folder: &Path) -> io::Result<()> {
         }
         Ok(()) => Ok(()),
     }
+}
+
+/// How much of a job is done; `None` while its size is not known.
+fn percent(processed: u64, total: u64) -> Option<u8> {
+    let percent = processed
+        .min(total)
+        .saturating_mul(100)
+        .checked_div(total)?;
+    u8::try_from(percent).ok()
 }
 
 /// Which domain is defined by this? Nobody asks for one without a uuid, which would be a new one.
@@ -570,7 +600,17 @@ impl Hypervisor for Libvirt {
         .await
     }
 
-    async fn shutdown(&self, id: Uuid) -> HypervisorResult<()> {
+    async fn shutdown(&self, id: Uuid, how: Ask) -> HypervisorResult<()> {
+        if how == Ask::GuestAgent {
+            // The agent answers a shutdown that it makes by not answering: libvirt's own call knows that.
+            return self
+                .ask_guest(id, "virDomainShutdownFlags", |domain| {
+                    domain
+                        .shutdown_flags(sys::VIR_DOMAIN_SHUTDOWN_GUEST_AGENT)
+                        .map_err(agent_failure)
+                })
+                .await;
+        }
         self.ask_guest(id, "virDomainShutdownFlags", |domain| {
             match domain.shutdown_flags(sys::VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN) {
                 // A driver with one way only, such as the test driver. (QEMU's would go to the
@@ -580,6 +620,93 @@ impl Hypervisor for Libvirt {
             }
         })
         .await
+    }
+
+    async fn pause(&self, id: Uuid) -> HypervisorResult<()> {
+        // libvirt takes it for success where the CPUs are stopped already.
+        self.ask_guest(id, "virDomainSuspend", |domain| Ok(domain.suspend()?))
+            .await
+    }
+
+    async fn unpause(&self, id: Uuid) -> HypervisorResult<()> {
+        self.ask_guest(id, "virDomainResume", |domain| Ok(domain.resume()?))
+            .await
+    }
+
+    async fn save(&self, id: Uuid, limit: Duration) -> HypervisorResult<()> {
+        let call = Call::new("virDomainManagedSave", limit).about(id);
+        let _turn = self.long_job(limit, call).await?;
+        self.call(Class::Mutate, call, move |connect| {
+            Ok(connect.lookup_domain_by_uuid(id)?.managed_save(0)?)
+        })
+        .await
+    }
+
+    async fn restore(&self, id: Uuid, limit: Duration) -> HypervisorResult<()> {
+        let call = Call::new("virDomainCreate", limit).about(id);
+        let _turn = self.long_job(limit, call).await?;
+        self.call(Class::Mutate, call, move |connect| {
+            Ok(connect.lookup_domain_by_uuid(id)?.create()?)
+        })
+        .await
+    }
+
+    async fn dump(&self, id: Uuid, path: &str, limit: Duration) -> HypervisorResult<()> {
+        let call = Call::new("virDomainCoreDumpWithFormat", limit).about(id);
+        let _turn = self.long_job(limit, call).await?;
+        let path = path.to_owned();
+        self.call(Class::Mutate, call, move |connect| {
+            let domain = connect.lookup_domain_by_uuid(id)?;
+            let format = sys::VIR_DOMAIN_CORE_DUMP_FORMAT_RAW;
+            domain.core_dump_with_format(&path, format, sys::VIR_DUMP_MEMORY_ONLY)?;
+            Ok(())
+        })
+        .await
+    }
+
+    async fn job_percent(&self, id: Uuid) -> HypervisorResult<Option<u8>> {
+        let call = self.call_named("virDomainGetJobInfo").about(id);
+        self.call(Class::Mutate, call, move |connect| {
+            let Some(domain) = find(connect, id)? else {
+                return Ok(None);
+            };
+            let job = ffi::job(&domain)?;
+            Ok(job.and_then(|job| percent(job.processed, job.total)))
+        })
+        .await
+    }
+
+    async fn abort_job(&self, id: Uuid) -> HypervisorResult<()> {
+        let call = Call::new("virDomainAbortJob", self.shared.config.guest_timeout).about(id);
+        self.call(Class::Mutate, call, move |connect| {
+            let Some(domain) = find(connect, id)? else {
+                return Ok(());
+            };
+            match ffi::abort_job(&domain) {
+                // There is none.
+                Err(error) if is(&error, ErrorNumber::OperationInvalid) => Ok(()),
+                answer => Ok(answer?),
+            }
+        })
+        .await
+    }
+
+    async fn inject_nmi(&self, id: Uuid) -> HypervisorResult<()> {
+        self.ask_guest(id, "virDomainInjectNMI", |domain| {
+            Ok(ffi::inject_nmi(domain)?)
+        })
+        .await
+    }
+
+    async fn set_guest_time(&self, id: Uuid) -> HypervisorResult<()> {
+        let now = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .unwrap_or_default();
+        let command = serde_json::json!({
+            "execute": "guest-set-time",
+            "arguments": { "time": u64::try_from(now.as_nanos()).unwrap_or(u64::MAX) },
+        });
+        self.ask_agent(id, command.to_string()).await
     }
 
     async fn destroy(&self, id: Uuid) -> HypervisorResult<()> {

@@ -91,7 +91,7 @@ async fn a_domain_goes_through_its_life_and_events_tell_of_it() {
     assert!(inactive.contains(&id.to_string()));
     let live = libvirt.domain_xml(id, Definition::Live).await;
     assert!(matches!(live, Err(HypervisorError::NoDomain { .. })));
-    let off = libvirt.shutdown(id).await;
+    let off = libvirt.shutdown(id, Ask::PowerButton).await;
     assert!(is_refused(&off, "running"), "{off:?}");
 
     libvirt.start(id, Boot::Resume).await.unwrap();
@@ -102,7 +102,7 @@ async fn a_domain_goes_through_its_life_and_events_tell_of_it() {
     ));
     libvirt.domain_xml(id, Definition::Live).await.unwrap();
 
-    libvirt.shutdown(id).await.unwrap();
+    libvirt.shutdown(id, Ask::PowerButton).await.unwrap();
     assert_eq!(power(&libvirt, id).await.0, PowerState::Shutdown);
     libvirt.start(id, Boot::Resume).await.unwrap();
     libvirt.destroy(id).await.unwrap();
@@ -170,7 +170,10 @@ async fn a_missing_domain_is_named() {
     let domain = id.to_string();
     let missing = HypervisorError::NoDomain { domain };
     assert_eq!(libvirt.start(id, Boot::Resume).await, Err(missing.clone()));
-    assert_eq!(libvirt.shutdown(id).await, Err(missing.clone()));
+    assert_eq!(
+        libvirt.shutdown(id, Ask::PowerButton).await,
+        Err(missing.clone())
+    );
     let xml = libvirt.domain_xml(id, Definition::Inactive).await;
     assert_eq!(xml, Err(missing));
 }
@@ -269,7 +272,7 @@ async fn calls_that_hang_hold_up_their_own_domain_only_and_are_listed_until_they
             matches!(again, Err(HypervisorError::Deadline { call: "hangs", .. })),
             "{again:?}"
         );
-        let asked = libvirt.shutdown(sick).await;
+        let asked = libvirt.shutdown(sick, Ask::PowerButton).await;
         assert!(
             matches!(asked, Err(HypervisorError::Deadline { call: "hangs", .. })),
             "{asked:?}"

@@ -146,6 +146,7 @@ impl Observer {
                     }
                     Ok(HypervisorEvent::GuestAgent { id, connected: true }) => {
                         agents.insert(id);
+                        self.dispatcher.agent_connected(id);
                         if let Some(rescue) = self.store.server(id).and_then(|server| Some(server.rescue.as_ref()?.plan)) {
                             tried.forget(rescue, Verb::DeliverPassword);
                         }

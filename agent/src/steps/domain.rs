@@ -22,7 +22,7 @@ use crate::{
     },
     engine::{StepContext, StepError, StepReport},
     hypervisor::{
-        Boot, Definition, HypervisorError, HypervisorEvent, HypervisorResult, PowerReading,
+        Ask, Boot, Definition, HypervisorError, HypervisorEvent, HypervisorResult, PowerReading,
     },
 };
 
@@ -33,11 +33,22 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// guests that obey at all are off by then, and whoever cancels waits for it.
 const OBEYS_LATE: Duration = Duration::from_secs(10);
 
+/// How a guest is to be switched off.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Way {
+    /// How long it may take by itself.
+    pub(super) shutdown: Shutdown,
+    /// Its agent is asked too.
+    pub(super) ask_agent: bool,
+    /// When its time is over it goes on.
+    pub(super) or_fail: bool,
+}
+
 impl Steps {
     /// Asks the guest to shut down, again and again (a guest that is still booting loses the request),
     /// and ends it when its time is over. A guest whose CPUs are stopped cannot answer: it is ended.
-    pub(super) async fn power_off(&self, context: &StepContext<'_>, shutdown: Shutdown) -> Applied {
-        let id = context.plan.server;
+    pub(super) async fn power_off(&self, context: &StepContext<'_>, way: Way) -> Applied {
+        let (id, shutdown) = (context.plan.server, way.shutdown);
         let report = |guest_stop, message: &str| {
             Ok(Some(StepReport {
                 message: message.to_owned(),
@@ -49,8 +60,17 @@ impl Steps {
             return report(GuestStop::WasOff, "was off already");
         };
         if shutdown.timeout_ms > 0 && status.power == PowerState::Running {
-            if self.shut_down(context, id, shutdown).await? {
+            if self.shut_down(context, id, way).await? {
                 return report(GuestStop::ByItself, "shut down by itself");
+            }
+            if way.or_fail {
+                return Err(StepError::new(
+                    Reason::GuestStillOn,
+                    format!(
+                        "the guest did not shut down within {} s and goes on",
+                        shutdown.timeout_ms.div_ceil(1000)
+                    ),
+                ));
             }
             self.end(id).await?;
             return report(GuestStop::Forced, "did not shut down in time and was ended");
@@ -64,23 +84,32 @@ impl Steps {
         &self,
         context: &StepContext<'_>,
         id: Uuid,
-        shutdown: Shutdown,
+        way: Way,
     ) -> Result<bool, StepError> {
+        let shutdown = way.shutdown;
+        // The power button first, then by turns: an agent that does not answer costs time each time.
+        let mut ask = Ask::PowerButton;
         let deadline = Instant::now() + Duration::from_millis(shutdown.timeout_ms);
         let retry = Duration::from_millis(shutdown.retry_ms.max(1));
         let mut events = self.hypervisor.events();
         loop {
-            match self.ask_to_shut_down(context, id).await? {
+            match self.ask_to_shut_down(context, id, ask).await? {
                 Ok(()) => {}
                 // It went off in this very moment, or cannot be asked now (a frozen QEMU lets the
                 // call hang): the next look decides, and in the end it is ended anyway.
                 Err(
                     HypervisorError::Refused { .. }
                     | HypervisorError::NoDomain { .. }
+                    | HypervisorError::NoGuestAgent { .. }
+                    | HypervisorError::GuestAgentRefused { .. }
                     | HypervisorError::Deadline { .. },
                 ) => {}
                 Err(error) => return Err(error.into()),
             }
+            ask = match ask {
+                Ask::PowerButton if way.ask_agent => Ask::GuestAgent,
+                Ask::PowerButton | Ask::GuestAgent => Ask::PowerButton,
+            };
             let ask_again = (Instant::now() + retry).min(deadline);
             while Instant::now() < ask_again {
                 if self.on(id).await?.is_none() {
@@ -105,9 +134,10 @@ impl Steps {
         &self,
         context: &StepContext<'_>,
         id: Uuid,
+        ask: Ask,
     ) -> Result<HypervisorResult<()>, StepError> {
         let hypervisor = Arc::clone(&self.hypervisor);
-        let asked = tokio::spawn(async move { hypervisor.shutdown(id).await });
+        let asked = tokio::spawn(async move { hypervisor.shutdown(id, ask).await });
         tokio::select! {
             asked = asked => asked.map_err(|error| {
                 StepError::new(Reason::Internal, format!("asking a guest to shut down panicked: {error}"))
@@ -352,7 +382,11 @@ impl Steps {
             }
             Err(error) => return Err(error.into()),
         }
-        // A guest may be off again already; but what runs has to be what was to be started.
+        self.check_started(id, mark).await
+    }
+
+    /// A guest may be off again already; but what runs has to be what was to be started.
+    pub(super) async fn check_started(&self, id: Uuid, mark: Mark) -> Applied {
         match self.xml(id, Definition::Live).await? {
             Some(xml) if !carries(&xml, mark) => {
                 self.end(id).await?;

@@ -7,6 +7,7 @@
 mod disks;
 mod domain;
 mod files;
+mod memory;
 mod records;
 mod sweep;
 mod work;
@@ -17,6 +18,7 @@ use async_trait::async_trait;
 use uuid::Uuid;
 
 use disks::Base;
+use domain::Way;
 pub use sweep::sweep;
 use work::{FileJob, FileWork};
 
@@ -25,6 +27,7 @@ use crate::{
         layout::Layout,
         plan::{PlannedStep, Step},
         reason::{Reason, Refusal},
+        state::PowerState,
     },
     engine::{StepContext, StepError, StepReport, StepRunner},
     hypervisor::{Boot, Hypervisor, HypervisorError, LinkState},
@@ -94,9 +97,19 @@ impl StepRunner for Steps {
                 self.build_config_drive(job(), path, drive).await
             }
             Step::SaveDefinition { xml } => self.save_definition(server, plan, xml).await,
-            Step::PowerOff { shutdown, .. } => {
+            Step::PowerOff {
+                shutdown,
+                ask_agent,
+                or_fail,
+                ..
+            } => {
                 self.expects_definition(context.plan).await?;
-                self.power_off(&context, *shutdown).await
+                let way = Way {
+                    shutdown: *shutdown,
+                    ask_agent: *ask_agent,
+                    or_fail: *or_fail,
+                };
+                self.power_off(&context, way).await
             }
             Step::ReserveNote { disks, note } => self.reserve_note(job(), disks, note).await,
             Step::NoteOwners { disks, note } => self.note_owners(job(), disks, note).await,
@@ -133,6 +146,13 @@ impl StepRunner for Steps {
             Step::RemoveFolder { path } => self.remove_folder(job(), path).await,
             Step::ReleaseImage { image, holder } => self.release_image(*image, holder).await,
             Step::DropSavedDefinition => self.drop_saved_definition(server).await,
+            Step::Pause { .. } => self.pause(server).await,
+            Step::Unpause => self.unpause(server).await,
+            Step::SaveMemory { .. } => self.save_memory(&context, step).await,
+            Step::RestoreMemory { .. } => self.restore_memory(server, step).await,
+            Step::SetGuestTime => self.set_guest_time(server).await,
+            Step::InjectNmi => self.inject_nmi(server).await,
+            Step::DumpMemory { path, .. } => self.dump_memory(&context, step, path).await,
         }
         .map(|report| report.unwrap_or_default())
     }
@@ -153,6 +173,7 @@ impl StepRunner for Steps {
             Step::PowerOff {
                 was_on: true,
                 shutdown,
+                ..
             } => {
                 // A plan that defines may have left memory behind that was saved of the other
                 // definition; any other has no reason to lose what was saved.
@@ -183,6 +204,15 @@ impl StepRunner for Steps {
             Step::RemoveFolder { .. } | Step::ReleaseImage { .. } | Step::DropSavedDefinition => {
                 Ok(())
             }
+            Step::Pause { was_running: true } => self.unpause_again(server).await,
+            Step::Pause { was_running: false } => Ok(()),
+            Step::Unpause => self.pause_again(server).await,
+            Step::SaveMemory { .. } => self.go_on_again(&context, step).await,
+            // What it brought back stays: ending it would lose the memory.
+            Step::RestoreMemory { .. } => Ok(()),
+            // Neither can be taken out of a guest.
+            Step::SetGuestTime | Step::InjectNmi => Ok(()),
+            Step::DumpMemory { path, .. } => self.remove_file(job(), path).await,
         }
     }
 
@@ -199,6 +229,12 @@ impl StepRunner for Steps {
                 }
                 Ok(started)
             }
+            Step::Pause { .. } => self.has_power(server, PowerState::Paused).await,
+            Step::Unpause => self.has_power(server, PowerState::Running).await,
+            Step::SaveMemory { .. } => self.is_saved(server).await,
+            Step::RestoreMemory { .. } => self.runs_its_own(server).await,
+            // Whether the guest got it nobody can tell, and a second one may end its dump: at most once.
+            Step::InjectNmi => Ok(true),
             // Cheap to do again, and what is half there cannot be told from what is whole.
             Step::HoldImage { .. }
             | Step::MakeFolder { .. }
@@ -216,7 +252,9 @@ impl StepRunner for Steps {
             | Step::SetUserPassword { .. }
             | Step::RemoveFolder { .. }
             | Step::ReleaseImage { .. }
-            | Step::DropSavedDefinition => Ok(false),
+            | Step::DropSavedDefinition
+            | Step::SetGuestTime
+            | Step::DumpMemory { .. } => Ok(false),
         }
     }
 

@@ -12,7 +12,10 @@ use uuid::Uuid;
 
 use super::files::remove_tree;
 use crate::{
-    core::{errors::chain, image::ImageFormat, layout::Layout, reason::Reason},
+    core::{
+        errors::chain, image::ImageFormat, layout::Layout, operation::OperationState,
+        reason::Reason,
+    },
     engine::StepError,
     storage::apart,
     store::{Store, StoreResult},
@@ -48,10 +51,18 @@ pub async fn sweep(store: &Store, layout: &Layout) -> StoreResult<Vec<String>> {
         }
     }
     let mut removed = Vec::new();
-    for (server, plan) in unknown_folders(layout, known).await {
-        let path = match plan {
-            Some(plan) => layout.rescue(server, plan),
-            None => layout.server(server),
+    for (server, folder) in unknown_folders(layout, known).await {
+        let (path, plan) = match folder {
+            Folder::Whole => (layout.server(server), None),
+            Folder::Rescue(plan) => (layout.rescue(server, plan), Some(plan)),
+            Folder::Dump(plan) => {
+                // That of a server that is there stays, unless it was taken back.
+                let kept = store.server(server).is_some() && !was_taken_back(store, plan).await?;
+                if kept {
+                    continue;
+                }
+                (layout.dump(server, plan), Some(plan))
+            }
         };
         if store.worked_on(server, plan).await? {
             remove(path, layout.servers(), &mut removed).await;
@@ -99,24 +110,50 @@ fn holder_is_known(holder: &str, known: &BTreeSet<(Uuid, Option<Uuid>)>) -> bool
     server.is_some_and(|server| known.contains(&(server, plan)))
 }
 
-/// Folders of servers and of rescues that no record and no operation under way knows.
+/// Did the operation end without doing what it was to do?
+async fn was_taken_back(store: &Store, operation: Uuid) -> StoreResult<bool> {
+    let operation = store.operation(operation).await?;
+    Ok(operation.is_some_and(|operation| {
+        matches!(
+            operation.state,
+            OperationState::Failed | OperationState::Cancelled
+        )
+    }))
+}
+
+/// A folder of a server.
+enum Folder {
+    /// The server's own, with everything in it.
+    Whole,
+    /// That of a rescue.
+    Rescue(Uuid),
+    /// That of a memory dump.
+    Dump(Uuid),
+}
+
+/// Folders of servers and of rescues that no record and no operation under way knows, and of dumps that
+/// none under way makes.
 async fn unknown_folders(
     layout: &Layout,
     known: BTreeSet<(Uuid, Option<Uuid>)>,
-) -> Vec<(Uuid, Option<Uuid>)> {
+) -> Vec<(Uuid, Folder)> {
     let layout = layout.clone();
     let look = move || {
         let mut unknown = Vec::new();
         for server in uuids_in(Path::new(&layout.servers())) {
             // The folder of a server that was created goes with everything in it; in that of an
-            // adopted one only the rescues are the agent's, and the rest goes if nothing is left.
-            for plan in uuids_in(Path::new(&layout.rescues(server))) {
-                if !known.contains(&(server, Some(plan))) {
-                    unknown.push((server, Some(plan)));
+            // adopted one only rescues and dumps are the agent's, and the rest goes if nothing is left.
+            let mut add = |folders: String, of: fn(Uuid) -> Folder| {
+                for plan in uuids_in(Path::new(&folders)) {
+                    if !known.contains(&(server, Some(plan))) {
+                        unknown.push((server, of(plan)));
+                    }
                 }
-            }
+            };
+            add(layout.rescues(server), Folder::Rescue);
+            add(layout.dumps(server), Folder::Dump);
             if !known.contains(&(server, None)) {
-                unknown.push((server, None));
+                unknown.push((server, Folder::Whole));
             }
         }
         unknown

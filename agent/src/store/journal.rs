@@ -206,7 +206,7 @@ impl Store {
                 room::check(&db.connection, plan.verb)?;
             }
             let operation = OperationRecord::accepted(&plan, request.id.clone(), request.caller.clone(), now_ms);
-            db.change(Durability::Power, |tx, publish| {
+            db.change(durability(&plan), |tx, publish| {
                 tx.execute(
                     "INSERT INTO operations (id, server, request_id, body_hash, final, created_at, plan, doc)
                      VALUES (?1, ?2, ?3, ?4, 0, ?5, ?6, ?7)",
@@ -274,7 +274,7 @@ impl Store {
     ) -> StoreResult<()> {
         self.run(move |db| {
             let current = db.server(plan.server);
-            db.change(Durability::Power, |tx, publish| {
+            db.change(durability(&plan), |tx, publish| {
                 let lane = (!operation.state.is_final()).then_some((operation.id, operation.verb));
                 match (&plan.outcome, current) {
                     (Outcome::Insert(record), None) => {
@@ -305,8 +305,14 @@ impl Store {
                         }
                         put_server(tx, publish, order, record, now_ms)?;
                     }
+                    (Outcome::Keep, Some((order, mut record))) => {
+                        record.task_state = None;
+                        record.give_lane(lane);
+                        record.settled_at_ms = now_ms;
+                        put_server(tx, publish, order, record, now_ms)?;
+                    }
                     // Nothing is left to be changed; the operation has to end all the same.
-                    (Outcome::Change { .. }, None) => {}
+                    (Outcome::Change { .. } | Outcome::Keep, None) => {}
                 }
                 put_operation(tx, &operation)?;
                 announce(tx, publish, &operation, now_ms)
@@ -534,6 +540,15 @@ impl Store {
             })
         })
         .await
+    }
+}
+
+/// What is written of an operation outlives a power cut, unless nothing of what it does can.
+fn durability(plan: &Plan) -> Durability {
+    if plan.is_memory_only() {
+        Durability::Process
+    } else {
+        Durability::Power
     }
 }
 

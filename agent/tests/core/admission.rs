@@ -6,7 +6,7 @@ use salvor_agent::core::{
     admission::{Allowed, admit, allowed},
     reason::Reason,
     record::{Origin, ServerRecord},
-    state::VmState,
+    state::{PowerState, VmState},
 };
 use uuid::Uuid;
 
@@ -16,7 +16,9 @@ use crate::bench::{created_xml, record, rescue_args, rescued};
 /// it is admitted, `if:` or `unless:` a rescue is in force, and after `|` what it overtakes. `*` marks what
 /// Nova does not do so: it has no adopted servers and nothing to release; it rescues a half-rescued server in
 /// ERROR again and loses its way back, and cannot unrescue it; it stops a half-rescued one and calls it stopped.
-/// Nova's delete does not cancel what is under way, but races with it.
+/// Nova's delete does not cancel what is under way, but races with it. It unpauses no guest that it did not
+/// pause itself, dumps no memory to the host, and refuses a hard reboot while a start or stop runs; it hard
+/// reboots a half-rescued server out of its rescue.
 const TABLE: &str = "
     delete: building active paused suspended stopped rescued resized soft-delete error shelved shelved_offloaded
         | all-but* delete
@@ -26,6 +28,16 @@ const TABLE: &str = "
     rescue: unless:active* unless:stopped* unless:error* | deliverPassword*
     unrescue: rescued if:error* | deliverPassword*
     deliverPassword: rescued* |
+    reboot: active | deliverPassword*
+    hardReboot: active stopped paused suspended unless:error*
+        | deliverPassword* start* stop* reboot hardReboot* pause unpause suspend resume
+    pause: active | deliverPassword*
+    unpause: paused if-paused:active* | deliverPassword*
+    suspend: active | deliverPassword*
+    resume: suspended | deliverPassword*
+    trigger_crash_dump: active paused rescued resized error | deliverPassword*
+    dumpMemory: active* paused* rescued* resized* error* | deliverPassword*
+    changePassword: active | deliverPassword*
     create: | deliverPassword*
     adopt: | deliverPassword*
 ";
@@ -64,6 +76,7 @@ fn row(line: &str) -> Row {
             None => (Allowed::Yes, word(state)),
             Some(("if", state)) => (Allowed::IfRescued, state),
             Some(("unless", state)) => (Allowed::UnlessRescued, state),
+            Some(("if-paused", state)) => (Allowed::IfPaused, state),
             Some(other) => panic!("{other:?}"),
         };
         (VmState::from_name(state).unwrap(), allowed)
@@ -131,6 +144,8 @@ fn records(state: VmState) -> Vec<ServerRecord> {
             let mut server = record(*origin, state);
             server.rescue = rescue;
             records.push(server.clone());
+            server.power.state = PowerState::Paused;
+            records.push(server.clone());
             for under_way in Verb::ALL {
                 server.give_lane(Some((Uuid::from_u128(9), *under_way)));
                 server.task_state = under_way.task_state();
@@ -157,6 +172,7 @@ fn expected(row: &Row, server: &ServerRecord) -> Result<(), Reason> {
         Allowed::No => false,
         Allowed::IfRescued => rescued,
         Allowed::UnlessRescued => !rescued,
+        Allowed::IfPaused => server.power.state == PowerState::Paused,
     };
     match row.verb {
         _ if yes => Ok(()),
@@ -185,6 +201,6 @@ fn admission_follows_the_table_for_every_state_operation_rescue_and_origin() {
             cases += 1;
         }
     }
-    let records = Origin::ALL.len() * 2 * (1 + Verb::ALL.len());
+    let records = Origin::ALL.len() * 2 * (2 + Verb::ALL.len());
     assert_eq!(cases, Verb::ALL.len() * VmState::ALL.len() * records);
 }

@@ -78,6 +78,7 @@ pub(crate) fn record(origin: Origin, vm_state: VmState) -> ServerRecord {
         metadata: BTreeMap::new(),
         hostname: String::new(),
         public_keys: BTreeMap::new(),
+        guest_agent: false,
     }
 }
 
@@ -154,6 +155,8 @@ pub(crate) fn facts(domain: Option<DomainFacts>, image: Option<ImageFacts>) -> F
         saved_xml: None,
         commit_space: BTreeMap::new(),
         commit_references: BTreeMap::new(),
+        save_room: None,
+        agent: None,
     }
 }
 

@@ -5,9 +5,9 @@
 use std::{fmt::Write as _, fs, path::PathBuf};
 
 use salvor_agent::core::{
-    action::{Action, AdoptArgs, RescueArgs, Shutdown},
+    action::{Action, AdoptArgs, ChangePasswordArgs, RebootArgs, RescueArgs, Shutdown},
     backing::References,
-    facts::Facts,
+    facts::{AgentLook, DomainFacts, Facts, SaveRoom},
     image::ImageFormat,
     plan::{Outcome, Plan, RescueChange, Step},
     planners::plan,
@@ -20,8 +20,8 @@ use salvor_agent::core::{
 use sha2::{Digest as _, Sha256};
 
 use crate::bench::{
-    BASE, RESCUE, create_args, created_xml, domain, facts, fixture, image, record, rescue_args,
-    rescued, templates, unrescue_args,
+    BASE, RESCUE, create_args, created_xml, domain, facts, fixture, hash, image, record,
+    rescue_args, rescued, templates, unrescue_args,
 };
 
 /// Compares a text with the file of that name.
@@ -115,6 +115,13 @@ fn listing(plan: &Plan) -> String {
             Step::SetUserPassword { hash, .. } => detail(format!("{hash:?}")),
             Step::ReleaseImage { holder, .. } => detail(format!("from {holder}")),
             Step::MakeFolder { .. }
+            | Step::Pause { .. }
+            | Step::Unpause
+            | Step::SaveMemory { .. }
+            | Step::RestoreMemory { .. }
+            | Step::SetGuestTime
+            | Step::InjectNmi
+            | Step::DumpMemory { .. }
             | Step::DropSavedMemory
             | Step::CopyFile { .. }
             | Step::ReserveNote { .. }
@@ -147,6 +154,7 @@ fn listing(plan: &Plan) -> String {
 fn outcome(outcome: &Outcome) -> String {
     match outcome {
         Outcome::Remove => "the record goes".to_owned(),
+        Outcome::Keep => "the record stays".to_owned(),
         Outcome::Insert(record) => {
             let mut text = format!(
                 "a record: {} {} {}",
@@ -331,6 +339,147 @@ fn plans_of_power_and_end() {
         &in_rescue,
     );
     check("power-and-end.txt", &book.0);
+}
+
+#[test]
+fn plans_of_memory_and_reboots() {
+    let mut book = Book::new();
+    let xml = created_xml(false);
+    let server = |vm_state, power, guest_agent| {
+        let mut record = record(Origin::Created, vm_state);
+        record.power.state = power;
+        record.guest_agent = guest_agent;
+        record
+    };
+    let seen = |power, managed_save| {
+        let mut facts = facts(
+            Some(DomainFacts {
+                managed_save,
+                ..domain(&xml, power)
+            }),
+            None,
+        );
+        facts.save_room = Some(SaveRoom {
+            folder: "/var/lib/libvirt/qemu/save".to_owned(),
+            free_bytes: 100 << 30,
+        });
+        facts.agent = Some(AgentLook::Answers);
+        facts
+    };
+    let (on, off) = (PowerState::Running, PowerState::Shutdown);
+    let active = server(VmState::Active, on, true);
+    let suspended = server(VmState::Suspended, off, true);
+    let soft = |or_fail| {
+        Action::Reboot(RebootArgs {
+            shutdown: crate::bench::NOVA,
+            or_fail,
+        })
+    };
+    let mut add = |title, server: &ServerRecord, action: Action, facts: &Facts| {
+        book.add(title, Some(server), &action, facts);
+    };
+    let running = seen(on, false);
+    let saved = seen(off, true);
+    add("reboot", &active, soft(false), &running);
+    add("reboot, or fail", &active, soft(true), &running);
+    add(
+        "reboot, or fail, paused by somebody else",
+        &active,
+        soft(true),
+        &seen(PowerState::Paused, false),
+    );
+    add("hard reboot", &active, Action::HardReboot, &running);
+    add(
+        "hard reboot, suspended",
+        &suspended,
+        Action::HardReboot,
+        &saved,
+    );
+    add("pause", &active, Action::Pause, &running);
+    add(
+        "pause, off",
+        &server(VmState::Active, off, false),
+        Action::Pause,
+        &running,
+    );
+    let paused = server(VmState::Paused, PowerState::Paused, true);
+    add("unpause", &paused, Action::Unpause, &running);
+    add(
+        "unpause, no agent",
+        &server(VmState::Paused, PowerState::Paused, false),
+        Action::Unpause,
+        &running,
+    );
+    add("suspend", &active, Action::Suspend, &running);
+    let mut full = running.clone();
+    full.save_room = full.save_room.map(|room| SaveRoom {
+        free_bytes: 1 << 30,
+        ..room
+    });
+    add("suspend, no room", &active, Action::Suspend, &full);
+    add("resume", &suspended, Action::Resume, &saved);
+    add(
+        "resume, the memory is gone",
+        &suspended,
+        Action::Resume,
+        &seen(off, false),
+    );
+    add(
+        "start, with saved memory",
+        &server(VmState::Stopped, off, true),
+        Action::Start,
+        &saved,
+    );
+    add("crash dump", &active, Action::CrashDump, &running);
+    add("memory dump", &active, Action::DumpMemory, &running);
+    let mut small = running.clone();
+    small.host.free_bytes = 1 << 20;
+    add("memory dump, no room", &active, Action::DumpMemory, &small);
+    let password = |user: Option<&str>| {
+        Action::ChangePassword(ChangePasswordArgs {
+            user: user.map(str::to_owned),
+            password: hash(),
+        })
+    };
+    add("password", &active, password(None), &running);
+    add(
+        "password of a user",
+        &active,
+        password(Some("bob")),
+        &running,
+    );
+    let mut image = image(BASE, "base", ImageFormat::Qcow2);
+    image
+        .record
+        .properties
+        .insert("os_type".to_owned(), "windows".to_owned());
+    let windows = Facts {
+        image: Some(image),
+        ..running.clone()
+    };
+    add("password, windows", &active, password(None), &windows);
+    for (title, agent) in [
+        (
+            "password, silent agent",
+            AgentLook::Silent("not connected".to_owned()),
+        ),
+        (
+            "password, agent given up",
+            AgentLook::GivenUp {
+                failures: 3,
+                seconds: 120,
+            },
+        ),
+    ] {
+        let facts = Facts {
+            agent: Some(agent),
+            ..running.clone()
+        };
+        add(title, &active, password(None), &facts);
+    }
+    let without = facts(Some(domain(fixture("three-disks"), on)), None);
+    add("password, no channel", &active, password(None), &without);
+    check("memory-and-reboots.txt", &book.0);
 }
 
 #[test]

@@ -6,11 +6,11 @@ use std::collections::BTreeSet;
 
 use proptest::prelude::*;
 use salvor_agent::core::{
-    action::{Action, AdoptArgs, UnrescueArgs, Verb},
+    action::{Action, AdoptArgs, ChangePasswordArgs, RebootArgs, UnrescueArgs, Verb},
     admission::admit,
-    facts::Facts,
+    facts::{DomainFacts, Facts},
     image::ImageFormat,
-    plan::{Mark, Outcome, Phase, Plan, RescueChange, Step},
+    plan::{Mark, Outcome, Phase, Plan, PlannedStep, RescueChange, Step},
     planners::plan,
     reason::Reason,
     reconcile::reconcile,
@@ -21,8 +21,8 @@ use salvor_domain_templates::{Domain, Role};
 use uuid::Uuid;
 
 use crate::bench::{
-    BASE, NOVA, RESCUE, create_args, domain, facts, fixture, image, rescue_args, same_references,
-    templates, unrescue_args,
+    BASE, NOVA, RESCUE, create_args, domain, facts, fixture, hash, image, rescue_args,
+    same_references, templates, unrescue_args,
 };
 
 /// What a step can change.
@@ -34,6 +34,10 @@ struct Host {
     saved: Option<(Uuid, String)>,
     files: BTreeSet<String>,
     holders: BTreeSet<String>,
+    /// The running guest's CPUs are stopped.
+    paused: bool,
+    /// The definition of the guest whose memory was saved.
+    memory: Option<String>,
 }
 
 fn is_rescue(xml: &str) -> bool {
@@ -63,7 +67,7 @@ impl Host {
                 assert!(!is_rescue(xml), "the way back is the server's own");
                 self.saved = Some((plan.id, xml.clone()));
             }
-            Step::PowerOff { .. } => self.running = None,
+            Step::PowerOff { .. } => self.end(),
             Step::ReserveNote { .. } => {}
             Step::NoteOwners { note, .. } => {
                 assert_eq!(self.running, None, "the owners are those without a guest");
@@ -80,7 +84,10 @@ impl Host {
                 assert!(self.files.contains(path), "{path}");
             }
             Step::DefineDomain { xml, .. } => self.defined = Some(xml.clone()),
-            Step::UndefineDomain { .. } => self.defined = None,
+            Step::UndefineDomain { .. } => {
+                self.defined = None;
+                self.memory = None;
+            }
             Step::StartDomain { mark, .. } => {
                 assert_eq!(self.running, None, "nothing runs that is in the way");
                 let xml = self.defined.clone().expect("there is something to start");
@@ -89,8 +96,31 @@ impl Host {
                     Mark::Plan(id) => assert_eq!(mark_of(&xml), Some(id.to_string())),
                 }
                 self.running = Some(xml);
+                self.memory = None;
             }
-            Step::DropSavedMemory => assert_eq!(self.running, None),
+            Step::DropSavedMemory => {
+                assert_eq!(self.running, None);
+                self.memory = None;
+            }
+            Step::Pause { .. } => self.paused = true,
+            Step::Unpause => self.paused = false,
+            Step::SaveMemory { .. } => {
+                self.memory = Some(self.running.clone().expect("there is a guest to save"));
+                self.end();
+            }
+            Step::RestoreMemory { .. } => {
+                if self.running.is_none() {
+                    let memory = self.memory.take();
+                    self.running = Some(memory.expect("there is memory to bring back"));
+                }
+                self.paused = false;
+            }
+            Step::SetGuestTime => {}
+            Step::InjectNmi => assert!(self.running.is_some()),
+            Step::DumpMemory { path, .. } => {
+                assert!(self.running.is_some());
+                self.files.insert(path.clone());
+            }
             Step::SetUserPassword { .. } => assert!(self.running.is_some()),
             Step::RemoveFolder { path } => {
                 let inside = format!("{path}/");
@@ -113,9 +143,14 @@ impl Host {
             | Step::CreateOverlay { path, .. }
             | Step::CopyFile { to: path, .. }
             | Step::BuildConfigDrive { path, .. }
+            | Step::DumpMemory { path, .. }
             | Step::NoteOwners { note: path, .. } => {
                 self.files.remove(path);
             }
+            Step::Pause { was_running } => self.paused &= !was_running,
+            Step::Unpause => self.paused = self.running.is_some(),
+            Step::SaveMemory { .. } => self.running = self.memory.take(),
+            Step::RestoreMemory { .. } => panic!("a step that is final is not taken back"),
             Step::SaveDefinition { .. } => {
                 if self
                     .saved
@@ -132,7 +167,7 @@ impl Host {
             }
             Step::DefineDomain { before, .. } => self.defined.clone_from(before),
             Step::UndefineDomain { before, .. } => self.defined = Some(before.clone()),
-            Step::StartDomain { .. } => self.running = None,
+            Step::StartDomain { .. } => self.end(),
             Step::MarkCommitStarted
             | Step::ReserveNote { .. }
             | Step::PutOwnersBack { .. }
@@ -142,8 +177,15 @@ impl Host {
             | Step::SetUserPassword { .. }
             | Step::RemoveFolder { .. }
             | Step::ReleaseImage { .. }
+            | Step::SetGuestTime
+            | Step::InjectNmi
             | Step::DropSavedDefinition => {}
         }
+    }
+
+    fn end(&mut self) {
+        self.running = None;
+        self.paused = false;
     }
 }
 
@@ -212,6 +254,7 @@ impl World {
 
     fn power(&self) -> PowerState {
         match (&self.host.defined, &self.host.running) {
+            (_, Some(_)) if self.host.paused => PowerState::Paused,
             (_, Some(_)) => PowerState::Running,
             (Some(_), None) => PowerState::Shutdown,
             (None, None) => PowerState::NoState,
@@ -243,6 +286,21 @@ impl World {
                 ..self.sane_unrescue(choice)
             }),
             Verb::DeliverPassword => Action::DeliverPassword,
+            Verb::Reboot => Action::Reboot(RebootArgs {
+                shutdown: NOVA,
+                or_fail: choice.is_multiple_of(2),
+            }),
+            Verb::HardReboot => Action::HardReboot,
+            Verb::Pause => Action::Pause,
+            Verb::Unpause => Action::Unpause,
+            Verb::Suspend => Action::Suspend,
+            Verb::Resume => Action::Resume,
+            Verb::CrashDump => Action::CrashDump,
+            Verb::DumpMemory => Action::DumpMemory,
+            Verb::ChangePassword => Action::ChangePassword(ChangePasswordArgs {
+                user: None,
+                password: hash(),
+            }),
         }
     }
 
@@ -274,7 +332,10 @@ impl World {
             _ => None,
         };
         let power = self.power();
-        let domain = self.host.defined.as_ref().map(|xml| domain(xml, power));
+        let domain = self.host.defined.as_ref().map(|xml| DomainFacts {
+            managed_save: self.host.memory.is_some(),
+            ..domain(xml, power)
+        });
         let mut facts = facts(domain, image);
         facts.plan = Uuid::from_u128(0x1000 + self.plans);
         facts.host.now_ms = self.clock;
@@ -310,6 +371,16 @@ impl World {
                         verb == Verb::Adopt || !(choice / 3).is_multiple_of(3)
                     }
                     Reason::NotRescued => verb == Verb::DeliverPassword,
+                    Reason::InvalidState => {
+                        // Or seen off last: what runs now was not seen yet.
+                        let seen = self.record.as_ref().map(|record| record.power.state);
+                        let off = !self.power().is_on() || !seen.is_some_and(PowerState::is_on);
+                        let paused = self.power() == PowerState::Paused;
+                        off || (verb == Verb::Reboot && paused)
+                    }
+                    Reason::SavedMemory => verb == Verb::Rescue && self.host.memory.is_some(),
+                    Reason::NoSavedMemory => verb == Verb::Resume && self.host.memory.is_none(),
+                    Reason::GuestAgentUnavailable => verb == Verb::ChangePassword,
                     // Overlays are committed from under the rescue's own domain only.
                     Reason::DomainChanged => {
                         let defined = self.host.defined.as_deref();
@@ -322,7 +393,18 @@ impl World {
             }
         };
         self.check_plan(&plan);
-        if verb == Verb::DeliverPassword && self.host.running.is_none() {
+        // Without a guest their first step fails, and nothing was done.
+        let needs_guest = matches!(
+            verb,
+            Verb::DeliverPassword
+                | Verb::Pause
+                | Verb::Unpause
+                | Verb::Suspend
+                | Verb::CrashDump
+                | Verb::DumpMemory
+                | Verb::ChangePassword
+        );
+        if needs_guest && self.host.running.is_none() {
             return;
         }
         self.carry_out(&plan, end);
@@ -364,6 +446,15 @@ impl World {
             End::Succeeds => switch,
             End::TakenBack(at) | End::Stuck(at, _) => at % (switch + 1),
         };
+        // Once a step took effect that is final, the plan only goes forward.
+        let is_final = plan.steps[..applied]
+            .iter()
+            .any(|planned| planned.step.is_final());
+        let (end, applied) = if is_final {
+            (End::Succeeds, switch)
+        } else {
+            (end, applied)
+        };
         for planned in &plan.steps[..applied] {
             self.host.apply(plan, &planned.step, &mut self.record);
         }
@@ -377,7 +468,24 @@ impl World {
             }
             End::TakenBack(_) => {
                 self.revert(plan, 0, applied);
-                assert_eq!(self.host, before.0, "{} after {applied} steps", plan.verb);
+                let mut expected = before.0;
+                // A paused guest that was ended boots anew: its memory is gone, and it has no reason to wait.
+                expected.paused &= !plan.steps[..applied]
+                    .iter()
+                    .any(|planned| matches!(planned.step, Step::PowerOff { .. }));
+                // A hard reboot drops what was saved, which nothing brings back.
+                let drops = |planned: &PlannedStep| {
+                    matches!(planned.step, Step::StartDomain { fresh: true, .. })
+                };
+                if plan.verb == Verb::HardReboot && plan.steps[..applied].iter().any(drops) {
+                    expected.memory = None;
+                }
+                assert!(
+                    self.host == expected,
+                    "{} after {applied} steps: {:#?} instead of {expected:#?}",
+                    plan.verb,
+                    self.host
+                );
                 if plan.initial.is_some() {
                     self.record = None;
                 }
@@ -419,6 +527,7 @@ impl World {
         match &plan.outcome {
             Outcome::Insert(record) => self.record = Some(record.as_ref().clone()),
             Outcome::Remove => self.record = None,
+            Outcome::Keep => {}
             Outcome::Change {
                 vm_state, rescue, ..
             } => {
@@ -436,6 +545,9 @@ impl World {
                     }
                 }
             }
+        }
+        if let (Some(record), Some((_, power))) = (&mut self.record, plan.power_after()) {
+            record.power.state = power;
         }
         self.settle();
     }
@@ -492,10 +604,11 @@ impl World {
     fn happen(&mut self, event: &Event) {
         match event {
             Event::Act(verb, choice, end) => self.act(*verb, *choice, *end),
-            Event::GuestPowersOff => self.host.running = None,
+            Event::GuestPowersOff => self.host.end(),
             Event::SomebodyStarts => {
                 if self.host.running.is_none() {
-                    self.host.running.clone_from(&self.host.defined);
+                    let memory = self.host.memory.take();
+                    self.host.running = memory.or_else(|| self.host.defined.clone());
                 }
             }
             Event::LinkLost => self.observe(PowerState::Unknown),
@@ -531,18 +644,26 @@ impl World {
             return;
         }
         // There is a way on that is not the end: something that is admitted, and then planned.
-        let way = [Verb::Start, Verb::Stop, Verb::Rescue, Verb::Unrescue]
-            .into_iter()
-            .find(|verb| {
-                admit(*verb, server).is_ok() && {
-                    let action = match verb {
-                        Verb::Unrescue => Action::Unrescue(self.sane_unrescue(0)),
-                        verb => self.action(*verb, 0),
-                    };
-                    let facts = self.facts(*verb);
-                    plan(Some(server), &action, &facts, templates()).is_ok()
-                }
-            });
+        let way = [
+            Verb::Start,
+            Verb::Stop,
+            Verb::Rescue,
+            Verb::Unrescue,
+            Verb::Resume,
+            Verb::Unpause,
+            Verb::HardReboot,
+        ]
+        .into_iter()
+        .find(|verb| {
+            admit(*verb, server).is_ok() && {
+                let action = match verb {
+                    Verb::Unrescue => Action::Unrescue(self.sane_unrescue(0)),
+                    verb => self.action(*verb, 0),
+                };
+                let facts = self.facts(*verb);
+                plan(Some(server), &action, &facts, templates()).is_ok()
+            }
+        });
         assert!(way.is_some(), "a dead end: {server:?}");
     }
 

@@ -22,7 +22,7 @@ use salvor_agent::{
         plan::{Phase, Plan},
         reason::Reason,
         record::OverlayDisposition,
-        state::VmState,
+        state::{PowerState, VmState},
     },
     engine::{Event, NoProbe, Point, Probe},
     hypervisor::{Hypervisor as _, LinkState},
@@ -276,6 +276,14 @@ impl Trial {
                     && step.description.contains(about)
             })
         };
+        // A paused guest that was ended boots anew.
+        if before.power == Some(PowerState::Paused) && begun("PowerOff", "") {
+            before.power = seen.power.filter(|power| power.is_on());
+        }
+        // Memory that a hard reboot drops, nothing brings back.
+        if before.memory && begun("StartDomain", "") {
+            before.memory = seen.memory;
+        }
         let rescue = self.before.record.as_ref().and_then(|r| r.rescue.as_ref());
         for overlay in rescue.iter().flat_map(|rescue| &rescue.overlays) {
             if !begun("EmptyOverlay", &overlay.path) {

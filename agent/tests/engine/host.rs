@@ -204,6 +204,7 @@ impl Host {
             rescue_timeout_ms: 0,
             default_rescue_image: None,
             shutdown: PROMPT,
+            saved_memory: self.dir.path().to_owned(),
         }
     }
 
@@ -280,6 +281,7 @@ impl Host {
         Seen {
             record,
             power: status.as_ref().map(|status| status.power),
+            memory: status.is_some_and(|status| status.managed_save),
             inactive: xml(Definition::Inactive).await,
             on_disk: fake.definition_on_disk(SERVER),
             live: xml(Definition::Live).await,
@@ -374,6 +376,8 @@ pub(crate) struct Seen {
     /// The inactive definition after a power cut.
     pub(crate) on_disk: Option<String>,
     pub(crate) live: Option<String>,
+    /// Memory was saved of it.
+    pub(crate) memory: bool,
     /// Is it started with the host?
     pub(crate) autostart: bool,
     pub(crate) saved: Option<String>,
@@ -397,6 +401,7 @@ impl Seen {
         compare("inactive definition", &self.inactive, &other.inactive);
         compare("definition on the disk", &self.on_disk, &other.on_disk);
         compare("live definition", &self.live, &other.live);
+        compare("saved memory", &self.memory, &other.memory);
         compare("autostart", &self.autostart, &other.autostart);
         compare("saved definition", &self.saved, &other.saved);
         compare("holders", &self.holders, &other.holders);

@@ -81,10 +81,7 @@ impl Bench {
     /// Powers off; says how the guest stopped and how long that took.
     async fn power_off(&self, shutdown: Shutdown) -> (GuestStop, Duration) {
         let begun = Instant::now();
-        let step = Step::PowerOff {
-            shutdown,
-            was_on: true,
-        };
+        let step = Step::power_off(shutdown, true);
         let report = self.apply(&step, Cancel::never()).await.unwrap();
         let status = self.fake.domain(ID).await.unwrap().unwrap();
         assert_eq!(status.power, PowerState::Shutdown);
@@ -99,10 +96,7 @@ impl Bench {
             server_goes: Cancel::never(),
             progress: &|_| {},
         };
-        let step = Step::PowerOff {
-            shutdown,
-            was_on: true,
-        };
+        let step = Step::power_off(shutdown, true);
         self.steps.revert(context, &step).await.unwrap();
     }
 
@@ -212,10 +206,7 @@ async fn a_cancel_ends_the_waiting_and_leaves_the_guest() {
     let bench = Bench::new().await;
     bench.fake.guest_ignores_acpi(ID);
     let (cancel, signal) = watch::channel(false);
-    let step = Step::PowerOff {
-        shutdown: NOVA,
-        was_on: true,
-    };
+    let step = Step::power_off(NOVA, true);
     let begun = Instant::now();
     let later = async {
         tokio::time::sleep(Duration::from_millis(3_500)).await;

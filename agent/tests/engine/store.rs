@@ -58,6 +58,7 @@ fn server(id: Uuid) -> ServerRecord {
         metadata: BTreeMap::new(),
         hostname: String::new(),
         public_keys: BTreeMap::new(),
+        guest_agent: false,
     }
 }
 

@@ -5,7 +5,7 @@ use std::{path::Path, sync::Arc};
 
 use salvor_agent::{
     core::{
-        action::Action,
+        action::{Action, ChangePasswordArgs, RebootArgs},
         operation::OperationState,
         record::{OverlayDisposition, Protection, RescueMode},
     },
@@ -16,7 +16,9 @@ use salvor_agent::{
 
 use crate::{
     crash::{FAIL, Plot},
-    host::{AT_ONCE, Host, NEW, ON, PROMPT, SERVER, adopt, create, qemu_io, rescue, unrescue},
+    host::{
+        AT_ONCE, Host, NEW, ON, PROMPT, SERVER, adopt, create, hash, qemu_io, rescue, unrescue,
+    },
 };
 
 /// What happens before the plan that is tried.
@@ -217,7 +219,94 @@ pub(crate) fn variants() -> Vec<Variant> {
         ON,
         Action::DeliverPassword,
     ));
+    all.extend(power());
     all
+}
+
+/// The plans of power and memory.
+fn power() -> Vec<Variant> {
+    let running = [Prior::Created { powered_off: false }];
+    let after = |more: &[Prior]| [&running, more].concat();
+    let foreign = [
+        Prior::Foreign {
+            uefi: false,
+            on: true,
+        },
+        Prior::Done(NEW, adopt()),
+        Prior::GuestAgent,
+    ];
+    let with_agent = |more: &[Prior]| [&foreign, more].concat();
+    let soft = |or_fail| {
+        Action::Reboot(RebootArgs {
+            shutdown: PROMPT,
+            or_fail,
+        })
+    };
+    let paused = Prior::Done(ON, Action::Pause);
+    let suspended = Prior::Done(ON, Action::Suspend);
+    let password = Action::ChangePassword(ChangePasswordArgs {
+        user: None,
+        password: hash(),
+    });
+    vec![
+        variant("reboot, by itself", &running, ON, soft(false)),
+        variant(
+            "reboot, ignored, hard",
+            &after(&[Prior::IgnoresPowerButton]),
+            ON,
+            soft(false),
+        ),
+        variant(
+            "reboot, by its agent",
+            &with_agent(&[Prior::IgnoresPowerButton]),
+            ON,
+            soft(true),
+        ),
+        variant("hard reboot", &running, ON, Action::HardReboot),
+        variant(
+            "hard reboot, suspended",
+            &after(&[suspended.clone()]),
+            ON,
+            Action::HardReboot,
+        ),
+        variant(
+            "hard reboot, paused",
+            &after(&[paused.clone()]),
+            ON,
+            Action::HardReboot,
+        ),
+        variant("pause", &running, ON, Action::Pause),
+        variant(
+            "unpause, with an agent",
+            &with_agent(&[paused.clone()]),
+            ON,
+            Action::Unpause,
+        ),
+        variant("suspend", &running, ON, Action::Suspend),
+        variant("resume", &after(&[suspended.clone()]), ON, Action::Resume),
+        variant(
+            "resume, with an agent",
+            &with_agent(&[suspended.clone()]),
+            ON,
+            Action::Resume,
+        ),
+        variant(
+            "delete, suspended",
+            &after(&[suspended]),
+            ON,
+            Action::Delete,
+        ),
+        variant("delete, paused", &after(&[paused]), ON, Action::Delete),
+        variant("crash dump", &running, ON, Action::CrashDump),
+        variant("memory dump", &running, ON, Action::DumpMemory),
+        variant(
+            "delete, adopted, dumped",
+            &with_agent(&[Prior::Done(ON, Action::DumpMemory)]),
+            ON,
+            Action::Delete,
+        ),
+        variant("change password", &with_agent(&[]), ON, password),
+    ]
 }
 
 /// Brings a host to where a plan begins.

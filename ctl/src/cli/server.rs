@@ -9,8 +9,8 @@ use uuid::Uuid;
 use super::{
     How,
     values::{
-        BusArg, DeviceArg, DisksArg, FirmwareArg, Interfaces, ModeArg, OriginArg, OverlayArg,
-        PowerArg, PowerStateArg, VmStateArg, key_value,
+        BusArg, DeviceArg, DisksArg, FirmwareArg, Interfaces, ModeArg, OnTimeoutArg, OriginArg,
+        OverlayArg, PowerArg, PowerStateArg, VmStateArg, key_value,
     },
 };
 use crate::units;
@@ -54,6 +54,58 @@ pub(crate) enum ServerCommand {
     Stop {
         #[command(flatten)]
         args: StopArgs,
+        #[command(flatten)]
+        how: How,
+    },
+    /// Have the guest shut down and start it again; with --hard, end it and start it again.
+    Reboot {
+        #[command(flatten)]
+        args: RebootArgs,
+        #[command(flatten)]
+        how: How,
+    },
+    /// Stop the guest's CPUs; its memory stays where it is.
+    Pause {
+        #[command(flatten)]
+        args: ServerArg,
+        #[command(flatten)]
+        how: How,
+    },
+    /// Let the CPUs of a paused guest run again.
+    Unpause {
+        #[command(flatten)]
+        args: ServerArg,
+        #[command(flatten)]
+        how: How,
+    },
+    /// Save the guest's memory to disk and end it.
+    Suspend {
+        #[command(flatten)]
+        args: ServerArg,
+        #[command(flatten)]
+        how: How,
+    },
+    /// Start a suspended guest from its saved memory.
+    Resume {
+        #[command(flatten)]
+        args: ServerArg,
+        #[command(flatten)]
+        how: How,
+    },
+    /// Inject an NMI, at which a guest that is set up for it dumps its memory; with --to-host, write the
+    /// memory to a file of the host instead.
+    CrashDump {
+        #[command(flatten)]
+        args: CrashDumpArgs,
+        #[command(flatten)]
+        how: How,
+    },
+    /// Have the guest agent set a user's password.
+    ///
+    /// The password is printed once, unless it was given: the agent keeps only its hash.
+    SetPassword {
+        #[command(flatten)]
+        args: SetPasswordArgs,
         #[command(flatten)]
         how: How,
     },
@@ -187,6 +239,9 @@ pub(crate) struct AdoptArgs {
 pub(crate) struct StopArgs {
     /// The server: uuid, at least four digits that no other uuid begins with, or unique name.
     pub(crate) server: String,
+    /// End the guest at once, without asking it to shut down.
+    #[arg(long, conflicts_with = "shutdown_timeout")]
+    pub(crate) force: bool,
     #[command(flatten)]
     pub(crate) shutdown: Shutdown,
 }
@@ -198,6 +253,45 @@ pub(crate) struct Shutdown {
     /// absent, at once if 0.
     #[arg(long, value_name = "TIME", value_parser = units::duration)]
     pub(crate) shutdown_timeout: Option<Duration>,
+}
+
+/// How to reboot.
+#[derive(Debug, Args)]
+pub(crate) struct RebootArgs {
+    /// The server: uuid, at least four digits that no other uuid begins with, or unique name.
+    pub(crate) server: String,
+    /// End the guest at once. Memory that was saved of it is lost.
+    #[arg(long, conflicts_with_all = ["shutdown_timeout", "on_timeout"])]
+    pub(crate) hard: bool,
+    /// How long the guest may take to shut down by itself (30s, 2m, …).
+    #[arg(long, value_name = "TIME", value_parser = units::duration, default_value = "2m")]
+    pub(crate) shutdown_timeout: Duration,
+    /// What becomes of a guest that does not shut down in time: it is ended, or goes on and the reboot fails.
+    #[arg(long, value_enum, default_value = "hard")]
+    pub(crate) on_timeout: OnTimeoutArg,
+}
+
+/// What to dump.
+#[derive(Debug, Args)]
+pub(crate) struct CrashDumpArgs {
+    /// The server: uuid, at least four digits that no other uuid begins with, or unique name.
+    pub(crate) server: String,
+    /// Write the guest's memory to a file on the host, which the result names. The guest stands still
+    /// meanwhile, and goes on then.
+    #[arg(long)]
+    pub(crate) to_host: bool,
+}
+
+/// Whose password to set.
+#[derive(Debug, Args)]
+pub(crate) struct SetPasswordArgs {
+    /// The server: uuid, at least four digits that no other uuid begins with, or unique name.
+    pub(crate) server: String,
+    /// The user; the administrator's account if absent.
+    #[arg(long)]
+    pub(crate) user: Option<String>,
+    #[command(flatten)]
+    pub(crate) admin_pass: AdminPass,
 }
 
 /// How to rescue.

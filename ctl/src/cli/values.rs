@@ -87,6 +87,15 @@ values! {
     }
 }
 values! {
+    /// `--on-timeout`.
+    OnTimeoutArg => RebootOnTimeout {
+        /// The guest is ended, and started again.
+        Hard => Hard,
+        /// The guest goes on, and the reboot fails.
+        Fail => Fail,
+    }
+}
+values! {
     /// `--firmware`.
     FirmwareArg => Firmware {
         /// SeaBIOS.

@@ -22,7 +22,12 @@ pub(super) enum Reply {
     Create(v1::CreateServerResponse),
     /// A rescue.
     Rescue(v1::RescueServerResponse),
+    /// A changed password.
+    SetPassword(v1::ChangeServerPasswordResponse),
 }
+
+/// The way by which a changed password is delivered.
+const AGENT: &[i32] = &[v1::AdminPassDelivery::GuestAgent as i32];
 
 impl Reply {
     fn operation(&mut self) -> Option<&mut Operation> {
@@ -30,6 +35,7 @@ impl Reply {
             Self::Action(operation, _) => Some(operation),
             Self::Create(response) => response.operation.as_mut(),
             Self::Rescue(response) => response.operation.as_mut(),
+            Self::SetPassword(response) => response.operation.as_mut(),
         }
     }
 
@@ -38,6 +44,7 @@ impl Reply {
             Self::Action(_, warnings) => warnings,
             Self::Create(response) => &response.warnings,
             Self::Rescue(response) => &response.warnings,
+            Self::SetPassword(_) => &[],
         }
     }
 
@@ -47,6 +54,7 @@ impl Reply {
             Self::Action(..) => None,
             Self::Create(response) => Some((&response.admin_pass, &response.admin_pass_delivery)),
             Self::Rescue(response) => Some((&response.admin_pass, &response.admin_pass_delivery)),
+            Self::SetPassword(response) => Some((&response.admin_pass, AGENT)),
         }
     }
 
@@ -62,6 +70,9 @@ impl Reply {
                 text(&response.operation.clone().unwrap_or_default())
             }),
             Self::Rescue(response) => session.ui.result(response, |response| {
+                text(&response.operation.clone().unwrap_or_default())
+            }),
+            Self::SetPassword(response) => session.ui.result(response, |response| {
                 text(&response.operation.clone().unwrap_or_default())
             }),
         }
@@ -115,6 +126,7 @@ pub(super) async fn finish(
                     "  hint: To set another, unrescue the server and rescue it again; a key of the \
                      rescue image is a way in as well."
                 }
+                Reply::SetPassword(_) => "  hint: To have one that is known, set it again.",
                 Reply::Action(..) | Reply::Create(_) => {
                     "  hint: To set another, log in with a key, or rescue the server and do it from there."
                 }

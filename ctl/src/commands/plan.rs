@@ -24,6 +24,18 @@ pub(super) async fn run(session: &Session, command: PlanCommand) -> Result<(), F
         PlanCommand::Stop(args) => Action::Stop(requests::stop(&args)),
         PlanCommand::Rescue(args) => Action::Rescue(requests::rescue(&args)?),
         PlanCommand::Unrescue(args) => Action::Unrescue(requests::unrescue(&args)),
+        PlanCommand::Reboot(args) => Action::Reboot(requests::reboot(&args)),
+        PlanCommand::Pause(args) => Action::Pause(requests::pause(&args.server)),
+        PlanCommand::Unpause(args) => Action::Unpause(requests::unpause(&args.server)),
+        PlanCommand::Suspend(args) => Action::Suspend(requests::suspend(&args.server)),
+        PlanCommand::Resume(args) => Action::Resume(requests::resume(&args.server)),
+        PlanCommand::CrashDump(args) if args.to_host => {
+            Action::DumpMemory(requests::dump_memory(&args.server))
+        }
+        PlanCommand::CrashDump(args) => {
+            Action::TriggerCrashDump(requests::crash_dump(&args.server))
+        }
+        PlanCommand::SetPassword(args) => Action::ChangePassword(requests::set_password(&args)?),
     };
     let request = v1::PlanActionRequest {
         action: Some(action),

@@ -107,6 +107,51 @@ pub(super) async fn run(session: &Session, command: ServerCommand) -> Result<(),
             let answer = send!(session, how, unrescue_server, requests::unrescue(&args))?;
             (how, action(answer.operation, Vec::new())?, Password::Known)
         }
+        ServerCommand::Reboot { args, how } => {
+            let answer = send!(session, how, reboot_server, requests::reboot(&args))?;
+            (
+                how,
+                action(answer.operation, answer.warnings)?,
+                Password::Known,
+            )
+        }
+        ServerCommand::Pause { args, how } => {
+            let answer = send!(session, how, pause_server, requests::pause(&args.server))?;
+            (how, action(answer.operation, Vec::new())?, Password::Known)
+        }
+        ServerCommand::Unpause { args, how } => {
+            let request = requests::unpause(&args.server);
+            let answer = send!(session, how, unpause_server, request)?;
+            (how, action(answer.operation, Vec::new())?, Password::Known)
+        }
+        ServerCommand::Suspend { args, how } => {
+            let request = requests::suspend(&args.server);
+            let answer = send!(session, how, suspend_server, request)?;
+            (how, action(answer.operation, Vec::new())?, Password::Known)
+        }
+        ServerCommand::Resume { args, how } => {
+            let answer = send!(session, how, resume_server, requests::resume(&args.server))?;
+            (how, action(answer.operation, Vec::new())?, Password::Known)
+        }
+        ServerCommand::CrashDump { args, how } if args.to_host => {
+            let request = requests::dump_memory(&args.server);
+            let answer = send!(session, how, dump_server_memory, request)?;
+            (how, action(answer.operation, Vec::new())?, Password::Known)
+        }
+        ServerCommand::CrashDump { args, how } => {
+            let request = requests::crash_dump(&args.server);
+            let answer = send!(session, how, trigger_crash_dump, request)?;
+            (how, action(answer.operation, Vec::new())?, Password::Known)
+        }
+        ServerCommand::SetPassword { args, how } => {
+            let request = requests::set_password(&args)?;
+            let password = known(request.admin_pass.as_ref());
+            (
+                how,
+                Reply::SetPassword(send!(session, how, change_server_password, request)?),
+                password,
+            )
+        }
     };
     finish(session, &how, reply, password).await
 }

@@ -466,13 +466,26 @@ async fn a_plan_shows_steps_files_and_the_difference_and_is_3_if_refused() {
         .await
         .with(3);
     assert_eq!(ended.json()["accepted"], false);
-    for verb in ["adopt", "release", "delete", "unrescue"] {
+    let plain = [
+        "adopt",
+        "release",
+        "delete",
+        "unrescue",
+        "reboot",
+        "pause",
+        "unpause",
+        "suspend",
+        "resume",
+        "crash-dump",
+        "set-password",
+    ];
+    for verb in plain {
         run(&socket, &["plan", verb, "web-1"]).await.with(3);
     }
     run(&socket, &["plan", "create", "--name", "a", "--image", "b"])
         .await
         .with(3);
-    assert_eq!(mock.state().plans.len(), 8);
+    assert_eq!(mock.state().plans.len(), plain.len() + 4);
 }
 
 #[tokio::test]
@@ -538,4 +551,69 @@ async fn standard_error_that_is_closed_does_not_hinder_an_action() {
         .unwrap();
     drop(child.stderr.take());
     crate::run::ended(child).await.with(0);
+}
+
+#[tokio::test]
+async fn every_verb_of_power_and_memory_has_a_command() {
+    let mock = agent(done());
+    let socket = mock.socket();
+    for (words, call) in [
+        (&["pause"][..], "pause"),
+        (&["unpause"], "unpause"),
+        (&["suspend"], "suspend"),
+        (&["resume"], "resume"),
+        (&["crash-dump"], "crash dump"),
+        (&["crash-dump", "--to-host"], "dump memory"),
+        (&["reboot"], "reboot"),
+        (&["reboot", "--hard"], "reboot"),
+        (
+            &["reboot", "--shutdown-timeout", "5s", "--on-timeout", "fail"],
+            "reboot",
+        ),
+        (&["stop", "--force"], "stop"),
+    ] {
+        let mut arguments = vec!["server"];
+        arguments.extend(words);
+        arguments.push("web-1");
+        run(&socket, &arguments).await.with(0);
+        let calls = mock.state().calls;
+        let asked = calls.iter().rev().find(|name| **name != "wait");
+        assert_eq!(asked, Some(&call), "{words:?}");
+    }
+    let seconds = |seconds| Some(prost_types::Duration { seconds, nanos: 0 });
+    let state = mock.state();
+    let [soft, hard, or_fail] = &state.reboots[..] else {
+        panic!("{:?}", state.reboots)
+    };
+    assert_eq!(soft.r#type(), v1::RebootType::Soft);
+    assert_eq!(soft.shutdown_timeout, seconds(120));
+    assert_eq!(soft.on_timeout(), v1::RebootOnTimeout::Hard);
+    assert_eq!(hard.r#type(), v1::RebootType::Hard);
+    assert_eq!((hard.shutdown_timeout, hard.on_timeout), (None, 0));
+    assert_eq!(or_fail.on_timeout(), v1::RebootOnTimeout::Fail);
+    assert_eq!(state.stops[0].shutdown_timeout, seconds(0));
+    for wrong in [
+        &["server", "reboot", "a", "--hard", "--on-timeout", "fail"][..],
+        &["server", "stop", "a", "--force", "--shutdown-timeout", "5s"],
+    ] {
+        run(&socket, wrong).await.with(2);
+    }
+}
+
+#[tokio::test]
+async fn a_password_that_the_agent_made_is_shown_once_and_one_that_was_given_is_not() {
+    let mock = agent(done());
+    let ended = run(
+        &mock.socket(),
+        &["server", "set-password", "web-1", "--user", "bob"],
+    )
+    .await
+    .with(0);
+    assert!(
+        ended.out.contains("admin password: pass-WORD-42\n"),
+        "{}",
+        ended.out
+    );
+    assert_eq!(mock.state().passwords[0].user, "bob");
+    assert_eq!(mock.state().passwords[0].admin_pass, None);
 }

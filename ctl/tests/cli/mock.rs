@@ -58,6 +58,8 @@ pub struct State {
     pub creates: Vec<v1::CreateServerRequest>,
     pub stops: Vec<v1::StopServerRequest>,
     pub unrescues: Vec<v1::UnrescueServerRequest>,
+    pub reboots: Vec<v1::RebootServerRequest>,
+    pub passwords: Vec<v1::ChangeServerPasswordRequest>,
     pub plans: Vec<v1::PlanActionRequest>,
     pub lists: Vec<v1::ListServersRequest>,
     /// The filters of the lists of operations that were asked for.
@@ -323,6 +325,108 @@ impl ServerService for Services {
             .await?;
         Ok(Response::new(v1::StartServerResponse {
             operation: Some(state.operation),
+        }))
+    }
+
+    async fn reboot_server(
+        &self,
+        request: Request<v1::RebootServerRequest>,
+    ) -> Answer<v1::RebootServerResponse> {
+        let request = request.into_inner();
+        let id = request.request_id.clone();
+        let state = self
+            .accept("reboot", &id, |state| state.reboots.push(request))
+            .await?;
+        Ok(Response::new(v1::RebootServerResponse {
+            operation: Some(state.operation),
+            warnings: state.warnings,
+        }))
+    }
+
+    async fn pause_server(
+        &self,
+        request: Request<v1::PauseServerRequest>,
+    ) -> Answer<v1::PauseServerResponse> {
+        let state = self
+            .accept("pause", &request.get_ref().request_id, |_| ())
+            .await?;
+        Ok(Response::new(v1::PauseServerResponse {
+            operation: Some(state.operation),
+        }))
+    }
+
+    async fn unpause_server(
+        &self,
+        request: Request<v1::UnpauseServerRequest>,
+    ) -> Answer<v1::UnpauseServerResponse> {
+        let state = self
+            .accept("unpause", &request.get_ref().request_id, |_| ())
+            .await?;
+        Ok(Response::new(v1::UnpauseServerResponse {
+            operation: Some(state.operation),
+        }))
+    }
+
+    async fn suspend_server(
+        &self,
+        request: Request<v1::SuspendServerRequest>,
+    ) -> Answer<v1::SuspendServerResponse> {
+        let state = self
+            .accept("suspend", &request.get_ref().request_id, |_| ())
+            .await?;
+        Ok(Response::new(v1::SuspendServerResponse {
+            operation: Some(state.operation),
+        }))
+    }
+
+    async fn resume_server(
+        &self,
+        request: Request<v1::ResumeServerRequest>,
+    ) -> Answer<v1::ResumeServerResponse> {
+        let state = self
+            .accept("resume", &request.get_ref().request_id, |_| ())
+            .await?;
+        Ok(Response::new(v1::ResumeServerResponse {
+            operation: Some(state.operation),
+        }))
+    }
+
+    async fn trigger_crash_dump(
+        &self,
+        request: Request<v1::TriggerCrashDumpRequest>,
+    ) -> Answer<v1::TriggerCrashDumpResponse> {
+        let state = self
+            .accept("crash dump", &request.get_ref().request_id, |_| ())
+            .await?;
+        Ok(Response::new(v1::TriggerCrashDumpResponse {
+            operation: Some(state.operation),
+        }))
+    }
+
+    async fn dump_server_memory(
+        &self,
+        request: Request<v1::DumpServerMemoryRequest>,
+    ) -> Answer<v1::DumpServerMemoryResponse> {
+        let state = self
+            .accept("dump memory", &request.get_ref().request_id, |_| ())
+            .await?;
+        Ok(Response::new(v1::DumpServerMemoryResponse {
+            operation: Some(state.operation),
+        }))
+    }
+
+    async fn change_server_password(
+        &self,
+        request: Request<v1::ChangeServerPasswordRequest>,
+    ) -> Answer<v1::ChangeServerPasswordResponse> {
+        let request = request.into_inner();
+        let id = request.request_id.clone();
+        let state = self
+            .accept("set password", &id, |state| state.passwords.push(request))
+            .await?;
+        Ok(Response::new(v1::ChangeServerPasswordResponse {
+            operation: Some(state.operation),
+            admin_pass: state.admin_pass,
         }))
     }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A guest's life, by both peers in turn: start, rescue, unrescue, stop, start, shut down.
+//! A guest's life, by both peers in turn: start, rescue, unrescue, stop, start, pauses, suspend and resume,
+//! hard reboot, shut down.
 
 use std::fs;
 use std::path::Path;
@@ -100,6 +101,11 @@ struct Life {
     rescue: Samples,
     unrescue: Samples,
     down: Samples,
+    pause: Samples,
+    unpause: Samples,
+    suspend: Samples,
+    resume: Samples,
+    hard_reboot: Samples,
 }
 
 /// Measures lives.
@@ -130,9 +136,19 @@ impl Measuring<'_> {
         boots(peer, &mut life.unrescue, name, |peer| peer.unrescue());
         timed(peer, &mut life.stop, |peer| peer.stop());
         boots(peer, &mut life.start, name, |peer| peer.start());
+        for _ in 0..PAUSES {
+            timed(peer, &mut life.pause, |peer| peer.pause());
+            timed(peer, &mut life.unpause, |peer| peer.unpause());
+        }
+        timed(peer, &mut life.suspend, |peer| peer.suspend());
+        timed(peer, &mut life.resume, |peer| peer.resume());
+        boots(peer, &mut life.hard_reboot, name, |peer| peer.hard_reboot());
         timed(peer, &mut life.shut_down, |peer| peer.shut_down());
     }
 }
+
+/// So many pauses in a life: they are short, and the slowest in a hundred of them counts.
+const PAUSES: usize = 10;
 
 type Act = fn(&mut dyn Peer);
 
@@ -167,6 +183,7 @@ pub(super) fn lives(bench: &mut Bench, host: &TestHost, raw: &mut Raw, ours: &mu
         }
     }
     let as_long = Goal::RatioAndExcess(1.03, EXCESS);
+    let as_quick = Goal::ExcessAndTail(Duration::from_micros(300), 2.0);
     for (operation, base, agent, goal) in [
         ("start", raws.start, agents.start, Goal::Ratio(1.05)),
         ("stop (destroy)", raws.stop, agents.stop, Goal::Ratio(1.03)),
@@ -175,6 +192,16 @@ pub(super) fn lives(bench: &mut Bench, host: &TestHost, raw: &mut Raw, ours: &mu
             raws.shut_down,
             agents.shut_down,
             Goal::Ratio(1.03),
+        ),
+        ("pause", raws.pause, agents.pause, as_quick),
+        ("unpause", raws.unpause, agents.unpause, as_quick),
+        ("suspend", raws.suspend, agents.suspend, Goal::Ratio(1.03)),
+        ("resume", raws.resume, agents.resume, Goal::Ratio(1.03)),
+        (
+            "hard reboot",
+            raws.hard_reboot,
+            agents.hard_reboot,
+            Goal::Ratio(1.05),
         ),
         ("rescue", raws.rescue, agents.rescue, as_long),
         ("unrescue", raws.unrescue, agents.unrescue, as_long),

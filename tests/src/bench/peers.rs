@@ -15,7 +15,7 @@ use virt::domain::Domain;
 use virt::sys;
 
 use super::process;
-use crate::client::Client;
+use crate::client::{Client, Plain};
 use crate::tool;
 use crate::wait::SOON;
 
@@ -41,6 +41,21 @@ pub trait Peer {
 
     /// Pulls the rescue guest's plug and boots the guest as it was before.
     fn unrescue(&mut self);
+
+    /// Stops the guest's CPUs.
+    fn pause(&mut self);
+
+    /// Lets them run again.
+    fn unpause(&mut self);
+
+    /// Saves the guest's memory and ends it.
+    fn suspend(&mut self);
+
+    /// Starts the guest from its saved memory.
+    fn resume(&mut self);
+
+    /// Pulls the guest's plug and starts it.
+    fn hard_reboot(&mut self);
 }
 
 /// The least sequence of libvirt calls that does it, over one connection, handles kept: what a program
@@ -148,6 +163,27 @@ impl Peer for Raw {
         self.domain.create().unwrap();
         fs::remove_file(&parts.overlay).unwrap();
     }
+
+    fn pause(&mut self) {
+        self.domain.suspend().unwrap();
+    }
+
+    fn unpause(&mut self) {
+        self.domain.resume().unwrap();
+    }
+
+    fn suspend(&mut self) {
+        self.domain.managed_save(0).unwrap();
+    }
+
+    fn resume(&mut self) {
+        self.domain.create().unwrap();
+    }
+
+    fn hard_reboot(&mut self) {
+        self.domain.destroy().unwrap();
+        self.domain.create().unwrap();
+    }
 }
 
 /// The agent: a call that begins the action and one that waits for its end.
@@ -163,6 +199,13 @@ pub struct Agent {
     pub server: Uuid,
     /// The rescue image.
     pub image: String,
+}
+
+impl Agent {
+    fn act(&mut self, verb: Plain) {
+        let ended = self.client.act(verb, self.server);
+        self.runtime.block_on(ended).done();
+    }
 }
 
 impl Peer for Agent {
@@ -207,5 +250,25 @@ impl Peer for Agent {
             ..UnrescueServerRequest::default()
         };
         self.runtime.block_on(self.client.unrescue(request)).done();
+    }
+
+    fn pause(&mut self) {
+        self.act(Plain::Pause);
+    }
+
+    fn unpause(&mut self) {
+        self.act(Plain::Unpause);
+    }
+
+    fn suspend(&mut self) {
+        self.act(Plain::Suspend);
+    }
+
+    fn resume(&mut self) {
+        self.act(Plain::Resume);
+    }
+
+    fn hard_reboot(&mut self) {
+        self.act(Plain::HardReboot);
     }
 }

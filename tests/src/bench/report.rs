@@ -19,6 +19,8 @@ pub enum Goal {
     RatioAndExcess(f64, Duration),
     /// At most so long.
     Within(Duration),
+    /// The middle at most so much longer, the slowest in a hundred at most so many times as long.
+    ExcessAndTail(Duration, f64),
 }
 
 /// One operation by two peers.
@@ -58,12 +60,22 @@ impl Row {
         self.agent.p50().saturating_sub(self.base.p50())
     }
 
+    /// By how much the middle is longer than it may be; `None` if it is not.
+    fn exceeds(&self, excess: Duration) -> Option<String> {
+        let more = self.excess().checked_sub(excess);
+        let more = more.filter(|more| !more.is_zero());
+        more.map(|more| format!("by {}", text(more)))
+    }
+
     fn goal(&self) -> String {
         match self.goal {
             Goal::None => String::new(),
             Goal::Ratio(ratio) => format!("<= {ratio:.2} x"),
             Goal::RatioAndExcess(ratio, excess) => format!("<= {ratio:.2} x, + {}", text(excess)),
             Goal::Within(limit) => format!("<= {}", text(limit)),
+            Goal::ExcessAndTail(excess, ratio) => {
+                format!("<= + {}, p99 {ratio:.0} x", text(excess))
+            }
         }
     }
 
@@ -76,12 +88,12 @@ impl Row {
         match self.goal {
             Goal::None => None,
             Goal::Ratio(limit) => ratio(limit),
-            Goal::RatioAndExcess(limit, excess) => ratio(limit).or_else(|| {
-                let more = self
-                    .excess()
-                    .checked_sub(excess)
-                    .filter(|more| !more.is_zero());
-                more.map(|more| format!("by {}", text(more)))
+            Goal::RatioAndExcess(limit, excess) => ratio(limit).or_else(|| self.exceeds(excess)),
+            Goal::ExcessAndTail(excess, limit) => self.exceeds(excess).or_else(|| {
+                let allowed = self.base.p99().mul_f64(limit);
+                let more = self.agent.p99().checked_sub(allowed);
+                let more = more.filter(|more| !more.is_zero());
+                more.map(|more| format!("by {} at p99", text(more)))
             }),
             Goal::Within(limit) => {
                 let more = self

@@ -267,7 +267,7 @@ async fn what_does_not_end_in_time_for_a_drain_is_carried_on_by_the_next_start()
 }
 
 /// How long the guest has been up, in the BIOS's ticks, of which it makes 18 a second.
-fn ticks(console: &mut Console) -> u16 {
+pub(crate) fn ticks(console: &mut Console) -> u16 {
     let mark = console.mark();
     console.send("t");
     let line = console.wait_line(mark, "TINY-TICK ", SOON);

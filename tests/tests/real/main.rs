@@ -22,6 +22,7 @@ mod frozen;
 mod fuzz;
 mod harness;
 mod images;
+mod lifecycle;
 mod owners;
 mod password;
 mod power;

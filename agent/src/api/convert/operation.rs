@@ -49,7 +49,7 @@ pub(in crate::api) fn operation(
 ) -> longrunning::Operation {
     let metadata = v1::OperationMetadata {
         server_id: record.server.to_string(),
-        action: record.verb.name().to_owned(),
+        action: record.verb.action_name().to_owned(),
         request_id: record.request_id.clone().unwrap_or_default(),
         state: record.state.wire(),
         steps: record

@@ -197,6 +197,8 @@ pub(in crate::api) mod tests {
                 password_refusals: 0,
             }),
             fault: None,
+            operation_verb: Some(crate::core::action::Verb::Unrescue),
+            guest_agent: true,
             operation: Some(Uuid::from_u128(5)),
             revision: 9,
             created_at_ms: 1,

@@ -43,7 +43,11 @@ pub(super) fn plan(args: &AdoptArgs, facts: &Facts) -> Result<Plan, Refusal> {
             ),
         ));
     }
-    let Devices { disks, nics } = devices(&parsed);
+    let Devices {
+        disks,
+        nics,
+        guest_agent,
+    } = devices(&parsed);
     let now = facts.host.now_ms;
     let record = ServerRecord {
         id: domain.id,
@@ -82,6 +86,7 @@ pub(super) fn plan(args: &AdoptArgs, facts: &Facts) -> Result<Plan, Refusal> {
         metadata: BTreeMap::new(),
         hostname: String::new(),
         public_keys: BTreeMap::new(),
+        guest_agent,
     };
     Ok(Builder::new(Verb::Adopt, domain.id, facts).ends(Outcome::Insert(Box::new(record))))
 }

@@ -400,7 +400,11 @@ fn derived_mac(id: Uuid, index: u8) -> String {
 }
 
 fn record(args: &CreateArgs, facts: &Facts, rendered: &Domain) -> ServerRecord {
-    let Devices { disks, nics } = devices(rendered);
+    let Devices {
+        disks,
+        nics,
+        guest_agent,
+    } = devices(rendered);
     let now = facts.host.now_ms;
     ServerRecord {
         id: args.id,
@@ -431,5 +435,6 @@ fn record(args: &CreateArgs, facts: &Facts, rendered: &Domain) -> ServerRecord {
         metadata: args.metadata.clone(),
         hostname: args.hostname.clone(),
         public_keys: args.public_keys.clone(),
+        guest_agent,
     }
 }

@@ -28,10 +28,7 @@ pub(super) fn plan(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refusal
         };
         builder.step(
             Phase::Switch,
-            Step::PowerOff {
-                shutdown: at_once,
-                was_on: domain.power.is_on(),
-            },
+            Step::power_off(at_once, domain.power.is_on()),
         );
     }
     for overlay in begun {
@@ -78,6 +75,10 @@ pub(super) fn plan(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refusal
         Origin::Adopted => layout.rescues(server.id),
     };
     builder.step(Phase::CleanUp, Step::RemoveFolder { path });
+    if server.origin == Origin::Adopted {
+        let path = layout.dumps(server.id);
+        builder.step(Phase::CleanUp, Step::RemoveFolder { path });
+    }
     if let Some(rescue) = &server.rescue {
         let holder = rescue_holder(server.id, rescue.plan);
         builder.step(

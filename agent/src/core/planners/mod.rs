@@ -7,6 +7,7 @@
 mod adopt;
 mod create;
 mod delete;
+mod password;
 mod power;
 mod protect;
 mod rescue;
@@ -50,6 +51,15 @@ pub fn plan(
         (Action::Rescue(args), Some(server)) => rescue::plan(server, args, facts, templates),
         (Action::Unrescue(args), Some(server)) => unrescue::plan(server, args, facts),
         (Action::DeliverPassword, Some(server)) => rescue::deliver_password(server, facts),
+        (Action::Reboot(args), Some(server)) => power::reboot(server, *args, facts),
+        (Action::HardReboot, Some(server)) => power::hard_reboot(server, facts),
+        (Action::Pause, Some(server)) => power::pause(server, facts),
+        (Action::Unpause, Some(server)) => power::unpause(server, facts),
+        (Action::Suspend, Some(server)) => power::suspend(server, facts),
+        (Action::Resume, Some(server)) => power::resume(server, facts),
+        (Action::CrashDump, Some(server)) => power::crash_dump(server, facts),
+        (Action::DumpMemory, Some(server)) => power::dump_memory(server, facts),
+        (Action::ChangePassword(args), Some(server)) => password::change(server, args, facts),
         (Action::Create(_) | Action::Adopt(_), Some(server)) => Err(Refusal::new(
             Reason::ServerExists,
             format!("there is a server {} already", server.id),
@@ -61,7 +71,16 @@ pub fn plan(
             | Action::Stop(_)
             | Action::Rescue(_)
             | Action::Unrescue(_)
-            | Action::DeliverPassword,
+            | Action::DeliverPassword
+            | Action::Reboot(_)
+            | Action::HardReboot
+            | Action::Pause
+            | Action::Unpause
+            | Action::Suspend
+            | Action::Resume
+            | Action::CrashDump
+            | Action::DumpMemory
+            | Action::ChangePassword(_),
             None,
         ) => Err(Refusal::new(
             Reason::ServerNotFound,

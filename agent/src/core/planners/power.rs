@@ -1,37 +1,262 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Start and stop.
+//! Power: start, stop, reboot, and the guest's memory stopped, saved and brought back.
 
-use super::{Builder, need_domain};
+use super::{Builder, need_domain, read_domain};
 use crate::core::{
-    action::{Shutdown, Verb},
-    facts::Facts,
-    plan::{Mark, Phase, Plan, RescueChange, Step},
-    reason::Refusal,
+    action::{RebootArgs, Shutdown, Verb},
+    facts::{DomainFacts, Facts},
+    plan::{Mark, Outcome, Phase, Plan, RescueChange, Step},
+    reason::{Reason, Refusal, Warning, WarningName},
     record::ServerRecord,
-    state::VmState,
+    state::{PowerState, VmState},
 };
 
-/// Starts the persistent definition. Saved memory is resumed, as libvirt does it.
+/// What a libvirt's saved memory has besides the guest's: the definition, and the state of its devices.
+const SAVED_BESIDES_KIB: u64 = 64 * 1024;
+
+const AT_ONCE: Shutdown = Shutdown {
+    timeout_ms: 0,
+    retry_ms: 0,
+};
+
+/// Starts the persistent definition. Saved memory is brought back instead of being lost.
 pub(super) fn start(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refusal> {
-    need_domain(server, facts)?;
+    let domain = need_domain(server, facts)?;
     let mut builder = Builder::new(Verb::Start, server.id, facts);
+    if domain.managed_save {
+        restore(&mut builder, domain)?;
+    } else {
+        builder.step(Phase::Switch, START);
+    }
+    Ok(builder.becomes(VmState::Active, RescueChange::Keep))
+}
+
+const START: Step = Step::StartDomain {
+    mark: Mark::Own,
+    fresh: false,
+};
+
+/// Shuts the guest down, or ends it. A domain that is gone is off.
+pub(super) fn stop(server: &ServerRecord, shutdown: Shutdown, facts: &Facts) -> Plan {
+    let mut builder = Builder::new(Verb::Stop, server.id, facts);
+    builder.step(Phase::Switch, power_off(shutdown, facts));
+    builder.becomes(VmState::Stopped, RescueChange::Keep)
+}
+
+fn is_on(facts: &Facts) -> bool {
+    facts
+        .domain
+        .as_ref()
+        .is_some_and(|domain| domain.power.is_on())
+}
+
+fn power_off(shutdown: Shutdown, facts: &Facts) -> Step {
+    Step::power_off(shutdown, is_on(facts))
+}
+
+/// Has the guest shut down, and starts it again. The guest agent is asked too, where there is one: not
+/// every guest hears a power button.
+pub(super) fn reboot(
+    server: &ServerRecord,
+    args: RebootArgs,
+    facts: &Facts,
+) -> Result<Plan, Refusal> {
+    let domain = need_domain(server, facts)?;
+    let agent = read_domain(&domain.xml)?.has_guest_agent_channel();
+    // Its CPUs are stopped, so it cannot shut down.
+    if args.or_fail && domain.power == PowerState::Paused {
+        return Err(Refusal::state(
+            "power_state",
+            "paused",
+            format!(
+                "server {} is paused ({}) and cannot shut down; unpause it first",
+                server.id, domain.power_reason
+            ),
+        ));
+    }
+    let mut builder = Builder::new(Verb::Reboot, server.id, facts);
+    builder.step(
+        Phase::Switch,
+        Step::PowerOff {
+            shutdown: args.shutdown,
+            was_on: domain.power.is_on(),
+            ask_agent: agent,
+            or_fail: args.or_fail,
+        },
+    );
+    builder.step(Phase::Switch, START);
+    Ok(builder.becomes(VmState::Active, RescueChange::Keep))
+}
+
+/// Ends the guest and starts it again. Memory that was saved of it is lost: that is said.
+pub(super) fn hard_reboot(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refusal> {
+    let domain = need_domain(server, facts)?;
+    let mut builder = Builder::new(Verb::HardReboot, server.id, facts);
+    builder.step(Phase::Switch, power_off(AT_ONCE, facts));
+    if domain.managed_save {
+        builder.plan.warnings.push(Warning {
+            name: WarningName::SavedMemoryLost,
+            message: format!(
+                "the memory that was saved of server {} is lost: it boots anew",
+                server.id
+            ),
+        });
+    }
     builder.step(
         Phase::Switch,
         Step::StartDomain {
             mark: Mark::Own,
-            fresh: false,
+            fresh: true,
         },
     );
     Ok(builder.becomes(VmState::Active, RescueChange::Keep))
 }
 
-/// Shuts the guest down, or ends it. A domain that is gone is off.
-pub(super) fn stop(server: &ServerRecord, shutdown: Shutdown, facts: &Facts) -> Plan {
-    let mut builder = Builder::new(Verb::Stop, server.id, facts);
-    let was_on = facts
-        .domain
-        .as_ref()
-        .is_some_and(|domain| domain.power.is_on());
-    builder.step(Phase::Switch, Step::PowerOff { shutdown, was_on });
-    builder.becomes(VmState::Stopped, RescueChange::Keep)
+/// Stops the guest's CPUs. What is known of the domain is in the record: reading more would take longer
+/// than the action does.
+pub(super) fn pause(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refusal> {
+    need_on(server, "pause")?;
+    let mut builder = Builder::new(Verb::Pause, server.id, facts);
+    let was_running = server.power.state != PowerState::Paused;
+    builder.step(Phase::Switch, Step::Pause { was_running });
+    Ok(builder.becomes(VmState::Paused, RescueChange::Keep))
+}
+
+/// Lets the guest's CPUs run, and its clock catch up.
+pub(super) fn unpause(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refusal> {
+    need_on(server, "unpause")?;
+    let mut builder = Builder::new(Verb::Unpause, server.id, facts);
+    builder.step(Phase::Switch, Step::Unpause);
+    if server.guest_agent {
+        builder.step(Phase::CleanUp, Step::SetGuestTime);
+    }
+    Ok(builder.becomes(VmState::Active, RescueChange::Keep))
+}
+
+/// By what was seen last, is there a QEMU? What was not seen yet, or cannot be now, is left to the step.
+pub(super) fn need_on(server: &ServerRecord, verb: &str) -> Result<(), Refusal> {
+    let power = server.power.state;
+    if !matches!(power, PowerState::Shutdown | PowerState::Crashed) {
+        return Ok(());
+    }
+    Err(Refusal::state(
+        "power_state",
+        power.name(),
+        format!(
+            "cannot {verb} server {}: its guest is off ({power}); start it first",
+            server.id
+        ),
+    ))
+}
+
+/// Saves the guest's memory and ends it.
+pub(super) fn suspend(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refusal> {
+    need_on(server, "suspend")?;
+    let domain = need_domain(server, facts)?;
+    if !domain.persistent {
+        return Err(Refusal::new(
+            Reason::DomainTransient,
+            format!(
+                "domain {} is transient, and libvirt keeps no saved memory of such a one; define it first",
+                domain.name
+            ),
+        ));
+    }
+    let memory_kib = memory(domain)?;
+    let need = memory_kib
+        .saturating_add(SAVED_BESIDES_KIB)
+        .saturating_mul(1024);
+    if let Some(room) = &facts.save_room
+        && room.free_bytes < need.saturating_add(facts.host.reserve_bytes)
+    {
+        return Err(Refusal::new(
+            Reason::NoSpace,
+            format!(
+                "saving {} MiB of memory needs {need} bytes on the file system of {}, besides {} that stay free, and {} are free; make room, or stop the server instead",
+                memory_kib / 1024,
+                room.folder,
+                facts.host.reserve_bytes,
+                room.free_bytes
+            ),
+        ));
+    }
+    let mut builder = Builder::new(Verb::Suspend, server.id, facts);
+    builder.step(Phase::Switch, Step::SaveMemory { memory_kib });
+    Ok(builder.becomes(VmState::Suspended, RescueChange::Keep))
+}
+
+/// Starts a suspended guest from its saved memory; without that there is nothing to resume.
+pub(super) fn resume(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refusal> {
+    let domain = need_domain(server, facts)?;
+    if !domain.managed_save && !domain.power.is_on() {
+        return Err(Refusal::new(
+            Reason::NoSavedMemory,
+            format!(
+                "there is no saved memory of server {} any more: somebody removed it; boot it anew with a hard reboot",
+                server.id
+            ),
+        ));
+    }
+    let mut builder = Builder::new(Verb::Resume, server.id, facts);
+    restore(&mut builder, domain)?;
+    Ok(builder.becomes(VmState::Active, RescueChange::Keep))
+}
+
+fn restore(builder: &mut Builder, domain: &DomainFacts) -> Result<(), Refusal> {
+    let memory_kib = memory(domain)?;
+    builder.step(Phase::Switch, Step::RestoreMemory { memory_kib });
+    if read_domain(&domain.xml)?.has_guest_agent_channel() {
+        builder.step(Phase::CleanUp, Step::SetGuestTime);
+    }
+    Ok(())
+}
+
+/// A domain's memory in KiB.
+fn memory(domain: &DomainFacts) -> Result<u64, Refusal> {
+    read_domain(&domain.xml)?.memory_kib().ok_or_else(|| {
+        Refusal::new(
+            Reason::DomainUnsupported,
+            format!(
+                "the definition of domain {} states no memory that can be read",
+                domain.name
+            ),
+        )
+    })
+}
+
+/// Injects an NMI.
+pub(super) fn crash_dump(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refusal> {
+    need_on(server, "trigger a crash dump of")?;
+    let mut builder = Builder::new(Verb::CrashDump, server.id, facts);
+    builder.step(Phase::Switch, Step::InjectNmi);
+    Ok(builder.ends(Outcome::Keep))
+}
+
+/// Writes the guest's memory to a file in the server's folder, which is removed with the server.
+pub(super) fn dump_memory(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refusal> {
+    need_on(server, "dump the memory of")?;
+    let domain = need_domain(server, facts)?;
+    let memory_kib = memory(domain)?;
+    let host = &facts.host;
+    let need = memory_kib
+        .saturating_add(SAVED_BESIDES_KIB)
+        .saturating_mul(1024);
+    if host.free_bytes < need.saturating_add(host.reserve_bytes) {
+        return Err(Refusal::new(
+            Reason::NoSpace,
+            format!(
+                "dumping {} MiB of memory needs {need} bytes in {}, besides {} that stay free, and {} are free",
+                memory_kib / 1024,
+                host.layout.servers(),
+                host.reserve_bytes,
+                host.free_bytes
+            ),
+        ));
+    }
+    let mut builder = Builder::new(Verb::DumpMemory, server.id, facts);
+    let folder = host.layout.dump(server.id, facts.plan);
+    let path = format!("{folder}/memory.elf");
+    builder.step(Phase::Prepare, Step::MakeFolder { path: folder });
+    builder.step(Phase::Switch, Step::DumpMemory { path, memory_kib });
+    Ok(builder.ends(Outcome::Keep))
 }

@@ -329,10 +329,10 @@ impl<'a> Rescue<'a> {
     fn switch(&self, builder: &mut Builder, xml: String) {
         let mark = Mark::Plan(self.facts.plan);
         let mut switch = |step| builder.step(Phase::Switch, step);
-        switch(Step::PowerOff {
-            shutdown: self.args.shutdown,
-            was_on: self.domain.power.is_on(),
-        });
+        switch(Step::power_off(
+            self.args.shutdown,
+            self.domain.power.is_on(),
+        ));
         if let Some((_, note)) = note_owners(&self.parsed, &self.changes(), &self.folder) {
             switch(note);
         }

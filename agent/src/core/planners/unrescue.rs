@@ -40,10 +40,7 @@ pub(super) fn plan(
     if let Some(domain) = &facts.domain {
         builder.step(
             Phase::Switch,
-            Step::PowerOff {
-                shutdown: args.shutdown,
-                was_on: domain.power.is_on(),
-            },
+            Step::power_off(args.shutdown, domain.power.is_on()),
         );
     }
     if commit {

@@ -85,12 +85,12 @@ async fn what_was_saved_comes_back_unless_the_boot_is_to_be_fresh() {
 async fn a_guest_that_misses_two_requests_hears_the_third() {
     let fake = running().await;
     fake.guest_misses_acpi(ID, 2);
-    fake.shutdown(ID).await.unwrap();
-    fake.shutdown(ID).await.unwrap();
+    fake.shutdown(ID, Ask::PowerButton).await.unwrap();
+    fake.shutdown(ID, Ask::PowerButton).await.unwrap();
     assert_eq!(power(&fake).await, PowerState::Running);
-    fake.shutdown(ID).await.unwrap();
+    fake.shutdown(ID, Ask::PowerButton).await.unwrap();
     assert_eq!(power(&fake).await, PowerState::Shutdown);
-    assert!(fake.shutdown(ID).await.is_err());
+    assert!(fake.shutdown(ID, Ask::PowerButton).await.is_err());
 }
 
 #[tokio::test]

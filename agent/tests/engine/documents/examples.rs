@@ -140,6 +140,7 @@ pub(super) fn server() -> ServerRecord {
         metadata: [(text("role"), text("db"))].into(),
         hostname: text("web-1"),
         public_keys: [(text("laptop"), text("ssh-ed25519 AAAA"))].into(),
+        guest_agent: true,
     }
 }
 
@@ -250,6 +251,18 @@ fn switch() -> Vec<Step> {
                 retry_ms: 10_000,
             },
             was_on: true,
+            ask_agent: true,
+            or_fail: true,
+        },
+        Step::Pause { was_running: true },
+        Step::Unpause,
+        Step::SaveMemory {
+            memory_kib: 1 << 20,
+        },
+        Step::InjectNmi,
+        Step::DumpMemory {
+            path: text("/d/dumps/1.elf"),
+            memory_kib: 1 << 20,
         },
         Step::MarkCommitStarted,
         Step::CommitOverlay {
@@ -287,6 +300,9 @@ fn switch() -> Vec<Step> {
             user: text("root"),
             hash: hash(),
         },
+        Step::RestoreMemory {
+            memory_kib: 1 << 20,
+        },
     ]
 }
 
@@ -300,6 +316,7 @@ fn clean_up() -> Vec<Step> {
             holder: text("servers/5e710000/rescue/91a00000"),
         },
         Step::DropSavedDefinition,
+        Step::SetGuestTime,
     ]
 }
 
@@ -321,6 +338,7 @@ pub(super) fn plans() -> Vec<(&'static str, Plan)> {
         devices: Some(Devices {
             disks: disks(),
             nics: nics(),
+            guest_agent: true,
         }),
     };
     let every_step = Plan {
@@ -344,6 +362,7 @@ pub(super) fn plans() -> Vec<(&'static str, Plan)> {
     };
     let others = [
         ("insert", with(Outcome::Insert(Box::new(server())))),
+        ("keep", with(Outcome::Keep)),
         ("remove", with(Outcome::Remove)),
         ("rescue-stays", with(change(RescueChange::Keep))),
         ("rescue-ends", with(change(RescueChange::End))),
