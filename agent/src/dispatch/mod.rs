@@ -13,7 +13,7 @@ use salvor_domain_templates::Templates;
 use tokio::sync::watch;
 use uuid::Uuid;
 
-pub use preview::Preview;
+pub use preview::{Preview, shown};
 
 use crate::{
     core::{

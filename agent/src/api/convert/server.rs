@@ -198,6 +198,7 @@ pub(in crate::api) mod tests {
             }),
             fault: None,
             operation: Some(Uuid::from_u128(5)),
+            operation_verb: None,
             revision: 9,
             created_at_ms: 1,
             settled_at_ms: 0,
