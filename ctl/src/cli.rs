@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The arguments. Their doc comments are the help texts and the manual pages.
 
+mod console;
 mod server;
 mod values;
 
@@ -10,6 +11,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use uuid::Uuid;
 
 pub(crate) use self::{
+    console::{ConsoleArgs, ConsoleLogArgs, DiagnosticsArgs, ScreenshotArgs},
     server::{
         AdoptArgs, CrashDumpArgs, CreateArgs, ListServers, RebootArgs, RescueArgs, ServerArg,
         ServerCommand, SetPasswordArgs, StopArgs, UnrescueArgs,

@@ -13,8 +13,9 @@ use hyper_util::rt::TokioIo;
 use salvor_proto::{
     google::longrunning::operations_client::OperationsClient,
     v1::{
-        host_service_client::HostServiceClient, image_service_client::ImageServiceClient,
-        server_service_client::ServerServiceClient, watch_service_client::WatchServiceClient,
+        console_service_client::ConsoleServiceClient, host_service_client::HostServiceClient,
+        image_service_client::ImageServiceClient, server_service_client::ServerServiceClient,
+        watch_service_client::WatchServiceClient,
     },
 };
 use tokio::{
@@ -185,6 +186,11 @@ impl Agent {
     /// `WatchService`.
     pub(crate) fn watch(&self) -> WatchServiceClient<Channel> {
         WatchServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_ANSWER)
+    }
+
+    /// `ConsoleService`.
+    pub(crate) fn consoles(&self) -> ConsoleServiceClient<Channel> {
+        ConsoleServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_ANSWER)
     }
 
     /// `google.longrunning.Operations`.

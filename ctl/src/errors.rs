@@ -109,6 +109,9 @@ pub(crate) enum Failure {
         #[source]
         cause: io::Error,
     },
+    /// A console ended by itself.
+    #[error("the console ended: {0}")]
+    Ended(String),
     /// The agent did not keep to the API.
     #[error("the agent {0}; is it of another version?")]
     Protocol(&'static str),
@@ -173,6 +176,7 @@ impl Failure {
             | Self::TooLate { .. }
             | Self::ImportTooSlow { .. }
             | Self::File { .. }
+            | Self::Ended(_)
             | Self::Protocol(_)
             | Self::Output(_)
             | Self::Json(_) => FAILED,
@@ -238,6 +242,7 @@ impl Failure {
             | Self::TooLate { .. }
             | Self::ImportTooSlow { .. }
             | Self::File { .. }
+            | Self::Ended(_)
             | Self::Protocol(_)
             | Self::Output(_) => vec![self.to_string()],
         };

@@ -28,7 +28,7 @@ use super::{
 use crate::{
     core::reason::Refusal,
     engine::now_ms,
-    hypervisor::{HostFacts, Hypervisor, LinkState},
+    hypervisor::{HostFacts, Hypervisor, LinkState, StuckCall},
     storage::apart,
 };
 
@@ -75,6 +75,16 @@ impl Known {
             started_at_ms: now,
         }
     }
+}
+
+/// Calls that were given up on.
+pub(super) fn stuck_calls(calls: &[StuckCall]) -> Vec<v1::StuckCall> {
+    let told = calls.iter().map(|stuck| v1::StuckCall {
+        call: stuck.call.to_owned(),
+        domain_id: stuck.domain.map(|id| id.to_string()).unwrap_or_default(),
+        age: Some(duration(stuck.age)),
+    });
+    told.collect()
 }
 
 impl Api {
@@ -139,16 +149,7 @@ impl Api {
                 },
                 uri: self.host.libvirt_uri.clone(),
             }),
-            stuck_calls: self
-                .hypervisor
-                .stuck_calls()
-                .into_iter()
-                .map(|stuck| v1::StuckCall {
-                    call: stuck.call.to_owned(),
-                    domain_id: stuck.domain.map(|id| id.to_string()).unwrap_or_default(),
-                    age: Some(duration(stuck.age)),
-                })
-                .collect(),
+            stuck_calls: stuck_calls(&self.hypervisor.stuck_calls()),
             servers: u32::try_from(self.store.server_count()).unwrap_or(u32::MAX),
             running_operations: u32::try_from(self.engine.under_way()).unwrap_or(u32::MAX),
             revision: *self.store.revision().borrow(),

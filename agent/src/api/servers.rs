@@ -255,6 +255,17 @@ macro_rules! actions {
                 };
                 preview.map(|preview| Response::new(plan_response(&preview)))
             }
+
+            async fn get_server_diagnostics(
+                &self,
+                request: Request<v1::GetServerDiagnosticsRequest>,
+            ) -> Result<Response<v1::GetServerDiagnosticsResponse>, Status> {
+                let (call, message) = Call::open(request)?;
+                match Box::pin(self.diagnostics(&message)).await {
+                    Ok(answer) => Ok(Response::new(answer)),
+                    Err(refusal) => Err(call.refuse(&refusal)),
+                }
+            }
         }
     };
 }

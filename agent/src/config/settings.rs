@@ -226,6 +226,18 @@ settings! {
         qemu_img_memory: ByteSize = ByteSize::from_gib(2), Size { min: ByteSize::from_mib(64), max: ByteSize::from_gib(1024) };
     }
 
+    /// What guests say on their serial ports.
+    console: ConsoleConfig {
+        /// How many boots of a server are told apart in its console log. What older ones said is dropped at the next
+        /// start.
+        boots: u32 = 10, Count { min: 1, max: 1000 };
+
+        /// How much of a server's console log is kept, all its boots together. The oldest is dropped. Of the logs of
+        /// adopted servers no more is shown either, but their files belong to whoever made the domain and stay as they
+        /// are.
+        max_size: ByteSize = ByteSize::from_mib(16), Size { min: ByteSize::from_mib(1), max: ByteSize::from_gib(64) };
+    }
+
     /// The gRPC API.
     api: ApiConfig {
         /// Whether the API describes itself to tools (gRPC server reflection).

@@ -105,6 +105,9 @@ retry_interval = "1s"
 reserve = "0"
 max_image_size = "1TiB"
 qemu_img_memory = "512MiB"
+[console]
+boots = 3
+max_size = "1MiB"
 [api]
 reflection = false
 [events]

@@ -103,6 +103,18 @@ named_states! {
         Draining = "DRAINING",
         /// See [`Reason::explanation`].
         Internal = "INTERNAL",
+        /// The server's serial port has no log, or it cannot be read.
+        ConsoleLogUnavailable = "CONSOLE_LOG_UNAVAILABLE",
+        /// The domain has no serial port.
+        NoConsole = "NO_CONSOLE",
+        /// The domain has no screen.
+        NoScreen = "NO_SCREEN",
+        /// Somebody else writes to the serial port.
+        ConsoleBusy = "CONSOLE_BUSY",
+        /// Too many consoles are open.
+        ConsoleLimit = "CONSOLE_LIMIT",
+        /// The guest does not run.
+        GuestNotRunning = "GUEST_NOT_RUNNING",
     }
 }
 
@@ -390,6 +402,36 @@ impl Reason {
                 Internal,
                 500,
                 "A fault of the agent. Its log has the details.",
+            ),
+            Self::ConsoleLogUnavailable => (
+                FailedPrecondition,
+                404,
+                "The domain's serial port has no log, or its file cannot be read. The message says which, and what to add to the domain.",
+            ),
+            Self::NoConsole => (
+                FailedPrecondition,
+                404,
+                "The domain has no serial port. Add <serial type='pty'/> to it, then stop and start the server.",
+            ),
+            Self::NoScreen => (
+                FailedPrecondition,
+                404,
+                "The domain has no video device, so there is no screen to take a picture of.",
+            ),
+            Self::ConsoleBusy => (
+                FailedPrecondition,
+                409,
+                "Another client writes to the serial port; the message says since when. Attach read-only, or take over with `force`.",
+            ),
+            Self::ConsoleLimit => (
+                ResourceExhausted,
+                429,
+                "So many consoles are open that no other is opened. Close one.",
+            ),
+            Self::GuestNotRunning => (
+                FailedPrecondition,
+                409,
+                "The guest does not run, so there is nothing to connect with. Start the server.",
             ),
         }
     }

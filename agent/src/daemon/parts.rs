@@ -11,6 +11,7 @@ use super::{DaemonError, Drain, Services, Thoroughness, check_templates, load_te
 use crate::{
     api,
     config::Config,
+    console::{BootNotes, Limits, Logs, Ports},
     core::{action::Shutdown, errors::chain, layout::Layout},
     dispatch::{Dispatcher, Settings},
     engine::{Engine, Probe, now_ms},
@@ -61,7 +62,18 @@ pub(super) async fn assemble(
     let images = open_images(config, &layout)?;
     sweep(&store, &layout, &images).await?;
 
-    let engine = engine(config, &store, &hypervisor, &layout)?;
+    let limits = Limits {
+        boots: config.console.boots,
+        bytes: config.console.max_size.bytes(),
+    };
+    let boots = BootNotes::new(layout.clone(), limits.boots);
+    let logs = Logs::new(
+        Arc::clone(&hypervisor),
+        store.clone(),
+        layout.clone(),
+        limits,
+    );
+    let engine = engine(config, &store, &hypervisor, &layout, boots)?;
     let draining = draining(drain);
     let dispatcher = Dispatcher::new(
         store.clone(),
@@ -85,10 +97,13 @@ pub(super) async fn assemble(
         draining.clone(),
     ));
     tokio::spawn(save_observations(store.clone(), draining.clone()));
+    tokio::spawn(logs.clone().keep_within_limits(draining.clone()));
     services(api::Parts {
         dispatcher,
         engine,
         store,
+        ports: Ports::new(Arc::clone(&hypervisor)),
+        logs,
         hypervisor,
         images,
         host: api::HostSettings {
@@ -195,6 +210,7 @@ fn engine(
     store: &Store,
     hypervisor: &Arc<dyn Hypervisor>,
     layout: &Layout,
+    boots: BootNotes,
 ) -> Result<Engine, DaemonError> {
     let qemu_img = QemuImg {
         limits: qemu_img::Limits {
@@ -208,7 +224,8 @@ fn engine(
         store.clone(),
         qemu_img,
         layout.clone(),
-    );
+    )
+    .with_boots(boots);
     Ok(Engine::new(store.clone(), Arc::new(steps), probe()?))
 }
 

@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use agents::Agents;
-pub use preview::Preview;
+pub use preview::{Preview, shown};
 
 use crate::{
     core::{

@@ -63,7 +63,8 @@ fn domain_diff(plan: &Plan) -> String {
 }
 
 /// A definition as it may be shown.
-fn shown(xml: &str) -> String {
+#[must_use]
+pub fn shown(xml: &str) -> String {
     if xml.is_empty() {
         return String::new();
     }

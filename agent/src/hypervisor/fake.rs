@@ -11,6 +11,7 @@
 //! the process: a test lets a process die ([`FakeHypervisor::stop_after`]) and attaches the next one.
 //! Clones are the same process.
 
+mod guest;
 mod host;
 #[cfg(test)]
 mod tests;
@@ -19,13 +20,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use tokio::sync::{broadcast, watch};
+use tokio::sync::{broadcast, mpsc, watch};
 use uuid::Uuid;
 
 use self::host::{HostState, Planned, element, identity, refused};
 use super::{
-    Ask, Boot, CryptHash, Definition, DomainStatus, HostFacts, Hypervisor, HypervisorError,
-    HypervisorEvent, HypervisorResult, LinkState, PowerReading, StuckCall,
+    Ask, Boot, ConsoleSink, Control, Counters, CryptHash, Definition, DomainStatus, GuestInfo,
+    HostFacts, Hypervisor, HypervisorError, HypervisorEvent, HypervisorResult, LinkState,
+    PowerReading, StuckCall,
 };
 use crate::core::{facts::Capacity, state::PowerState};
 
@@ -39,6 +41,8 @@ struct Host {
     link: watch::Sender<LinkState>,
     /// Calls of this name do not come back.
     hangs: watch::Sender<Option<&'static str>>,
+    /// What guests say on their serial ports.
+    said: broadcast::Sender<(Uuid, Vec<u8>)>,
 }
 
 /// What happens to a process.
@@ -108,6 +112,7 @@ impl FakeHypervisor {
                 events: broadcast::Sender::new(EVENT_BUFFER),
                 link: watch::Sender::new(LinkState::Up),
                 hangs: watch::Sender::new(None),
+                said: broadcast::Sender::new(EVENT_BUFFER),
             }),
             process: Arc::new(Process::new()),
         }
@@ -757,5 +762,66 @@ impl Hypervisor for FakeHypervisor {
 
     fn stuck_calls(&self) -> Vec<StuckCall> {
         lock(&self.host.state).stuck.clone()
+    }
+
+    async fn open_console(
+        &self,
+        id: Uuid,
+        _take_over: bool,
+        said: ConsoleSink,
+    ) -> HypervisorResult<mpsc::Sender<Vec<u8>>> {
+        self.call("open_console", &id.to_string(), |fake, state| {
+            state.running("open_console", id)?;
+            Ok(fake.line(id, said))
+        })
+        .await
+    }
+
+    async fn screenshot(&self, id: Uuid) -> HypervisorResult<Vec<u8>> {
+        self.call("screenshot", &id.to_string(), |_, state| {
+            state.running("screenshot", id)?;
+            Ok(b"P6\n2 1\n255\nabcdef".to_vec())
+        })
+        .await
+    }
+
+    async fn control(&self, id: Uuid) -> HypervisorResult<Control> {
+        self.call("control", &id.to_string(), |_, state| {
+            state.running("control", id)?;
+            Ok(guest::control())
+        })
+        .await
+    }
+
+    async fn counters(&self, id: Uuid) -> HypervisorResult<Counters> {
+        self.call("counters", &id.to_string(), |_, state| {
+            state.running("counters", id)?;
+            Ok(guest::counters())
+        })
+        .await
+    }
+
+    async fn disk_errors(&self, id: Uuid) -> HypervisorResult<Vec<(String, &'static str)>> {
+        self.call("disk_errors", &id.to_string(), |_, state| {
+            state.running("disk_errors", id)?;
+            Ok(vec![("vda".to_owned(), "no space")])
+        })
+        .await
+    }
+
+    async fn domain_messages(&self, id: Uuid) -> HypervisorResult<Vec<String>> {
+        self.call("domain_messages", &id.to_string(), |_, state| {
+            state.known(id)?;
+            Ok(vec!["tainted: a test".to_owned()])
+        })
+        .await
+    }
+
+    async fn guest_info(&self, id: Uuid) -> HypervisorResult<GuestInfo> {
+        self.call("guest_info", &id.to_string(), |_, state| {
+            state.agent("guest_info", id)?;
+            Ok(guest::info())
+        })
+        .await
     }
 }

@@ -6,12 +6,18 @@
 //! [`HypervisorError::Deadline`] and is counted in [`Hypervisor::stuck_calls`].
 
 pub mod fake;
+mod guest;
 
 use std::time::Duration;
 
 use async_trait::async_trait;
-use tokio::sync::{broadcast, watch};
+use tokio::sync::{broadcast, mpsc, watch};
 use uuid::Uuid;
+
+pub use self::guest::{
+    ConsoleSaid, ConsoleSink, Control, Counters, DiskCounters, GuestInfo, InterfaceCounters,
+    MemoryCounters,
+};
 
 pub use crate::core::password::CryptHash;
 use crate::core::{
@@ -71,6 +77,18 @@ pub enum HypervisorError {
         /// The system's message.
         message: String,
     },
+    /// Somebody else holds the serial port.
+    #[error("another client of libvirt is connected with the serial port of {domain}")]
+    ConsoleTaken {
+        /// The domain.
+        domain: Uuid,
+    },
+    /// No more serial ports are connected with at once.
+    #[error("the agent is connected with {limit} serial ports already, and with no more at once")]
+    TooManyConsoles {
+        /// So many.
+        limit: usize,
+    },
 }
 
 impl From<HypervisorError> for Refusal {
@@ -83,6 +101,8 @@ impl From<HypervisorError> for Refusal {
             HypervisorError::GuestAgentRefused { .. } => Reason::GuestAgentRefused,
             HypervisorError::Refused { .. } => Reason::LibvirtRefused,
             HypervisorError::NotSynced { .. } => Reason::StorageFailed,
+            HypervisorError::ConsoleTaken { .. } => Reason::ConsoleBusy,
+            HypervisorError::TooManyConsoles { .. } => Reason::ConsoleLimit,
         };
         Refusal::new(reason, error.to_string())
     }
@@ -337,4 +357,33 @@ pub trait Hypervisor: Send + Sync + 'static {
 
     /// Calls that were given up on but have not come back.
     fn stuck_calls(&self) -> Vec<StuckCall>;
+
+    /// Connects with the running guest's serial port, over a connection and a thread of its own. What
+    /// it says goes to `said` from now on, until that was told of the end; bytes for it go into the
+    /// channel. Dropping the channel's sender ends the connection. Only one client at a time can be
+    /// connected; `take_over` ends the other's connection.
+    async fn open_console(
+        &self,
+        id: Uuid,
+        take_over: bool,
+        said: ConsoleSink,
+    ) -> HypervisorResult<mpsc::Sender<Vec<u8>>>;
+
+    /// A picture of the running guest's screen, as QEMU gives it: PNG or PPM.
+    async fn screenshot(&self, id: Uuid) -> HypervisorResult<Vec<u8>>;
+
+    /// How libvirt stands with the running guest's QEMU. That is not asked.
+    async fn control(&self, id: Uuid) -> HypervisorResult<Control>;
+
+    /// Counters of the running guest. Its QEMU is asked.
+    async fn counters(&self, id: Uuid) -> HypervisorResult<Counters>;
+
+    /// The disks that the running guest was stopped for, each with the error's word. Its QEMU is asked.
+    async fn disk_errors(&self, id: Uuid) -> HypervisorResult<Vec<(String, &'static str)>>;
+
+    /// What libvirt has to say about a domain.
+    async fn domain_messages(&self, id: Uuid) -> HypervisorResult<Vec<String>>;
+
+    /// What the guest agent says of itself and its system.
+    async fn guest_info(&self, id: Uuid) -> HypervisorResult<GuestInfo>;
 }

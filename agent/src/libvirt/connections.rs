@@ -5,6 +5,8 @@
 //!   callers ──> pool Read ──────> threads, a connection each
 //!           ──> pool Mutate ────> threads, a connection each
 //!           ──> pool Emergency ─> threads, a connection each
+//!           ──> pool Probe ─────> threads, a connection each
+//!           ──> console ────────> a thread and a connection for each serial port
 //!
 //!   event loop thread <── the connection for events ── keepalive, close callback
 //!                                  ^                            │
@@ -44,6 +46,8 @@ pub(super) enum Class {
     Mutate,
     /// Destroy, and nothing else.
     Emergency,
+    /// Questions to a guest or its QEMU that nothing depends on.
+    Probe,
 }
 
 impl Class {
@@ -53,6 +57,7 @@ impl Class {
             Self::Read => "lv-read",
             Self::Mutate => "lv-change",
             Self::Emergency => "lv-destroy",
+            Self::Probe => "lv-probe",
         }
     }
 
@@ -64,6 +69,7 @@ impl Class {
             Self::Read => 6,
             Self::Mutate => 10,
             Self::Emergency => 8,
+            Self::Probe => 3,
         }
     }
 }
@@ -89,7 +95,8 @@ pub(super) fn is_alive(connect: &Connect) -> bool {
     connect.is_alive().unwrap_or(false)
 }
 
-fn open(config: &Config) -> Result<Connect, Error> {
+/// Opens a connection. It may block for as long as libvirt likes.
+pub(super) fn open(config: &Config) -> Result<Connect, Error> {
     let connect = Connect::open(Some(&config.uri))?;
     let seconds = i32::try_from(config.keepalive_interval.as_secs()).unwrap_or(i32::MAX);
     optional(connect.set_keep_alive(seconds, config.keepalive_count))?;
@@ -130,6 +137,7 @@ pub(super) struct Connections {
     read: Pool<CallConnections>,
     mutate: Pool<CallConnections>,
     emergency: Pool<CallConnections>,
+    probe: Pool<CallConnections>,
     pub(super) stuck: StuckCalls,
     pub(super) link: watch::Sender<LinkState>,
     pub(super) events: broadcast::Sender<HypervisorEvent>,
@@ -151,6 +159,7 @@ impl Connections {
             read: pool(Class::Read),
             mutate: pool(Class::Mutate),
             emergency: pool(Class::Emergency),
+            probe: pool(Class::Probe),
             stuck: StuckCalls::default(),
             link: watch::Sender::new(Link::new().published().clone()),
             events,
@@ -171,6 +180,7 @@ impl Connections {
             Class::Read => self.read.submit(job),
             Class::Mutate => self.mutate.submit(job),
             Class::Emergency => self.emergency.submit(job),
+            Class::Probe => self.probe.submit(job),
         }
     }
 

@@ -7,7 +7,8 @@
 //! the socket: they do nothing but send on a channel, and a panic never crosses into C.
 #![allow(unsafe_code)]
 
-use std::ffi::{CStr, c_int, c_void};
+use std::collections::HashMap;
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
 
@@ -142,6 +143,31 @@ impl StatsRecords {
         Ok(Self { list, count })
     }
 
+    /// Of one domain: counters. What cannot be had at once is left out.
+    fn counters(domain: &Domain) -> Result<Self, Error> {
+        let mut list = ptr::null_mut();
+        // SAFETY: the handle is used only in this function, which `domain` outlives.
+        let handle = unsafe { domain.as_ptr() };
+        let mut domains = [handle, ptr::null_mut()];
+        let wanted = sys::VIR_DOMAIN_STATS_CPU_TOTAL
+            | sys::VIR_DOMAIN_STATS_BALLOON
+            | sys::VIR_DOMAIN_STATS_VCPU
+            | sys::VIR_DOMAIN_STATS_INTERFACE
+            | sys::VIR_DOMAIN_STATS_BLOCK;
+        // SAFETY: `domains` is an array of live handles that a null pointer ends, and `list` is a
+        // valid out pointer.
+        let count = unsafe {
+            sys::virDomainListGetStats(
+                domains.as_mut_ptr(),
+                wanted,
+                &raw mut list,
+                sys::VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT,
+            )
+        };
+        let count = usize::try_from(count).map_err(|_| Error::last_error())?;
+        Ok(Self { list, count })
+    }
+
     fn records(&self) -> impl Iterator<Item = &sys::virDomainStatsRecord> {
         (0..self.count).filter_map(|at| {
             // SAFETY: libvirt returned `count` pointers to records that live until the list is
@@ -183,6 +209,143 @@ fn int_parameter(record: &sys::virDomainStatsRecord, field: &CStr) -> Option<c_i
         // SAFETY: the type says that `i` is the member of the union that was written.
         Some(unsafe { parameter.value.i })
     })
+}
+
+/// The value of a statistic, as far as we look at it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Stat {
+    /// Not negative.
+    Number(u64),
+    Text(String),
+}
+
+/// Counters of a domain, by libvirt's names. Its monitor is asked.
+pub(super) fn domain_stats(domain: &Domain) -> Result<HashMap<String, Stat>, Error> {
+    let records = StatsRecords::counters(domain)?;
+    Ok(records.records().flat_map(stats_of).collect())
+}
+
+/// The parameters of a record that are numbers or text.
+fn stats_of(record: &sys::virDomainStatsRecord) -> impl Iterator<Item = (String, Stat)> {
+    let count = usize::try_from(record.nparams).unwrap_or(0);
+    (0..count).filter_map(|at| {
+        // SAFETY: libvirt returned `nparams` parameters that live as long as the record.
+        let parameter = unsafe { record.params.add(at).as_ref() }?;
+        // SAFETY: libvirt ends the name of a parameter with a NUL inside its array.
+        let name = unsafe { CStr::from_ptr(parameter.field.as_ptr()) };
+        let kind = u32::try_from(parameter.type_).ok()?;
+        let value = match kind {
+            sys::VIR_TYPED_PARAM_INT => {
+                // SAFETY: the type says that `i` is the member of the union that was written.
+                Stat::Number(u64::try_from(unsafe { parameter.value.i }).ok()?)
+            }
+            sys::VIR_TYPED_PARAM_UINT => {
+                // SAFETY: the type says that `ui` is the member of the union that was written.
+                Stat::Number(u64::from(unsafe { parameter.value.ui }))
+            }
+            sys::VIR_TYPED_PARAM_LLONG => {
+                // SAFETY: the type says that `l` is the member of the union that was written.
+                Stat::Number(u64::try_from(unsafe { parameter.value.l }).ok()?)
+            }
+            sys::VIR_TYPED_PARAM_ULLONG => {
+                // SAFETY: the type says that `ul` is the member of the union that was written.
+                Stat::Number(unsafe { parameter.value.ul })
+            }
+            sys::VIR_TYPED_PARAM_STRING => {
+                // SAFETY: the type says that `s` is the member of the union that was written.
+                let text = unsafe { parameter.value.s };
+                if text.is_null() {
+                    return None;
+                }
+                // SAFETY: it is a C string that belongs to the record.
+                let text = unsafe { CStr::from_ptr(text) };
+                Stat::Text(text.to_string_lossy().into_owned())
+            }
+            _ => return None,
+        };
+        Some((name.to_string_lossy().into_owned(), value))
+    })
+}
+
+/// How libvirt stands with a domain's QEMU, as libvirt numbers it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct RawControl {
+    /// One of `VIR_DOMAIN_CONTROL_OK`, ….
+    pub(super) state: c_uint,
+    /// One of `VIR_DOMAIN_CONTROL_ERROR_REASON_NONE`, ….
+    pub(super) details: c_uint,
+    /// For how long, in milliseconds.
+    pub(super) since_ms: u64,
+}
+
+/// `virDomainGetControlInfo`, which asks no monitor.
+pub(super) fn control_info(domain: &Domain) -> Result<RawControl, Error> {
+    let mut info = sys::virDomainControlInfo {
+        state: 0,
+        details: 0,
+        stateTime: 0,
+    };
+    // SAFETY: `domain` keeps its handle alive for the call, and `info` is a valid out pointer.
+    let answer = unsafe { sys::virDomainGetControlInfo(domain.as_ptr(), &raw mut info, 0) };
+    if answer < 0 {
+        return Err(Error::last_error());
+    }
+    Ok(RawControl {
+        state: info.state,
+        details: info.details,
+        since_ms: info.stateTime,
+    })
+}
+
+/// A C string that libvirt allocated for us, freed here. Null gives an empty one.
+fn owned_text(text: *mut c_char) -> String {
+    if text.is_null() {
+        return String::new();
+    }
+    // SAFETY: libvirt gives a C string, which nobody else has.
+    let copy = unsafe { CStr::from_ptr(text) }
+        .to_string_lossy()
+        .into_owned();
+    // SAFETY: libvirt allocates with malloc, and hands this string over to us.
+    unsafe { nix::libc::free(text.cast()) };
+    copy
+}
+
+/// `virDomainGetDiskErrors` of up to `most` disks: target name and `virDomainDiskErrorCode`.
+pub(super) fn disk_errors(domain: &Domain, most: usize) -> Result<Vec<(String, c_int)>, Error> {
+    let empty = || sys::virDomainDiskError {
+        disk: ptr::null_mut(),
+        error: 0,
+    };
+    let mut errors: Vec<_> = std::iter::repeat_with(empty).take(most).collect();
+    let room = c_uint::try_from(most).unwrap_or(0);
+    // SAFETY: `domain` keeps its handle alive for the call, and `errors` has `room` elements.
+    let count =
+        unsafe { sys::virDomainGetDiskErrors(domain.as_ptr(), errors.as_mut_ptr(), room, 0) };
+    let count = usize::try_from(count).map_err(|_| Error::last_error())?;
+    errors.truncate(count);
+    let told = errors.into_iter();
+    Ok(told
+        .map(|error| (owned_text(error.disk), error.error))
+        .collect())
+}
+
+/// `virDomainGetMessages`: deprecations and taints. It asks no monitor.
+pub(super) fn messages(domain: &Domain) -> Result<Vec<String>, Error> {
+    let mut list: *mut *mut c_char = ptr::null_mut();
+    // SAFETY: `domain` keeps its handle alive for the call, and `list` is a valid out pointer.
+    let count = unsafe { sys::virDomainGetMessages(domain.as_ptr(), &raw mut list, 0) };
+    let count = usize::try_from(count).map_err(|_| Error::last_error())?;
+    if list.is_null() {
+        return Ok(Vec::new());
+    }
+    let messages = (0..count)
+        // SAFETY: libvirt returned `count` strings, each of which is read, and freed, once.
+        .map(|at| owned_text(unsafe { *list.add(at) }))
+        .collect();
+    // SAFETY: libvirt allocates with malloc, and hands the list over to us.
+    unsafe { nix::libc::free(list.cast()) };
+    Ok(messages)
 }
 
 /// Uuid and name of a domain handle that somebody else owns. Both are fields of the handle: neither

@@ -248,7 +248,7 @@ async fn calls_that_hang_hold_up_their_own_domain_only_and_are_listed_until_they
         libvirt.define(&xml(id)).await.unwrap();
         libvirt.start(id, Boot::Resume).await.unwrap();
     }
-    for class in [Class::Mutate, Class::Read, Class::Emergency] {
+    for class in [Class::Mutate, Class::Read, Class::Emergency, Class::Probe] {
         let count = class.limit() - 1;
         let end = hang(&libvirt, class, count, sick).await;
         assert_eq!(libvirt.stuck_calls().len(), count);
@@ -267,6 +267,7 @@ async fn calls_that_hang_hold_up_their_own_domain_only_and_are_listed_until_they
             Class::Mutate => libvirt.start(sick, Boot::Fresh).await,
             Class::Read => libvirt.power(sick).await.map(drop),
             Class::Emergency => libvirt.destroy(sick).await,
+            Class::Probe => libvirt.counters(sick).await.map(drop),
         };
         assert!(
             matches!(again, Err(HypervisorError::Deadline { call: "hangs", .. })),

@@ -374,6 +374,9 @@ impl Steps {
                 ));
             }
         }
+        if let Some(definition) = self.xml(id, Definition::Inactive).await? {
+            self.boots.begins(id, &definition).await;
+        }
         match self.hypervisor.start(id, boot).await {
             Ok(()) => {}
             // Of a start that fails nothing stays on: what is on was started by somebody else meanwhile.

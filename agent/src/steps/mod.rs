@@ -23,6 +23,7 @@ pub use sweep::sweep;
 use work::{FileJob, FileWork};
 
 use crate::{
+    console::BootNotes,
     core::{
         layout::Layout,
         plan::{PlannedStep, Step},
@@ -38,6 +39,9 @@ use crate::{
 /// How often it is looked whether a call that was given up on has come back.
 const STUCK_PAUSE: Duration = Duration::from_millis(100);
 
+/// So many boots of a server are told apart unless it is said otherwise (see `console`).
+const BOOTS: u32 = 10;
+
 /// The host that steps work on.
 pub struct Steps {
     hypervisor: Arc<dyn Hypervisor>,
@@ -45,6 +49,7 @@ pub struct Steps {
     qemu_img: QemuImg,
     layout: Layout,
     files: FileWork,
+    boots: BootNotes,
 }
 
 impl Steps {
@@ -57,12 +62,20 @@ impl Steps {
         layout: Layout,
     ) -> Self {
         Self {
+            boots: BootNotes::new(layout.clone(), BOOTS),
             hypervisor,
             store,
             qemu_img,
             layout,
             files: FileWork::default(),
         }
+    }
+
+    /// Where guests' boots are noted, if not as many of them as usual are kept.
+    #[must_use]
+    pub fn with_boots(mut self, boots: BootNotes) -> Self {
+        self.boots = boots;
+        self
     }
 }
 

@@ -11,6 +11,8 @@
     unreachable_pub
 )]
 
+mod console;
+mod diagnostics;
 mod error_info;
 mod harness;
 mod host;

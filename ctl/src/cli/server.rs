@@ -8,6 +8,7 @@ use uuid::Uuid;
 
 use super::{
     How,
+    console::{ConsoleArgs, ConsoleLogArgs, DiagnosticsArgs, ScreenshotArgs},
     values::{
         BusArg, DeviceArg, DisksArg, FirmwareArg, Interfaces, ModeArg, OnTimeoutArg, OriginArg,
         OverlayArg, PowerArg, PowerStateArg, VmStateArg, key_value,
@@ -134,6 +135,20 @@ pub(crate) enum ServerCommand {
         #[command(flatten)]
         how: How,
     },
+    /// Show what the guest has said on its serial port, over several boots.
+    #[command(visible_alias = "log")]
+    ConsoleLog(ConsoleLogArgs),
+    /// Attach the terminal to the guest's serial port. Ctrl-] leaves it.
+    ///
+    /// One client writes, others may look on. What the guest says goes to the terminal as it is.
+    /// Standard input may also be a pipe: what is in it is sent, and the answer shown for a while.
+    Console(ConsoleArgs),
+    /// Take a picture of the guest's screen.
+    Screenshot(ScreenshotArgs),
+    /// Tell everything that can be read of a server and its guest now.
+    ///
+    /// What cannot be read is named with the reason; a guest that hangs holds nothing else up.
+    Diagnostics(DiagnosticsArgs),
 }
 
 /// A server.

@@ -2,6 +2,8 @@
 //! What each command does.
 
 mod action;
+mod console;
+mod diagnostics;
 mod image;
 mod operation;
 mod plan;

@@ -6,7 +6,7 @@ use salvor_proto::{google::longrunning::Operation, v1};
 use super::{
     Session,
     action::{Password, Reply, finish, unless_interrupted},
-    pages,
+    console, diagnostics, pages,
 };
 use crate::{
     cli::{ListServers, ServerCommand},
@@ -56,6 +56,14 @@ pub(super) async fn run(session: &Session, command: ServerCommand) -> Result<(),
         ServerCommand::Show(args) => {
             let server = get(session, args.server).await?;
             return session.ui.result(&server, show::server);
+        }
+        ServerCommand::ConsoleLog(args) => return Box::pin(console::log(session, args)).await,
+        ServerCommand::Console(args) => return Box::pin(console::attach(session, args)).await,
+        ServerCommand::Screenshot(args) => {
+            return Box::pin(console::screenshot(session, args)).await;
+        }
+        ServerCommand::Diagnostics(args) => {
+            return Box::pin(diagnostics::run(session, args)).await;
         }
         ServerCommand::Create { args, how } => {
             let request = requests::create(&args)?;

@@ -26,6 +26,21 @@ macro_rules! word {
     };
 }
 
+/// The boots in a console log.
+pub(crate) fn boots(log: &v1::GetConsoleLogResponse) -> String {
+    let mut table = Table::new(&["BOOT", "STARTED", "GUEST", "SIZE"]);
+    for boot in &log.boots {
+        let guest = if boot.rescue { "rescue" } else { "server" };
+        table.row([
+            boot.number.to_string(),
+            show_time(boot.start_time.as_ref()),
+            guest.to_owned(),
+            show_bytes(u64::try_from(boot.size).unwrap_or(0)),
+        ]);
+    }
+    table.render()
+}
+
 /// A power state's word.
 pub(crate) fn power_word(state: i32) -> String {
     word!(PowerState, "POWER_STATE_", state)

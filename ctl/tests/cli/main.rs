@@ -11,6 +11,7 @@
 )]
 
 mod actions;
+mod console;
 mod exit_codes;
 mod images;
 mod made;

@@ -16,6 +16,7 @@ use salvor_proto::{
     },
     v1::{
         self,
+        console_service_server::ConsoleServiceServer,
         host_service_server::{HostService, HostServiceServer},
         image_service_server::{ImageService, ImageServiceServer},
         import_image_request::Part,
@@ -45,6 +46,7 @@ pub struct State {
     pub warnings: Vec<v1::Warning>,
     pub plan: v1::PlanActionResponse,
     pub events: Vec<v1::WatchEventsResponse>,
+    pub console: crate::console::Says,
     /// Every call on a server, and imports, are refused with this.
     pub refusal: Option<(Code, String, ErrorDetails)>,
     /// Actions are taken but never answered.
@@ -74,7 +76,7 @@ pub struct State {
 }
 
 #[derive(Clone, Debug)]
-struct Services(Arc<watch::Sender<State>>);
+pub struct Services(Arc<watch::Sender<State>>);
 
 /// The agent.
 #[derive(Debug)]
@@ -124,6 +126,7 @@ impl Mock {
                     .add_service(ImageServiceServer::new(services.clone()))
                     .add_service(HostServiceServer::new(services.clone()))
                     .add_service(WatchServiceServer::new(services.clone()))
+                    .add_service(ConsoleServiceServer::new(services.clone()))
                     .add_service(OperationsServer::new(services))
                     .serve_with_incoming(UnixListenerStream::new(listener));
                 tokio::select! {
@@ -176,7 +179,7 @@ impl Services {
     }
 
     /// Notes a call and refuses it if calls are to be refused.
-    fn call(&self, name: &'static str, note: impl FnOnce(&mut State)) -> Result<State, Status> {
+    pub fn call(&self, name: &'static str, note: impl FnOnce(&mut State)) -> Result<State, Status> {
         self.0.send_modify(|state| {
             state.calls.push(name);
             note(state);
@@ -227,10 +230,23 @@ fn late() -> Status {
     )
 }
 
-type Answer<T> = Result<Response<T>, Status>;
+pub type Answer<T> = Result<Response<T>, Status>;
 
 #[tonic::async_trait]
 impl ServerService for Services {
+    async fn get_server_diagnostics(
+        &self,
+        request: Request<v1::GetServerDiagnosticsRequest>,
+    ) -> Answer<v1::GetServerDiagnosticsResponse> {
+        let definitions = request.get_ref().definitions;
+        let state = self.call("diagnostics", |_| ())?;
+        let mut answer = state.console.diagnostics;
+        if !definitions {
+            answer.inactive_definition.clear();
+        }
+        Ok(Response::new(answer))
+    }
+
     async fn create_server(
         &self,
         request: Request<v1::CreateServerRequest>,

@@ -12,6 +12,7 @@
 
 mod actor;
 mod adopted;
+mod console;
 mod crash;
 mod create;
 mod deploy;
