@@ -33,7 +33,7 @@ use thiserror::Error;
 
 pub use self::settings::{
     ApiConfig, Config, DrainConfig, EventsConfig, LibvirtConfig, LogConfig, LogFormat, LogLevel,
-    OperationsConfig, RescueConfig, ShutdownConfig, StorageConfig,
+    OperationsConfig, PolicyConfig, Reaction, RescueConfig, ShutdownConfig, StorageConfig,
 };
 pub use self::units::ByteSize;
 pub use self::virt_type::{Chosen, DomainType, VirtType};

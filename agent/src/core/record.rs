@@ -10,6 +10,7 @@ use super::{
     action::Verb,
     backing::References,
     reason::Reason,
+    reconcile::Mismatched,
     state::{PowerObservation, PowerState, Status, TaskState, VmState, named_states, status},
 };
 
@@ -296,6 +297,9 @@ pub struct ServerRecord {
     /// SSH public keys by name, for its rescues as well.
     #[serde(default)]
     pub public_keys: BTreeMap<String, String>,
+    /// How the guest is not as it should be.
+    #[serde(default)]
+    pub mismatch: Option<Mismatched>,
 }
 
 impl ServerRecord {

@@ -78,6 +78,7 @@ pub(crate) fn record(origin: Origin, vm_state: VmState) -> ServerRecord {
         metadata: BTreeMap::new(),
         hostname: String::new(),
         public_keys: BTreeMap::new(),
+        mismatch: None,
     }
 }
 

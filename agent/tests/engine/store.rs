@@ -58,6 +58,7 @@ fn server(id: Uuid) -> ServerRecord {
         metadata: BTreeMap::new(),
         hostname: String::new(),
         public_keys: BTreeMap::new(),
+        mismatch: None,
     }
 }
 
@@ -516,7 +517,7 @@ fn replay(events: &[StoredEvent]) -> BTreeMap<Uuid, ServerRecord> {
             Change::Removed(_) => {
                 servers.remove(&event.server);
             }
-            Change::Operation(_) => {}
+            Change::Operation(_) | Change::Guest(_) => {}
         }
     }
     servers

@@ -82,6 +82,7 @@ pub(super) fn plan(args: &AdoptArgs, facts: &Facts) -> Result<Plan, Refusal> {
         metadata: BTreeMap::new(),
         hostname: String::new(),
         public_keys: BTreeMap::new(),
+        mismatch: None,
     };
     Ok(Builder::new(Verb::Adopt, domain.id, facts).ends(Outcome::Insert(Box::new(record))))
 }

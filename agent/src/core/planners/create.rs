@@ -431,5 +431,6 @@ fn record(args: &CreateArgs, facts: &Facts, rendered: &Domain) -> ServerRecord {
         metadata: args.metadata.clone(),
         hostname: args.hostname.clone(),
         public_keys: args.public_keys.clone(),
+        mismatch: None,
     }
 }
