@@ -32,8 +32,7 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 pub use self::settings::{
-    ApiConfig, Config, ConsoleConfig, DrainConfig, EventsConfig, LibvirtConfig, LogConfig,
-    LogFormat, LogLevel, OperationsConfig, RescueConfig, ShutdownConfig, StorageConfig,
+    ApiConfig, Config, ConsoleConfig, DrainConfig, EventsConfig, LibvirtConfig, LogConfig, LogFormat, LogLevel, OperationsConfig, RescueConfig, ShutdownConfig, StorageConfig, PolicyConfig, Reaction,
 };
 pub use self::units::ByteSize;
 pub use self::virt_type::{Chosen, DomainType, VirtType};

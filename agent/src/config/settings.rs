@@ -256,6 +256,17 @@ settings! {
         keep: Duration = secs(30 * DAY), span(secs(HOUR), secs(3650 * DAY));
     }
 
+    /// What is done about a guest that is not as it should be. Everything is recorded and shown in any case.
+    policy: PolicyConfig {
+        /// A guest that crashed: `record` leaves it off, `start` starts it again, after longer and longer pauses if it
+        /// crashes again.
+        crashed: Reaction = Reaction::Record, OneOf(PhantomData::<Reaction>);
+
+        /// A guest that shut itself down, or was asked to by somebody past the agent: `record` leaves it off, `start`
+        /// starts it again.
+        stopped_by_itself: Reaction = Reaction::Record, OneOf(PhantomData::<Reaction>);
+    }
+
     /// The log, which goes to standard error.
     log: LogConfig {
         /// `human` is one line of text per event, `json` one object per line; `auto` is human on a terminal, else JSON.
@@ -272,6 +283,20 @@ settings! {
         /// is continued by the next start. A second signal ends the agent at once.
         timeout: Duration = secs(30), span(Duration::ZERO, secs(HOUR));
     }
+}
+
+/// What is done about a guest that should run and is off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reaction {
+    /// It is recorded.
+    Record,
+    /// And started again.
+    Start,
+}
+
+impl Choice for Reaction {
+    const ALL: &'static [(&'static str, Self)] =
+        &[("record", Self::Record), ("start", Self::Start)];
 }
 
 /// The setting `log.format`.

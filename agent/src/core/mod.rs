@@ -17,6 +17,7 @@ pub mod devices;
 pub mod errors;
 pub mod facts;
 pub mod image;
+pub mod incident;
 pub mod layout;
 pub mod lookup;
 pub mod operation;

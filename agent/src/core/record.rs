@@ -10,6 +10,7 @@ use super::{
     action::Verb,
     backing::References,
     reason::Reason,
+    reconcile::Mismatched,
     state::{PowerObservation, PowerState, Status, TaskState, VmState, named_states, status},
 };
 
@@ -302,6 +303,9 @@ pub struct ServerRecord {
     /// Its own definition has a channel for a guest agent.
     #[serde(default)]
     pub guest_agent: bool,
+    /// How the guest is not as it should be.
+    #[serde(default)]
+    pub mismatch: Option<Mismatched>,
 }
 
 impl ServerRecord {

@@ -10,14 +10,14 @@ use uuid::Uuid;
 use super::{DaemonError, Drain, Services, Thoroughness, check_templates, load_templates};
 use crate::{
     api,
-    config::Config,
+    config::{Config, Reaction},
     console::{BootNotes, Limits, Logs, Ports},
     core::{action::Shutdown, errors::chain, layout::Layout},
     dispatch::{Dispatcher, Settings},
     engine::{Engine, Probe, now_ms},
     hypervisor::Hypervisor,
     libvirt::{self, Libvirt},
-    observe::Observer,
+    observe::{Observer, Policy},
     steps::{self, Steps},
     storage::{
         files::{self, DIR_MODE},
@@ -89,7 +89,11 @@ pub(super) async fn assemble(
         Arc::clone(&hypervisor),
         dispatcher.clone(),
         config.libvirt.resync_interval,
-    );
+    )
+    .with_policy(Policy {
+        start_crashed: config.policy.crashed == Reaction::Start,
+        start_stopped_by_itself: config.policy.stopped_by_itself == Reaction::Start,
+    });
     tokio::spawn(observer.run(draining.clone()));
     tokio::spawn(forget_operations(
         store.clone(),

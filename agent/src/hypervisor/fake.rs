@@ -25,9 +25,7 @@ use uuid::Uuid;
 
 use self::host::{HostState, Planned, element, identity, refused};
 use super::{
-    Ask, Boot, ConsoleSink, Control, Counters, CryptHash, Definition, DomainStatus, GuestInfo,
-    HostFacts, Hypervisor, HypervisorError, HypervisorEvent, HypervisorResult, LinkState,
-    PowerReading, StuckCall,
+    Ask, Boot, ConsoleSink, Control, Counters, CryptHash, Definition, DomainStatus, GuestInfo, HostFacts, Hypervisor, HypervisorError, HypervisorEvent, HypervisorResult, LinkState, PowerReading, StuckCall, DiskError,
 };
 use crate::core::{facts::Capacity, state::PowerState};
 
@@ -305,6 +303,19 @@ impl FakeHypervisor {
         });
     }
 
+    /// An event of the hypervisor that changes nothing by itself.
+    pub fn tell(&self, event: HypervisorEvent) {
+        self.emit(event);
+    }
+
+    /// The disk `vda` fails, and the guest is paused for it.
+    pub fn disk_fails(&self, id: Uuid, error: &'static str) {
+        let mut state = lock(&self.host.state);
+        state.guests.entry(id).or_default().disk_error = Some(error);
+        drop(state);
+        self.set_power(id, PowerState::Paused, "ioerror");
+    }
+
     /// Gives the domain a managed save image; it is off then.
     pub fn managed_save(&self, id: Uuid) {
         self.save_memory(&mut lock(&self.host.state), id);
@@ -519,6 +530,18 @@ impl Hypervisor for FakeHypervisor {
                 power: d.power,
                 reason: d.reason.to_owned(),
             }))
+        })
+        .await
+    }
+
+    async fn disk_errors(&self, id: Uuid) -> HypervisorResult<Vec<DiskError>> {
+        self.call("disk_errors", &id.to_string(), |_, state| {
+            let guest = state.guests.get(&id).copied().unwrap_or_default();
+            let error = guest.disk_error.map(|error| DiskError {
+                disk: "vda".to_owned(),
+                error,
+            });
+            Ok(error.into_iter().collect())
         })
         .await
     }

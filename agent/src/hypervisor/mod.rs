@@ -22,6 +22,7 @@ pub use self::guest::{
 pub use crate::core::password::CryptHash;
 use crate::core::{
     facts::Capacity,
+    incident::Incident,
     reason::{Reason, Refusal},
     state::PowerState,
 };
@@ -138,6 +139,15 @@ pub struct PowerReading {
     pub reason: String,
 }
 
+/// A disk of a running domain that could not be read or written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskError {
+    /// Target of the disk (`vda`).
+    pub disk: String,
+    /// What is wrong, in words (`no space`, `failed`).
+    pub error: &'static str,
+}
+
 /// Which of a domain's two definitions is meant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Definition {
@@ -202,6 +212,36 @@ pub enum HypervisorEvent {
         id: Uuid,
         /// Is it there now?
         connected: bool,
+    },
+    /// Something happened in or to a guest besides its power.
+    Guest {
+        /// Which domain.
+        id: Uuid,
+        /// What happened.
+        incident: Incident,
+    },
+    /// A job on a domain's disk ended, or waits to be told to end.
+    BlockJob {
+        /// Which domain.
+        id: Uuid,
+        /// Target of the disk (`vda`).
+        disk: String,
+        /// libvirt's word (`completed`, `failed`, `canceled`, `ready`).
+        state: &'static str,
+    },
+    /// A device of a running domain is gone.
+    DeviceRemoved {
+        /// Which domain.
+        id: Uuid,
+        /// libvirt's alias of the device.
+        device: String,
+    },
+    /// A guest has more or less memory than before.
+    Balloon {
+        /// Which domain.
+        id: Uuid,
+        /// How much, in KiB.
+        memory_kib: u64,
     },
     /// The connection was lost or is back; after it is back everything has to be looked at anew.
     Link(LinkState),
@@ -269,6 +309,9 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// Only the power of one domain, which takes half the time of [`Hypervisor::domain`]; `None` if
     /// there is no such domain.
     async fn power(&self, id: Uuid) -> HypervisorResult<Option<PowerReading>>;
+
+    /// The disks of a running domain that failed. Asks the domain's QEMU, and may hang with it.
+    async fn disk_errors(&self, id: Uuid) -> HypervisorResult<Vec<DiskError>>;
 
     /// One domain by name; `None` if there is none.
     async fn domain_by_name(&self, name: &str) -> HypervisorResult<Option<DomainStatus>>;

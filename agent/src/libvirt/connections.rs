@@ -27,10 +27,12 @@ use virt::enumutil::Enum;
 use virt::error::{Error, ErrorNumber};
 
 use super::Config;
-use super::ffi::{CloseWatch, DomainEvents, Sink, Told};
+use super::ffi::{CloseWatch, DomainEvents, EventKind, Sink, Told};
 use super::link::{Do, Happened, Link};
 use super::threads::{Job, Pool, Source, StuckCalls, Ticket};
 use super::words;
+use crate::core::incident::{Incident, IncidentKind};
+use crate::core::text;
 use crate::hypervisor::{HypervisorEvent, LinkState};
 
 /// How often the connection for events is asked whether it is alive, for drivers without a close
@@ -205,8 +207,11 @@ impl Connections {
                 }
             }),
         );
-        let mut events = vec![DomainEvents::lifecycle(&connect, self.sink())?];
-        events.extend(optional(DomainEvents::guest_agents(&connect, self.sink()))?);
+        let register = |kind| DomainEvents::register(&connect, kind, self.sink());
+        let mut events = vec![register(EventKind::Lifecycle)?];
+        for kind in EventKind::OPTIONAL {
+            events.extend(optional(register(*kind))?);
+        }
         Ok(EventConnection {
             _events: events,
             _close: optional(close)?,
@@ -217,21 +222,67 @@ impl Connections {
     fn sink(&self) -> Sink {
         let events = self.events.clone();
         Box::new(move |told| {
-            let event = match told {
-                Told::Lifecycle { id, event } => HypervisorEvent::Domain {
-                    id,
-                    what: words::lifecycle(event),
-                },
-                Told::GuestAgent { id, state } => HypervisorEvent::GuestAgent {
-                    id,
-                    connected: words::agent_connected(state),
-                },
-                Told::Closed { .. } => return,
-            };
-            // Nobody listening is no error.
-            let _ = events.send(event);
+            for event in heard(told) {
+                // Nobody listening is no error.
+                let _ = events.send(event);
+            }
         })
     }
+}
+
+/// What was told, in our words.
+fn heard(told: Told) -> Vec<HypervisorEvent> {
+    let guest = |id, incident| HypervisorEvent::Guest { id, incident };
+    let event = match told {
+        Told::Lifecycle { id, event } => {
+            let mut events = vec![HypervisorEvent::Domain {
+                id,
+                what: words::lifecycle(event),
+            }];
+            if words::is_panic(event) {
+                events.push(guest(id, Incident::new(IncidentKind::Panicked)));
+            }
+            return events;
+        }
+        Told::GuestAgent { id, state } => HypervisorEvent::GuestAgent {
+            id,
+            connected: words::agent_connected(state),
+        },
+        Told::Reboot { id } => guest(id, Incident::new(IncidentKind::Rebooted)),
+        Told::Watchdog { id, action } => {
+            let action = words::watchdog(action);
+            guest(
+                id,
+                Incident::told(IncidentKind::Watchdog, "", "", "", action),
+            )
+        }
+        Told::IoError {
+            id,
+            source,
+            device,
+            action,
+            reason,
+        } => {
+            let (reason, action) = (
+                words::io_error_reason(&reason),
+                words::io_error_action(action),
+            );
+            let kind = IncidentKind::IoError;
+            guest(id, Incident::told(kind, &device, &source, reason, action))
+        }
+        Told::BlockJob { id, disk, status } => HypervisorEvent::BlockJob {
+            id,
+            disk: text::echo(&disk),
+            state: words::block_job(status),
+        },
+        Told::DeviceRemoved { id, device } => HypervisorEvent::DeviceRemoved {
+            id,
+            device: text::echo(&device),
+        },
+        Told::Balloon { id, memory_kib } => HypervisorEvent::Balloon { id, memory_kib },
+        Told::Closed { .. } => return Vec::new(),
+    };
+    vec![event]
 }
 
 /// The thread that keeps the link up.

@@ -8,7 +8,7 @@
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;
-use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::ffi::{CStr, c_char, c_int, c_uint, c_ulonglong, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
 
@@ -36,12 +36,34 @@ pub(super) struct ListedDomain {
 }
 
 /// What libvirt tells through a callback.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Told {
     /// A `virDomainEventType` of a domain.
     Lifecycle { id: Uuid, event: c_int },
     /// A `virConnectDomainEventAgentLifecycleState` of a domain.
     GuestAgent { id: Uuid, state: c_int },
+    /// A guest was reset.
+    Reboot { id: Uuid },
+    /// A guest's watchdog fired, with this `virDomainEventWatchdogAction`.
+    Watchdog { id: Uuid, action: c_int },
+    /// A disk failed, with this `virDomainEventIOErrorAction`.
+    IoError {
+        id: Uuid,
+        source: String,
+        device: String,
+        action: c_int,
+        reason: String,
+    },
+    /// A job on a disk has this `virConnectDomainEventBlockJobStatus`.
+    BlockJob {
+        id: Uuid,
+        disk: String,
+        status: c_int,
+    },
+    /// A device is gone.
+    DeviceRemoved { id: Uuid, device: String },
+    /// A guest has so much memory now.
+    Balloon { id: Uuid, memory_kib: u64 },
     /// The connection has ended, for this `virConnectCloseReason`.
     Closed { reason: c_int },
 }
@@ -112,6 +134,37 @@ pub(super) fn inject_nmi(domain: &Domain) -> Result<(), Error> {
         return Err(Error::last_error());
     }
     Ok(())
+}
+
+/// The disks of a running domain that failed, each with its `virDomainDiskErrorCode`
+/// (`virDomainGetDiskErrors`).
+pub(super) fn disk_errors(domain: &Domain) -> Result<Vec<(String, c_int)>, Error> {
+    // SAFETY: `domain` keeps its handle alive for the call; without an array libvirt says how many
+    // disks there are.
+    let disks = unsafe { sys::virDomainGetDiskErrors(domain.as_ptr(), ptr::null_mut(), 0, 0) };
+    let room = u32::try_from(disks).map_err(|_| Error::last_error())?;
+    let none = sys::virDomainDiskError {
+        disk: ptr::null_mut(),
+        error: 0,
+    };
+    let mut errors = vec![none; usize::try_from(room).unwrap_or_default()];
+    // SAFETY: `errors` has room for `room` entries, and lives as long as the call.
+    let count =
+        unsafe { sys::virDomainGetDiskErrors(domain.as_ptr(), errors.as_mut_ptr(), room, 0) };
+    let count = usize::try_from(count).map_err(|_| Error::last_error())?;
+    let found = errors.into_iter().take(count).map(|error| {
+        // SAFETY: libvirt wrote so many entries, each with a C string that is ours.
+        let disk = unsafe { text(error.disk) };
+        // SAFETY: libvirt's text came from the C library, and is freed here alone, once.
+        unsafe { free(error.disk.cast()) };
+        (disk, error.error)
+    });
+    Ok(found.collect())
+}
+
+unsafe extern "C" {
+    /// The C library's, in which libvirt leaves what it allocated for its callers.
+    fn free(memory: *mut c_void);
 }
 
 /// The records of `virConnectGetAllDomainStats`, freed on drop (`virt` 0.5 never frees them).
@@ -376,39 +429,90 @@ pub(super) struct DomainEvents {
     callback: c_int,
 }
 
+/// What can be registered for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum EventKind {
+    /// [`Told::Lifecycle`]
+    Lifecycle,
+    /// [`Told::GuestAgent`]
+    GuestAgent,
+    /// [`Told::Reboot`]
+    Reboot,
+    /// [`Told::Watchdog`]
+    Watchdog,
+    /// [`Told::IoError`]
+    IoError,
+    /// [`Told::BlockJob`]
+    BlockJob,
+    /// [`Told::DeviceRemoved`]
+    DeviceRemoved,
+    /// [`Told::Balloon`]
+    Balloon,
+}
+
+impl EventKind {
+    /// Those that a driver need not have.
+    pub(super) const OPTIONAL: &'static [Self] = &[
+        Self::GuestAgent,
+        Self::Reboot,
+        Self::Watchdog,
+        Self::IoError,
+        Self::BlockJob,
+        Self::DeviceRemoved,
+        Self::Balloon,
+    ];
+
+    /// libvirt's number of the event, and the function that it is to call.
+    fn callback(self) -> (sys::virDomainEventID, GenericCallback) {
+        use std::mem::transmute;
+        // SAFETY: libvirt calls the function with the arguments that belong to the event of the number,
+        // and converts it in the same way (VIR_DOMAIN_EVENT_CALLBACK). Each function here has those of
+        // the type that libvirt-domain.h names for its number.
+        unsafe {
+            match self {
+                Self::Lifecycle => (
+                    sys::VIR_DOMAIN_EVENT_ID_LIFECYCLE,
+                    transmute::<LifecycleCallback, GenericCallback>(on_lifecycle),
+                ),
+                Self::GuestAgent => (
+                    sys::VIR_DOMAIN_EVENT_ID_AGENT_LIFECYCLE,
+                    transmute::<AgentCallback, GenericCallback>(on_guest_agent),
+                ),
+                Self::Reboot => (
+                    sys::VIR_DOMAIN_EVENT_ID_REBOOT,
+                    on_reboot as GenericCallback,
+                ),
+                Self::Watchdog => (
+                    sys::VIR_DOMAIN_EVENT_ID_WATCHDOG,
+                    transmute::<WatchdogCallback, GenericCallback>(on_watchdog),
+                ),
+                Self::IoError => (
+                    sys::VIR_DOMAIN_EVENT_ID_IO_ERROR_REASON,
+                    transmute::<IoErrorCallback, GenericCallback>(on_io_error),
+                ),
+                Self::BlockJob => (
+                    sys::VIR_DOMAIN_EVENT_ID_BLOCK_JOB_2,
+                    transmute::<BlockJobCallback, GenericCallback>(on_block_job),
+                ),
+                Self::DeviceRemoved => (
+                    sys::VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED,
+                    transmute::<DeviceCallback, GenericCallback>(on_device_removed),
+                ),
+                Self::Balloon => (
+                    sys::VIR_DOMAIN_EVENT_ID_BALLOON_CHANGE,
+                    transmute::<BalloonCallback, GenericCallback>(on_balloon),
+                ),
+            }
+        }
+    }
+}
+
 impl DomainEvents {
-    /// Registers for the lifecycle of every domain.
-    pub(super) fn lifecycle(connect: &Connect, sink: Sink) -> Result<Self, Error> {
-        // SAFETY: for VIR_DOMAIN_EVENT_ID_LIFECYCLE libvirt calls the function with the arguments
-        // of virConnectDomainEventCallback, which `on_lifecycle` has; C converts it in the same way
-        // (VIR_DOMAIN_EVENT_CALLBACK).
-        let callback =
-            unsafe { std::mem::transmute::<LifecycleCallback, GenericCallback>(on_lifecycle) };
-        Self::register(connect, sys::VIR_DOMAIN_EVENT_ID_LIFECYCLE, callback, sink)
-    }
-
-    /// Registers for the coming and going of every domain's guest agent.
-    pub(super) fn guest_agents(connect: &Connect, sink: Sink) -> Result<Self, Error> {
-        // SAFETY: for VIR_DOMAIN_EVENT_ID_AGENT_LIFECYCLE libvirt calls the function with the
-        // arguments of virConnectDomainEventAgentLifecycleCallback, which `on_guest_agent` has.
-        let callback =
-            unsafe { std::mem::transmute::<AgentCallback, GenericCallback>(on_guest_agent) };
-        Self::register(
-            connect,
-            sys::VIR_DOMAIN_EVENT_ID_AGENT_LIFECYCLE,
-            callback,
-            sink,
-        )
-    }
-
-    fn register(
-        connect: &Connect,
-        event: sys::virDomainEventID,
-        callback: GenericCallback,
-        sink: Sink,
-    ) -> Result<Self, Error> {
+    /// Registers for events of every domain.
+    pub(super) fn register(connect: &Connect, kind: EventKind, sink: Sink) -> Result<Self, Error> {
+        let (event, callback) = kind.callback();
         let opaque = Box::into_raw(Box::new(sink)).cast::<c_void>();
-        // SAFETY: the connection is alive, the callback fits the event (see the callers), and
+        // SAFETY: the connection is alive, the callback fits the event (see EventKind), and
         // `opaque` is a boxed sink that libvirt hands to `free_sink` when it needs it no more.
         let callback = unsafe {
             sys::virConnectDomainEventRegisterAny(
@@ -518,6 +622,29 @@ type LifecycleCallback =
     unsafe extern "C" fn(sys::virConnectPtr, sys::virDomainPtr, c_int, c_int, *mut c_void) -> c_int;
 type AgentCallback =
     unsafe extern "C" fn(sys::virConnectPtr, sys::virDomainPtr, c_int, c_int, *mut c_void);
+type WatchdogCallback =
+    unsafe extern "C" fn(sys::virConnectPtr, sys::virDomainPtr, c_int, *mut c_void);
+type IoErrorCallback = unsafe extern "C" fn(
+    sys::virConnectPtr,
+    sys::virDomainPtr,
+    *const c_char,
+    *const c_char,
+    c_int,
+    *const c_char,
+    *mut c_void,
+);
+type BlockJobCallback = unsafe extern "C" fn(
+    sys::virConnectPtr,
+    sys::virDomainPtr,
+    *const c_char,
+    c_int,
+    c_int,
+    *mut c_void,
+);
+type DeviceCallback =
+    unsafe extern "C" fn(sys::virConnectPtr, sys::virDomainPtr, *const c_char, *mut c_void);
+type BalloonCallback =
+    unsafe extern "C" fn(sys::virConnectPtr, sys::virDomainPtr, c_ulonglong, *mut c_void);
 
 unsafe extern "C" fn on_lifecycle(
     _connect: sys::virConnectPtr,
@@ -554,6 +681,129 @@ unsafe extern "C" fn on_guest_agent(
             })
         })
     };
+}
+
+unsafe extern "C" fn on_reboot(
+    _connect: sys::virConnectPtr,
+    domain: sys::virDomainPtr,
+    opaque: *mut c_void,
+) {
+    // SAFETY: libvirt passes the sink that was registered, and frees it only after the last call.
+    unsafe {
+        deliver(opaque, || {
+            Some(Told::Reboot {
+                id: domain_uuid(domain)?,
+            })
+        })
+    };
+}
+
+unsafe extern "C" fn on_watchdog(
+    _connect: sys::virConnectPtr,
+    domain: sys::virDomainPtr,
+    action: c_int,
+    opaque: *mut c_void,
+) {
+    // SAFETY: libvirt passes the sink that was registered, and frees it only after the last call.
+    unsafe {
+        deliver(opaque, || {
+            Some(Told::Watchdog {
+                id: domain_uuid(domain)?,
+                action,
+            })
+        })
+    };
+}
+
+unsafe extern "C" fn on_io_error(
+    _connect: sys::virConnectPtr,
+    domain: sys::virDomainPtr,
+    source: *const c_char,
+    device: *const c_char,
+    action: c_int,
+    reason: *const c_char,
+    opaque: *mut c_void,
+) {
+    // SAFETY: libvirt passes the sink that was registered, and frees it only after the last call; its
+    // texts are C strings or null, and live as long as this call.
+    unsafe {
+        deliver(opaque, || {
+            Some(Told::IoError {
+                id: domain_uuid(domain)?,
+                source: text(source),
+                device: text(device),
+                action,
+                reason: text(reason),
+            })
+        })
+    };
+}
+
+unsafe extern "C" fn on_block_job(
+    _connect: sys::virConnectPtr,
+    domain: sys::virDomainPtr,
+    disk: *const c_char,
+    _kind: c_int,
+    status: c_int,
+    opaque: *mut c_void,
+) {
+    // SAFETY: as in `on_io_error`.
+    unsafe {
+        deliver(opaque, || {
+            Some(Told::BlockJob {
+                id: domain_uuid(domain)?,
+                disk: text(disk),
+                status,
+            })
+        })
+    };
+}
+
+unsafe extern "C" fn on_device_removed(
+    _connect: sys::virConnectPtr,
+    domain: sys::virDomainPtr,
+    device: *const c_char,
+    opaque: *mut c_void,
+) {
+    // SAFETY: as in `on_io_error`.
+    unsafe {
+        deliver(opaque, || {
+            Some(Told::DeviceRemoved {
+                id: domain_uuid(domain)?,
+                device: text(device),
+            })
+        })
+    };
+}
+
+unsafe extern "C" fn on_balloon(
+    _connect: sys::virConnectPtr,
+    domain: sys::virDomainPtr,
+    memory_kib: c_ulonglong,
+    opaque: *mut c_void,
+) {
+    // SAFETY: libvirt passes the sink that was registered, and frees it only after the last call.
+    unsafe {
+        deliver(opaque, || {
+            Some(Told::Balloon {
+                id: domain_uuid(domain)?,
+                memory_kib,
+            })
+        })
+    };
+}
+
+/// A text of libvirt's; empty if there is none.
+///
+/// # Safety
+/// `text` must be null or a C string that lives as long as the call.
+unsafe fn text(text: *const c_char) -> String {
+    if text.is_null() {
+        return String::new();
+    }
+    // SAFETY: see above.
+    let text = unsafe { CStr::from_ptr(text) };
+    text.to_string_lossy().into_owned()
 }
 
 unsafe extern "C" fn on_close(_connect: sys::virConnectPtr, reason: c_int, opaque: *mut c_void) {

@@ -57,9 +57,7 @@ use self::threads::{Job, Ticket};
 use self::turns::Turns;
 use crate::core::{facts::Capacity, state::PowerState};
 use crate::hypervisor::{
-    Ask, Boot, ConsoleSink, Control, Counters, CryptHash, Definition, DomainStatus, GuestInfo,
-    HostFacts, Hypervisor, HypervisorError, HypervisorEvent, HypervisorResult, LinkState,
-    PowerReading, StuckCall,
+    Ask, Boot, ConsoleSink, Control, Counters, CryptHash, Definition, DomainStatus, GuestInfo, HostFacts, Hypervisor, HypervisorError, HypervisorEvent, HypervisorResult, LinkState, PowerReading, StuckCall, DiskError,
 };
 
 /// How many events a receiver may be behind before it has to look at everything anew.
@@ -480,6 +478,19 @@ impl Hypervisor for Libvirt {
         let call = self.call_named("virDomainGetState").about(id);
         self.read(&id.to_string(), call, move |connect| {
             find(connect, id)?.map_or(Ok(None), |domain| power(&domain))
+        })
+        .await
+    }
+
+    async fn disk_errors(&self, id: Uuid) -> HypervisorResult<Vec<DiskError>> {
+        self.ask_guest(id, "virDomainGetDiskErrors", |domain| {
+            let errors = ffi::disk_errors(domain)?.into_iter();
+            Ok(errors
+                .map(|(disk, error)| DiskError {
+                    disk,
+                    error: words::disk_error(error),
+                })
+                .collect())
         })
         .await
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What falls due: a rescue that ends by itself, a password that the guest agent can be given. And when a
-//! try that was in vain is made again.
+//! What falls due: a rescue that ends by itself, a password that the guest agent can be given, a guest that
+//! is off and is to be started again. And when a try that was in vain is made again.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -16,8 +16,9 @@ use crate::{
     core::{
         action::{Action, UnrescueArgs, Verb},
         reason::Reason,
+        reconcile::Mismatch,
         record::ServerRecord,
-        state::VmState,
+        state::{PowerState, VmState},
     },
     dispatch::Target,
     engine::now_ms,
@@ -31,10 +32,14 @@ const TRY_AGAIN: Duration = Duration::from_secs(30);
 /// The longest time between two tries.
 const TRY_AGAIN_AT_MOST: Duration = Duration::from_secs(3600);
 
+/// What was tried, and was well for so long after the time at which it might have been tried again, is
+/// tried anew without a pause.
+const WELL: Duration = Duration::from_secs(600);
+
 /// Who asks for the actions that fall due.
 const CALLER: &str = "salvord";
 
-/// Actions of the agent's own that were tried, each with the time before which it is not tried again.
+/// Actions of the agent's own that were tried (about a rescue, by its plan, or about a server), each with the time before which it is not tried again.
 /// What a try changes wakes the observer: without this it would try again at once, and for ever.
 #[derive(Debug, Default)]
 pub(super) struct Tried(HashMap<(Uuid, Verb), (Instant, Duration)>);
@@ -50,6 +55,7 @@ impl Tried {
         let now = Instant::now();
         let pause = match self.0.get(&(rescue, verb)) {
             Some((at, _)) if *at > now => return false,
+            Some((at, _)) if *at + WELL <= now => TRY_AGAIN,
             Some((_, pause)) => (*pause * 2).min(TRY_AGAIN_AT_MOST),
             None => TRY_AGAIN,
         };
@@ -62,36 +68,68 @@ impl Tried {
         self.0.remove(&(rescue, verb));
     }
 
-    fn keep(&mut self, rescues: &HashSet<Uuid>) {
-        self.0.retain(|(rescue, _), _| rescues.contains(rescue));
+    fn keep(&mut self, about: &HashSet<Uuid>) {
+        self.0.retain(|(id, _), _| about.contains(id));
     }
 }
 
 impl Observer {
-    /// When a rescue is to be ended next.
+    /// When a rescue is to be ended, or a guest to be started again, next.
     pub(super) fn next_due(&self, tried: &Tried) -> Option<Instant> {
         let (now, now_ms) = (Instant::now(), now_ms());
+        let not_before =
+            |about, verb, at: Instant| at.max(tried.not_before(about, verb).unwrap_or(at));
         self.store
             .servers_after(i64::MIN)
             .iter()
             .filter_map(|(_, server)| {
+                if self.is_to_be_started(server) {
+                    return Some(not_before(server.id, Verb::Start, now));
+                }
                 let (rescue, expiry) = expiring(server)?;
                 let wait = u64::try_from(expiry.saturating_sub(now_ms)).unwrap_or_default();
                 let at = now + Duration::from_millis(wait);
-                Some(at.max(tried.not_before(rescue, Verb::Unrescue).unwrap_or(at)))
+                Some(not_before(rescue, Verb::Unrescue, at))
             })
             .min()
     }
 
-    /// Ends the rescues whose time is over; says when to look again.
+    /// Is the guest off, and is it the configuration's wish that it is then started again?
+    fn is_to_be_started(&self, server: &ServerRecord) -> bool {
+        let wanted = match server.mismatch.map(|mismatch| mismatch.what) {
+            Some(Mismatch::Crashed) => self.policy.start_crashed,
+            Some(Mismatch::StoppedByItself) => self.policy.start_stopped_by_itself,
+            Some(
+                Mismatch::IoError
+                | Mismatch::Halted
+                | Mismatch::Vanished
+                | Mismatch::RunsAlthoughDeleted,
+            )
+            | None => false,
+        };
+        wanted
+            && server.vm_state == VmState::Stopped
+            && server.operation.is_none()
+            && matches!(
+                server.power.state,
+                PowerState::Shutdown | PowerState::Crashed
+            )
+    }
+
+    /// Ends the rescues whose time is over and starts the guests that are to be; says when to look again.
     pub(super) fn act_on_due(self: &Arc<Self>, tried: &mut Tried) -> Option<Instant> {
         let now = now_ms();
         let servers = self.store.servers_after(i64::MIN);
-        let rescues = servers
-            .iter()
-            .filter_map(|(_, server)| Some(server.rescue.as_ref()?.plan));
-        tried.keep(&rescues.collect());
+        let about = servers.iter().flat_map(|(_, server)| {
+            let rescue = server.rescue.as_ref().map(|rescue| rescue.plan);
+            [Some(server.id), rescue].into_iter().flatten()
+        });
+        tried.keep(&about.collect());
         for (_, server) in servers {
+            if self.is_to_be_started(&server) && tried.try_now(server.id, Verb::Start) {
+                tracing::warn!(server = %server.id, reason = %server.power.reason, "the guest is off by itself; it is started again");
+                self.act(&server, Action::Start);
+            }
             let Some((plan, expiry)) = expiring(&server) else {
                 continue;
             };

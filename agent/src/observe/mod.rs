@@ -27,8 +27,11 @@ use crate::{
     core::{
         action::Verb,
         devices::{may_follow, own_devices},
+        incident::{IncidentReport, Incidents},
+        reconcile::{IO_ERROR, NO_DOMAIN, Seen, needs_saved_memory},
         record::ServerRecord,
         state::{ObservationSource, PowerObservation, PowerState, VmState},
+        text,
     },
     dispatch::Dispatcher,
     engine::now_ms,
@@ -80,6 +83,15 @@ fn recorded<T>(server: Uuid, outcome: StoreResult<T>) {
     }
 }
 
+/// What is done about a guest that should run and is off.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Policy {
+    /// One that crashed is started again.
+    pub start_crashed: bool,
+    /// One that shut itself down is started again.
+    pub start_stopped_by_itself: bool,
+}
+
 /// The observer.
 pub struct Observer {
     store: Store,
@@ -87,6 +99,7 @@ pub struct Observer {
     dispatcher: Dispatcher,
     /// Everything is looked at so often, whatever events say.
     resync_interval: Duration,
+    policy: Policy,
     /// Who may submit an action that is due.
     acts: Arc<Semaphore>,
     /// Who may read a definition.
@@ -107,9 +120,16 @@ impl Observer {
             hypervisor,
             dispatcher,
             resync_interval,
+            policy: Policy::default(),
             acts: Arc::new(Semaphore::new(ACTS)),
             reads: Arc::new(Semaphore::new(READS)),
         }
+    }
+
+    /// The same with another policy than that of recording and doing nothing.
+    #[must_use]
+    pub fn with_policy(self, policy: Policy) -> Self {
+        Self { policy, ..self }
     }
 
     /// Observes until `stop` is true.
@@ -132,8 +152,11 @@ impl Observer {
         self.look_at_defined(&mut questions, &mut defined);
         // Whose definition was read last of those that are read in turn.
         let mut turn = i64::MIN;
+        let mut incidents = Incidents::default();
         loop {
             let at = due.unwrap_or_else(|| Instant::now() + self.resync_interval);
+            let tell = incidents.next();
+            let tell_at = tell.map_or(at, Instant::from_std);
             tokio::select! {
                 () = stopped(&mut stop) => return,
                 event = events.recv() => match event {
@@ -154,6 +177,28 @@ impl Observer {
                     }
                     Ok(HypervisorEvent::GuestAgent { id, connected: false }) => {
                         agents.remove(&id);
+                    }
+                    Ok(HypervisorEvent::Guest { id, incident }) => {
+                        // Of domains that are not ours nothing is told.
+                        if self.store.server(id).is_some()
+                            && let Some(report) = incidents.happened(id, incident, Instant::now().into_std(), now_ms())
+                        {
+                            self.tell(id, report);
+                        }
+                    }
+                    Ok(HypervisorEvent::BlockJob { id, disk, state }) => {
+                        tracing::debug!(server = %id, disk, state, "a job on a disk");
+                        // A disk may have another file now.
+                        defined.insert(id);
+                        self.look_at_defined(&mut questions, &mut defined);
+                    }
+                    Ok(HypervisorEvent::DeviceRemoved { id, device }) => {
+                        tracing::debug!(server = %id, device, "a device is gone");
+                        defined.insert(id);
+                        self.look_at_defined(&mut questions, &mut defined);
+                    }
+                    Ok(HypervisorEvent::Balloon { id, memory_kib }) => {
+                        tracing::debug!(server = %id, memory_kib, "the guest has another size of memory");
                     }
                     Ok(HypervisorEvent::Link(LinkState::Down { reason })) => self.lost(&reason).await,
                     Ok(HypervisorEvent::Link(LinkState::Up) | HypervisorEvent::Resync) | Err(RecvError::Lagged(_)) => {
@@ -178,6 +223,9 @@ impl Observer {
                         Question::All => {
                             for (_, server) in self.store.servers_after(i64::MIN) {
                                 self.offer_password(&mut questions, server.id, &tried);
+                                if lacks_disk_errors(&server) {
+                                    self.ask(&mut questions, Question::Power(server.id));
+                                }
                             }
                         }
                         Question::GuestAgent(id) if answered => self.deliver_password(id, &mut tried),
@@ -198,6 +246,11 @@ impl Observer {
                     due = self.next_due(&tried);
                     for id in &agents {
                         self.offer_password(&mut questions, *id, &tried);
+                    }
+                }
+                () = tokio::time::sleep_until(tell_at), if tell.is_some() => {
+                    for (id, report) in incidents.due(Instant::now().into_std()) {
+                        self.tell(id, report);
                     }
                 }
                 () = tokio::time::sleep_until(at), if due.is_some() => due = self.act_on_due(&mut tried),
@@ -222,11 +275,11 @@ impl Observer {
                             power: domain.power,
                             reason: domain.reason,
                         };
-                        self.record(
-                            &server,
-                            observation(Some(reading), ObservationSource::Poll, asked_at),
-                        )
-                        .await;
+                        let seen = Seen {
+                            power: observation(Some(reading), ObservationSource::Poll, asked_at),
+                            saved_memory: Some(domain.managed_save),
+                        };
+                        self.record(&server, seen).await;
                     }
                 }
                 for (_, server) in self.store.servers_after(i64::MIN) {
@@ -273,12 +326,56 @@ impl Observer {
         let asked_at = now_ms();
         match self.hypervisor.power(id).await {
             Ok(reading) => {
-                self.record(&server, observation(reading, source, asked_at))
-                    .await
+                let seen = self
+                    .in_detail(&server, observation(reading, source, asked_at))
+                    .await;
+                self.record(&server, seen).await;
             }
             Err(HypervisorError::LinkDown { .. }) => {}
             Err(error) => tracing::warn!(server = %id, %error, "the domain cannot be looked at"),
         }
+    }
+
+    /// What a look at the power alone does not show: whether memory was saved of a guest that is off, and
+    /// which disk failed of one that is paused for that.
+    async fn in_detail(&self, server: &ServerRecord, mut power: PowerObservation) -> Seen {
+        let id = server.id;
+        if needs_saved_memory(server, power.state, &power.reason) {
+            return match self.hypervisor.domain(id).await {
+                Ok(Some(status)) if status.power == power.state => Seen {
+                    power,
+                    saved_memory: Some(status.managed_save),
+                },
+                // It is something else by now, which an event tells; or it cannot be asked.
+                Ok(_) | Err(_) => power.into(),
+            };
+        }
+        if power.state == PowerState::Paused && power.reason == IO_ERROR {
+            // First of all that it is paused is known: this one asks a QEMU that may hang.
+            self.record(server, power.clone()).await;
+            match self.hypervisor.disk_errors(id).await {
+                Ok(errors) => {
+                    let errors = errors
+                        .iter()
+                        .map(|failed| format!("{} on {}", failed.error, text::echo(&failed.disk)));
+                    let errors = errors.collect::<Vec<_>>().join(", ");
+                    if !errors.is_empty() {
+                        power.reason = format!("{IO_ERROR}: {errors}");
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(server = %id, %error, "which disk failed cannot be told")
+                }
+            }
+        }
+        power.into()
+    }
+
+    /// Tells the watchers of an incident. In a task of its own: the store may be slow.
+    fn tell(self: &Arc<Self>, id: Uuid, report: IncidentReport) {
+        let observer = Arc::clone(self);
+        tracing::info!(server = %id, kind = %report.incident.kind, device = report.incident.device, reason = report.incident.reason, count = report.count, "something happened to a guest");
+        tokio::spawn(async move { recorded(id, observer.store.tell(id, report).await) });
     }
 
     fn servers(&self) -> impl Iterator<Item = Uuid> {
@@ -350,7 +447,7 @@ impl Observer {
         }
     }
 
-    async fn record(&self, server: &ServerRecord, seen: PowerObservation) {
+    async fn record(&self, server: &ServerRecord, seen: impl Into<Seen>) {
         recorded(server.id, self.store.observe(server.id, seen).await);
     }
 
@@ -388,6 +485,11 @@ fn waits_for_agent(server: &ServerRecord) -> bool {
         && server.power.state == PowerState::Running
 }
 
+/// Is it known that a disk failed, and not which?
+fn lacks_disk_errors(server: &ServerRecord) -> bool {
+    server.power.state == PowerState::Paused && server.power.reason == IO_ERROR
+}
+
 /// `asked_at_ms`: when the hypervisor was asked. What it answered may be older than its answer.
 fn observation(
     reading: Option<PowerReading>,
@@ -396,7 +498,7 @@ fn observation(
 ) -> PowerObservation {
     let reading = reading.unwrap_or_else(|| PowerReading {
         power: PowerState::NoState,
-        reason: "no domain".to_owned(),
+        reason: NO_DOMAIN.to_owned(),
     });
     PowerObservation {
         state: reading.power,

@@ -486,7 +486,14 @@ async fn news_of(events: &mut tokio::sync::broadcast::Receiver<HypervisorEvent>,
             Ok(HypervisorEvent::Link(_) | HypervisorEvent::Resync) | Err(RecvError::Lagged(_)) => {
                 return;
             }
-            Ok(HypervisorEvent::Domain { .. } | HypervisorEvent::GuestAgent { .. }) => {}
+            Ok(
+                HypervisorEvent::Domain { .. }
+                | HypervisorEvent::GuestAgent { .. }
+                | HypervisorEvent::Guest { .. }
+                | HypervisorEvent::BlockJob { .. }
+                | HypervisorEvent::DeviceRemoved { .. }
+                | HypervisorEvent::Balloon { .. },
+            ) => {}
             // Nobody will tell: the caller's own look has to do.
             Err(RecvError::Closed) => std::future::pending().await,
         }

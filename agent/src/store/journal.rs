@@ -297,6 +297,9 @@ impl Store {
                         record.task_state = None;
                         record.give_lane(lane);
                         record.fault = None;
+                        if plan.power_after().is_some() {
+                            record.mismatch = None;
+                        }
                         record.settled_at_ms = now_ms;
                         infer_power(&mut record, &plan, &operation, now_ms);
                         change_rescue(&mut record, rescue, now_ms);

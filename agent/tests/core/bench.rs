@@ -79,6 +79,7 @@ pub(crate) fn record(origin: Origin, vm_state: VmState) -> ServerRecord {
         hostname: String::new(),
         public_keys: BTreeMap::new(),
         guest_agent: false,
+        mismatch: None,
     }
 }
 

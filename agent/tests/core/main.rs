@@ -12,5 +12,6 @@ mod bench;
 mod golden;
 mod model;
 mod overlays;
+mod reconcile;
 mod refusals;
 mod states;

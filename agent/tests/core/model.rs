@@ -597,6 +597,7 @@ impl World {
             record.power = reconciled.power;
             record.last_known_power = reconciled.last_known_power;
             record.vm_state = reconciled.vm_state;
+            record.mismatch = reconciled.mismatch;
         }
         self.check();
     }

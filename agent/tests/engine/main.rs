@@ -18,6 +18,7 @@ mod observe;
 mod overtake;
 mod owners;
 mod panics;
+mod policy;
 mod power_off;
 mod store;
 mod switch;

@@ -15,7 +15,7 @@ use salvor_agent::{
     hypervisor::{
         Boot, Definition, Hypervisor as _, HypervisorError, LinkState, fake::FakeHypervisor,
     },
-    observe::Observer,
+    observe::{Observer, Policy},
 };
 use tokio::{sync::watch, task::JoinHandle};
 use uuid::Uuid;
@@ -26,15 +26,20 @@ use crate::{
 };
 
 /// A host with an adopted server that runs, an agent, and its observer.
-struct Watched {
-    host: Host,
-    agent: Agent,
+pub(crate) struct Watched {
+    pub(crate) host: Host,
+    pub(crate) agent: Agent,
     stop: watch::Sender<bool>,
     observer: JoinHandle<()>,
 }
 
 impl Watched {
-    async fn new() -> Self {
+    pub(crate) async fn new() -> Self {
+        Self::with(Policy::default()).await
+    }
+
+    /// The same with a policy.
+    pub(crate) async fn with(policy: Policy) -> Self {
         let host = Host::new();
         let agent = host.agent(Arc::new(NoProbe)).await;
         host.add_images(&agent.store).await;
@@ -47,7 +52,8 @@ impl Watched {
             Arc::new(agent.fake.clone()),
             agent.dispatcher.clone(),
             Duration::from_secs(600),
-        );
+        )
+        .with_policy(policy);
         let (stop, stopped) = watch::channel(false);
         let observer = tokio::spawn(observer.run(stopped));
         let watched = Self {
@@ -70,12 +76,12 @@ impl Watched {
         watched
     }
 
-    async fn sees(&self, power: PowerState) {
+    pub(crate) async fn sees(&self, power: PowerState) {
         let seen = || self.agent.record().power.state == power;
         until(&format!("{power} is seen"), seen).await;
     }
 
-    async fn becomes(&self, vm_state: VmState) {
+    pub(crate) async fn becomes(&self, vm_state: VmState) {
         let is_so = || self.agent.record().vm_state == vm_state;
         until(&format!("the server is {vm_state}"), is_so).await;
     }
@@ -86,7 +92,7 @@ impl Watched {
         self.agent.succeed(ON, Action::Rescue(Box::new(args))).await;
     }
 
-    async fn operations(&self, verb: Verb) -> usize {
+    pub(crate) async fn operations(&self, verb: Verb) -> usize {
         let all = self
             .agent
             .store
@@ -98,7 +104,7 @@ impl Watched {
             .count()
     }
 
-    async fn end(self) {
+    pub(crate) async fn end(self) {
         self.stop.send_replace(true);
         tokio::time::timeout(Duration::from_secs(10), self.observer)
             .await

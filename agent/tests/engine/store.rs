@@ -59,6 +59,7 @@ fn server(id: Uuid) -> ServerRecord {
         hostname: String::new(),
         public_keys: BTreeMap::new(),
         guest_agent: false,
+        mismatch: None,
     }
 }
 
@@ -517,7 +518,7 @@ fn replay(events: &[StoredEvent]) -> BTreeMap<Uuid, ServerRecord> {
             Change::Removed(_) => {
                 servers.remove(&event.server);
             }
-            Change::Operation(_) => {}
+            Change::Operation(_) | Change::Guest(_) => {}
         }
     }
     servers

@@ -105,10 +105,11 @@ fn power_line(power: &v1::PowerObservation) -> String {
             format!("{word} ({why}); last known {last}, {age} ({time})")
         };
     }
-    let reason = if power.reason.is_empty() {
-        String::new()
-    } else {
-        format!(" ({})", power.reason)
+    let reason = match power.reason.strip_prefix("ioerror") {
+        _ if power.reason.is_empty() => String::new(),
+        // libvirt's word, and what the agent has asked besides.
+        Some(disks) => format!(" (I/O error{disks})"),
+        None => format!(" ({})", power.reason),
     };
     let how = match v1::ObservationSource::try_from(power.source) {
         Ok(v1::ObservationSource::Event) => ", reported by libvirt",
@@ -175,7 +176,19 @@ pub(crate) fn server(server: &v1::Server) -> String {
         .add(
             "power",
             server.power.as_ref().map(power_line).unwrap_or_default(),
-        )
+        );
+    if let Some(mismatch) = &server.mismatch {
+        fields.add(
+            "mismatch",
+            format!(
+                "{} since {}: {}",
+                mismatch.kind.replace('-', " "),
+                show_time(mismatch.since.as_ref()),
+                mismatch.advice
+            ),
+        );
+    }
+    fields
         .add(
             "origin",
             word!(ServerOrigin, "SERVER_ORIGIN_", server.origin).to_lowercase(),

@@ -48,6 +48,11 @@ pub(in crate::api) fn server(record: &ServerRecord) -> v1::Server {
             .map(|(key, value)| (key.clone(), value.clone()))
             .collect(),
         hostname: record.hostname.clone(),
+        mismatch: record.mismatch.map(|mismatch| v1::Mismatch {
+            kind: mismatch.what.name().to_owned(),
+            advice: mismatch.what.advice().to_owned(),
+            since: Some(timestamp(mismatch.since_ms)),
+        }),
     }
 }
 
@@ -208,6 +213,7 @@ pub(in crate::api) mod tests {
             metadata: BTreeMap::from([("k".to_owned(), "v".to_owned())]),
             hostname: "web".to_owned(),
             public_keys: BTreeMap::new(),
+            mismatch: None,
         }
     }
 

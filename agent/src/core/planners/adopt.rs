@@ -87,6 +87,7 @@ pub(super) fn plan(args: &AdoptArgs, facts: &Facts) -> Result<Plan, Refusal> {
         hostname: String::new(),
         public_keys: BTreeMap::new(),
         guest_agent,
+        mismatch: None,
     };
     Ok(Builder::new(Verb::Adopt, domain.id, facts).ends(Outcome::Insert(Box::new(record))))
 }

@@ -436,5 +436,6 @@ fn record(args: &CreateArgs, facts: &Facts, rendered: &Domain) -> ServerRecord {
         hostname: args.hostname.clone(),
         public_keys: args.public_keys.clone(),
         guest_agent,
+        mismatch: None,
     }
 }

@@ -6,10 +6,12 @@ use salvor_agent::{
         action::{Shutdown, Verb},
         backing::References,
         image::{FileIdentity, ImageFormat, ImageRecord},
+        incident::{Incident, IncidentKind, IncidentReport},
         operation::{GuestStop, OperationRecord, OperationState, StepRecord, StepState},
         password::CryptHash,
         plan::{ConfigDriveSpec, Mark, Outcome, Phase, Plan, PlannedStep, RescueChange, Step},
         reason::{Reason, Refusal, Warning, WarningName},
+        reconcile::{Mismatch, Mismatched},
         record::{
             Devices, DiskSummary, Fault, Flavor, NicSummary, Origin, Overlay, OverlayDisposition,
             PasswordDelivery, Protection, RescueBus, RescueDevice, RescueDisk, RescueMode,
@@ -141,6 +143,10 @@ pub(super) fn server() -> ServerRecord {
         hostname: text("web-1"),
         public_keys: [(text("laptop"), text("ssh-ed25519 AAAA"))].into(),
         guest_agent: true,
+        mismatch: Some(Mismatched {
+            what: Mismatch::IoError,
+            since_ms: 1_700_000_000_400,
+        }),
     }
 }
 
@@ -379,10 +385,25 @@ pub(super) fn plans() -> Vec<(&'static str, Plan)> {
         .collect()
 }
 
-pub(super) fn changes() -> [(&'static str, Change); 3] {
+pub(super) fn changes() -> [(&'static str, Change); 4] {
     [
         ("server", Change::Server(Box::new(server()))),
         ("removed", Change::Removed(Verb::Delete)),
+        (
+            "guest",
+            Change::Guest(IncidentReport {
+                incident: Incident::told(
+                    IncidentKind::IoError,
+                    "virtio-disk0",
+                    "/d",
+                    "no space",
+                    "pause",
+                ),
+                count: 2,
+                first_at_ms: 1_700_000_000_600,
+                last_at_ms: 1_700_000_000_700,
+            }),
+        ),
         ("operation", Change::Operation(Box::new(operation()))),
     ]
 }
