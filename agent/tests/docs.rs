@@ -122,11 +122,15 @@ fn statuses() -> String {
 }
 
 fn admission() -> String {
-    let mut table = head(&["verb", "yes", "if rescued", "unless rescued"]);
+    let mut table = head(&[
+        "verb",
+        "yes",
+        "if rescued",
+        "unless rescued",
+        "a lock stops",
+        "who may ask",
+    ]);
     for verb in Verb::ALL {
-        if matches!(verb, Verb::Create | Verb::Adopt) {
-            continue;
-        }
         let states = |answer: Allowed| {
             let states = VmState::ALL
                 .iter()
@@ -140,6 +144,17 @@ fn admission() -> String {
                 states(Allowed::Yes),
                 states(Allowed::IfRescued),
                 states(Allowed::UnlessRescued),
+                if verb.respects_lock() {
+                    "members".to_owned()
+                } else {
+                    String::new()
+                },
+                match verb {
+                    Verb::DeliverPassword => "the agent",
+                    verb if verb.is_for_admin() => "administrator",
+                    _ => "members",
+                }
+                .to_owned(),
             ],
         );
     }
@@ -159,7 +174,11 @@ fn tasks() -> String {
             &[
                 code(verb),
                 verb.task_state().map(code).unwrap_or_default(),
-                overtaken.join(", "),
+                if verb.needs_lane() {
+                    overtaken.join(", ")
+                } else {
+                    "nothing: it goes through beside what is under way".to_owned()
+                },
             ],
         );
     }

@@ -99,6 +99,14 @@ named_states! {
         Draining = "DRAINING",
         /// See [`Reason::explanation`].
         Internal = "INTERNAL",
+        /// See [`Reason::explanation`].
+        ServerLocked = "SERVER_LOCKED",
+        /// See [`Reason::explanation`].
+        PermissionDenied = "PERMISSION_DENIED",
+        /// See [`Reason::explanation`].
+        StateReset = "STATE_RESET",
+        /// See [`Reason::explanation`].
+        Abandoned = "ABANDONED",
     }
 }
 
@@ -129,6 +137,8 @@ pub enum Code {
     Unimplemented,
     /// It is not known who calls.
     Unauthenticated,
+    /// Who calls may not do it.
+    PermissionDenied,
 }
 
 impl Code {
@@ -148,6 +158,7 @@ impl Code {
             Self::Internal => "INTERNAL",
             Self::Unimplemented => "UNIMPLEMENTED",
             Self::Unauthenticated => "UNAUTHENTICATED",
+            Self::PermissionDenied => "PERMISSION_DENIED",
         }
     }
 }
@@ -158,8 +169,8 @@ impl Reason {
     const fn table(self) -> (Code, u16, &'static str) {
         use Code::{
             Aborted, AlreadyExists, Cancelled, DeadlineExceeded, FailedPrecondition, Internal,
-            InvalidArgument, NotFound, ResourceExhausted, Unauthenticated, Unavailable,
-            Unimplemented,
+            InvalidArgument, NotFound, PermissionDenied, ResourceExhausted, Unauthenticated,
+            Unavailable, Unimplemented,
         };
         match self {
             Self::InvalidField => (
@@ -376,6 +387,26 @@ impl Reason {
                 Internal,
                 500,
                 "A fault of the agent. Its log has the details.",
+            ),
+            Self::ServerLocked => (
+                FailedPrecondition,
+                409,
+                "The server is locked. The message says by whom and why; the owner's lock its owner takes off, any other the administrator.",
+            ),
+            Self::PermissionDenied => (
+                PermissionDenied,
+                403,
+                "The role or the project that the call was made for may not do this. The message says who may.",
+            ),
+            Self::StateReset => (
+                FailedPrecondition,
+                409,
+                "Of a fault: the administrator said that the server is in ERROR. The message says what the host showed then.",
+            ),
+            Self::Abandoned => (
+                Internal,
+                500,
+                "The operation did not end when it was cancelled, and was given up. The server's fault says which step hung and what may be left.",
             ),
         }
     }

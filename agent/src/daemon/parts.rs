@@ -254,6 +254,7 @@ fn settings(config: &Config, layout: Layout) -> Settings {
             timeout_ms: millis(config.shutdown.timeout),
             retry_ms: millis(config.shutdown.retry_interval),
         },
+        reclaim_ms: millis(config.delete.reclaim_interval),
     }
 }
 

@@ -130,6 +130,7 @@ impl Agent {
                     timeout_ms: 60_000,
                     retry_ms: 10_000,
                 },
+                reclaim_ms: 0,
             },
             drains.clone(),
         );

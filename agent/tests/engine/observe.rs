@@ -10,7 +10,7 @@ use salvor_agent::{
         record::{OverlayDisposition, PASSWORD_OFFERS, PasswordDelivery, Protection},
         state::{ObservationSource, PowerState, VmState},
     },
-    dispatch::Target,
+    dispatch::{Settings, Target},
     engine::NoProbe,
     hypervisor::{
         Boot, Definition, Hypervisor as _, HypervisorError, LinkState, fake::FakeHypervisor,
@@ -26,30 +26,42 @@ use crate::{
 };
 
 /// A host with an adopted server that runs, an agent, and its observer.
-struct Watched {
-    host: Host,
-    agent: Agent,
+pub(crate) struct Watched {
+    pub(crate) host: Host,
+    pub(crate) agent: Agent,
     stop: watch::Sender<bool>,
     observer: JoinHandle<()>,
 }
 
+/// An observer for an agent, and what ends it.
+pub(crate) fn observe(agent: &Agent) -> (watch::Sender<bool>, JoinHandle<()>) {
+    // Events have to do: the interval is far longer than any test.
+    let observer = Observer::new(
+        agent.store.clone(),
+        Arc::new(agent.fake.clone()),
+        agent.dispatcher.clone(),
+        Duration::from_secs(600),
+    );
+    let (stop, stopped) = watch::channel(false);
+    (stop, tokio::spawn(observer.run(stopped)))
+}
+
 impl Watched {
     async fn new() -> Self {
+        Self::with(|_| {}).await
+    }
+
+    /// With other settings.
+    pub(crate) async fn with(change: impl FnOnce(&mut Settings)) -> Self {
         let host = Host::new();
-        let agent = host.agent(Arc::new(NoProbe)).await;
+        let mut settings = host.settings();
+        change(&mut settings);
+        let agent = Agent::start(&host, settings, Arc::new(NoProbe)).await;
         host.add_images(&agent.store).await;
         host.define(&host.foreign_domain(false)).await;
         host.fake.start(SERVER, Boot::Resume).await.unwrap();
         agent.succeed(NEW, adopt()).await;
-        // Events have to do: the interval is far longer than any test.
-        let observer = Observer::new(
-            agent.store.clone(),
-            Arc::new(agent.fake.clone()),
-            agent.dispatcher.clone(),
-            Duration::from_secs(600),
-        );
-        let (stop, stopped) = watch::channel(false);
-        let observer = tokio::spawn(observer.run(stopped));
+        let (stop, observer) = observe(&agent);
         let watched = Self {
             host,
             agent,
@@ -86,7 +98,7 @@ impl Watched {
         self.agent.succeed(ON, Action::Rescue(Box::new(args))).await;
     }
 
-    async fn operations(&self, verb: Verb) -> usize {
+    pub(crate) async fn operations(&self, verb: Verb) -> usize {
         let all = self
             .agent
             .store
@@ -98,7 +110,7 @@ impl Watched {
             .count()
     }
 
-    async fn end(self) {
+    pub(crate) async fn end(self) {
         self.stop.send_replace(true);
         tokio::time::timeout(Duration::from_secs(10), self.observer)
             .await

@@ -431,5 +431,15 @@ fn record(args: &CreateArgs, facts: &Facts, rendered: &Domain) -> ServerRecord {
         metadata: args.metadata.clone(),
         hostname: args.hostname.clone(),
         public_keys: args.public_keys.clone(),
+        owner: facts.owner(),
+        lock: None,
+        description: None,
+        tags: Vec::new(),
+        access_ipv4: None,
+        access_ipv6: None,
+        shutdown_timeout_ms: None,
+        autostart: true,
+        autostart_order: None,
+        deletion: None,
     }
 }

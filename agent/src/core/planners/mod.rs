@@ -9,7 +9,9 @@ mod create;
 mod delete;
 mod power;
 mod protect;
+mod record;
 mod rescue;
+mod soft_delete;
 mod unrescue;
 
 use salvor_domain_templates::{Domain, Templates};
@@ -44,12 +46,21 @@ pub fn plan(
         (Action::Create(args), None) => create::plan(args, facts, templates),
         (Action::Adopt(args), None) => adopt::plan(args, facts),
         (Action::Release, Some(server)) => Ok(adopt::release(server, facts)),
-        (Action::Delete, Some(server)) => delete::plan(server, facts),
+        (Action::Delete, Some(server)) => delete::plan(Verb::Delete, server, facts),
+        (Action::ForceDelete, Some(server)) => delete::plan(Verb::ForceDelete, server, facts),
         (Action::Start, Some(server)) => power::start(server, facts),
         (Action::Stop(shutdown), Some(server)) => Ok(power::stop(server, *shutdown, facts)),
         (Action::Rescue(args), Some(server)) => rescue::plan(server, args, facts, templates),
         (Action::Unrescue(args), Some(server)) => unrescue::plan(server, args, facts),
         (Action::DeliverPassword, Some(server)) => rescue::deliver_password(server, facts),
+        (Action::Lock(args), Some(server)) => Ok(record::lock(server, args, facts)),
+        (Action::Unlock { only_expired }, Some(server)) => {
+            Ok(record::unlock(server, *only_expired, facts))
+        }
+        (Action::Update(fields), Some(server)) => Ok(record::update(server, fields, facts)),
+        (Action::ResetState(to), Some(server)) => record::reset(server, *to, facts),
+        (Action::SoftDelete, Some(server)) => Ok(soft_delete::plan(server, facts)),
+        (Action::Restore, Some(server)) => soft_delete::restore(server, facts),
         (Action::Create(_) | Action::Adopt(_), Some(server)) => Err(Refusal::new(
             Reason::ServerExists,
             format!("there is a server {} already", server.id),
@@ -61,7 +72,14 @@ pub fn plan(
             | Action::Stop(_)
             | Action::Rescue(_)
             | Action::Unrescue(_)
-            | Action::DeliverPassword,
+            | Action::DeliverPassword
+            | Action::Lock(_)
+            | Action::Unlock { .. }
+            | Action::ResetState(_)
+            | Action::SoftDelete
+            | Action::Restore
+            | Action::ForceDelete
+            | Action::Update(_),
             None,
         ) => Err(Refusal::new(
             Reason::ServerNotFound,
