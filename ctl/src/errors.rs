@@ -161,7 +161,7 @@ impl Failure {
             }
             Self::Call(status) => match status.code() {
                 Code::InvalidArgument => USAGE,
-                Code::FailedPrecondition | Code::Aborted => REFUSED,
+                Code::FailedPrecondition | Code::Aborted | Code::PermissionDenied => REFUSED,
                 Code::Unavailable if !is_libvirt(status) => UNREACHABLE,
                 _ => FAILED,
             },

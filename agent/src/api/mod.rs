@@ -28,6 +28,7 @@ mod page;
 mod password;
 mod resolve;
 mod servers;
+mod update;
 mod validate;
 mod watch;
 mod wish;

@@ -213,6 +213,13 @@ settings! {
         retry_interval: Duration = secs(10), span(secs(1), secs(HOUR));
     }
 
+    /// Delete.
+    delete: DeleteConfig {
+        /// How long a deleted server can be restored: until then it is only powered off. `"0"`: a delete removes at
+        /// once.
+        reclaim_interval: Duration = Duration::ZERO, span(Duration::ZERO, secs(365 * DAY));
+    }
+
     /// Disks and images.
     storage: StorageConfig {
         /// How much must stay free where `state_dir` has its `servers`, and where it has its `images`. What would

@@ -13,6 +13,8 @@
 pub mod action;
 pub mod admission;
 pub mod backing;
+pub mod caller;
+pub mod change;
 pub mod devices;
 pub mod errors;
 pub mod facts;

@@ -13,9 +13,10 @@ use uuid::Uuid;
 use super::{
     action::{Shutdown, Verb},
     backing::References,
+    change::RecordChange,
     password::CryptHash,
     reason::Warning,
-    record::{Devices, PasswordDelivery, RescueRecord, ServerRecord},
+    record::{Devices, Fault, PasswordDelivery, RescueRecord, ServerRecord},
     state::{PowerState, VmState, named_states},
 };
 
@@ -539,6 +540,26 @@ pub enum Outcome {
     Remove,
     /// The record stays as it is, a fault included.
     Keep,
+    /// The record changes, and nothing else: there are no steps, and the lane is left to whom it belongs.
+    Record(RecordChange),
+    /// The server waits to be removed, and remembers what it was.
+    SoftDelete {
+        /// vm state before.
+        vm_state: VmState,
+        /// Power state before.
+        power: PowerState,
+        /// Why it was in ERROR, if it was.
+        fault: Option<Fault>,
+        /// It is removed after so many milliseconds.
+        reclaim_in_ms: u64,
+    },
+    /// A soft-deleted server is what it was.
+    Restore {
+        /// The vm state.
+        vm_state: VmState,
+        /// Why it is in ERROR, if it is.
+        fault: Option<Fault>,
+    },
 }
 
 /// A plan.
@@ -563,6 +584,15 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// The change of the record, if that is all there is to do.
+    #[must_use]
+    pub fn record_change(&self) -> Option<&RecordChange> {
+        match &self.outcome {
+            Outcome::Record(change) if self.steps.is_empty() => Some(change),
+            _ => None,
+        }
+    }
+
     /// How many steps come before the outcome.
     #[must_use]
     pub fn steps_before_commit(&self) -> usize {

@@ -115,6 +115,14 @@ named_states! {
         ConsoleLimit = "CONSOLE_LIMIT",
         /// The guest does not run.
         GuestNotRunning = "GUEST_NOT_RUNNING",
+        /// See [`Reason::explanation`].
+        ServerLocked = "SERVER_LOCKED",
+        /// See [`Reason::explanation`].
+        PermissionDenied = "PERMISSION_DENIED",
+        /// See [`Reason::explanation`].
+        StateReset = "STATE_RESET",
+        /// See [`Reason::explanation`].
+        Abandoned = "ABANDONED",
     }
 }
 
@@ -145,6 +153,8 @@ pub enum Code {
     Unimplemented,
     /// It is not known who calls.
     Unauthenticated,
+    /// Who calls may not do it.
+    PermissionDenied,
 }
 
 impl Code {
@@ -164,6 +174,7 @@ impl Code {
             Self::Internal => "INTERNAL",
             Self::Unimplemented => "UNIMPLEMENTED",
             Self::Unauthenticated => "UNAUTHENTICATED",
+            Self::PermissionDenied => "PERMISSION_DENIED",
         }
     }
 }
@@ -174,8 +185,8 @@ impl Reason {
     const fn table(self) -> (Code, u16, &'static str) {
         use Code::{
             Aborted, AlreadyExists, Cancelled, DeadlineExceeded, FailedPrecondition, Internal,
-            InvalidArgument, NotFound, ResourceExhausted, Unauthenticated, Unavailable,
-            Unimplemented,
+            InvalidArgument, NotFound, PermissionDenied, ResourceExhausted, Unauthenticated,
+            Unavailable, Unimplemented,
         };
         match self {
             Self::InvalidField => (
@@ -432,6 +443,26 @@ impl Reason {
                 FailedPrecondition,
                 409,
                 "The guest does not run, so there is nothing to connect with. Start the server.",
+            ),
+            Self::ServerLocked => (
+                FailedPrecondition,
+                409,
+                "The server is locked. The message says by whom and why; the owner's lock its owner takes off, any other the administrator.",
+            ),
+            Self::PermissionDenied => (
+                PermissionDenied,
+                403,
+                "The role or the project that the call was made for may not do this. The message says who may.",
+            ),
+            Self::StateReset => (
+                FailedPrecondition,
+                409,
+                "Of a fault: the administrator said that the server is in ERROR. The message says what the host showed then.",
+            ),
+            Self::Abandoned => (
+                Internal,
+                500,
+                "The operation did not end when it was cancelled, and was given up. The server's fault says which step hung and what may be left.",
             ),
         }
     }

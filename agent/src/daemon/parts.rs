@@ -276,6 +276,7 @@ fn settings(config: &Config, layout: Layout) -> Settings {
             retry_ms: millis(config.shutdown.retry_interval),
         },
         saved_memory: config.libvirt.saved_memory.clone(),
+        reclaim_ms: millis(config.delete.reclaim_interval),
     }
 }
 

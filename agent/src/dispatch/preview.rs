@@ -7,6 +7,7 @@ use similar::TextDiff;
 use super::{Dispatcher, Target};
 use crate::core::{
     action::Action,
+    caller::Who,
     plan::{Plan, Step},
     reason::Refusal,
 };
@@ -27,9 +28,15 @@ impl Dispatcher {
     ///
     /// # Errors
     /// The [`Refusal`] that submitting it would end in, if there is no plan.
-    pub async fn preview(&self, target: Target, action: &Action) -> Result<Preview, Refusal> {
-        let server = self.admitted(target, action)?;
-        let plan = self.plan(target, server.as_deref(), action).await?;
+    pub async fn preview(
+        &self,
+        target: Target,
+        action: &Action,
+        who: &Who,
+    ) -> Result<Preview, Refusal> {
+        let action = self.meant(target, action.clone());
+        let server = self.admitted(target, &action, who)?;
+        let plan = self.plan(target, server.as_deref(), &action, who).await?;
         let refusal = self.validate(&plan).await.err();
         let domain_diff = domain_diff(&plan);
         Ok(Preview {

@@ -133,6 +133,7 @@ impl Agent {
                     retry_ms: 10_000,
                 },
                 saved_memory: dir.path().to_owned(),
+                reclaim_ms: 0,
             },
             drains.clone(),
         );

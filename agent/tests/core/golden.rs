@@ -25,7 +25,7 @@ use crate::bench::{
 };
 
 /// Compares a text with the file of that name.
-fn check(name: &str, text: &str) {
+pub(crate) fn check(name: &str, text: &str) {
     let path = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/plans"));
     let path = path.join(name);
     if std::env::var_os("UPDATE_GOLDEN").is_some() {
@@ -155,6 +155,17 @@ fn outcome(outcome: &Outcome) -> String {
     match outcome {
         Outcome::Remove => "the record goes".to_owned(),
         Outcome::Keep => "the record stays".to_owned(),
+        Outcome::Record(change) => format!("the record alone: {change:?}"),
+        Outcome::SoftDelete {
+            vm_state,
+            power,
+            reclaim_in_ms,
+            ..
+        } => format!("soft-deleted, was {vm_state} {power}, goes after {reclaim_in_ms} ms"),
+        Outcome::Restore { vm_state, fault } => {
+            let fault = fault.as_ref().map_or("", |_| " with its fault");
+            format!("restored: {vm_state}{fault}")
+        }
         Outcome::Insert(record) => {
             let mut text = format!(
                 "a record: {} {} {}",
@@ -213,14 +224,20 @@ fn made(server: Option<&ServerRecord>, action: &Action, facts: &Facts) -> Result
 }
 
 /// Plans of one file, each under its name.
-struct Book(String);
+pub(crate) struct Book(pub(crate) String);
 
 impl Book {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self(String::new())
     }
 
-    fn add(&mut self, title: &str, server: Option<&ServerRecord>, action: &Action, facts: &Facts) {
+    pub(crate) fn add(
+        &mut self,
+        title: &str,
+        server: Option<&ServerRecord>,
+        action: &Action,
+        facts: &Facts,
+    ) {
         let text = match made(server, action, facts) {
             Ok(plan) => listing(&plan),
             Err(refusal) => format!("  refused   {}: {}\n", refusal.reason, refusal.message),

@@ -10,6 +10,7 @@
 mod admission;
 mod bench;
 mod golden;
+mod golden_record;
 mod model;
 mod overlays;
 mod reconcile;

@@ -18,6 +18,7 @@ use salvor_agent::{
             Action, AdoptArgs, CreateArgs, NicArgs, NicConnection, RescueArgs, Shutdown,
             UnrescueArgs,
         },
+        caller::Who,
         image::{ImageFormat, ImageRecord},
         layout::Layout,
         operation::OperationRecord,
@@ -205,6 +206,7 @@ impl Host {
             default_rescue_image: None,
             shutdown: PROMPT,
             saved_memory: self.dir.path().to_owned(),
+            reclaim_ms: 0,
         }
     }
 
@@ -272,6 +274,10 @@ impl Host {
             record.power.reason.clear();
             if let Some(rescue) = &mut record.rescue {
                 rescue.started_at_ms = 0;
+            }
+            if let Some(deletion) = &mut record.deletion {
+                deletion.at_ms = 0;
+                deletion.reclaim_at_ms = 0;
             }
         }
         // A process of its own, so that nothing that was planned for the agent's happens here.
@@ -580,7 +586,11 @@ impl Agent {
 
     /// The plan of an action.
     pub(crate) async fn plan(&self, target: Target, action: &Action) -> Arc<Plan> {
-        let preview = self.dispatcher.preview(target, action).await.unwrap();
+        let preview = self
+            .dispatcher
+            .preview(target, action, &Who::default())
+            .await
+            .unwrap();
         assert_eq!(preview.refusal, None);
         Arc::new(preview.plan)
     }
@@ -597,6 +607,7 @@ pub(crate) fn anonymous() -> Request {
         id: None,
         body_hash: String::new(),
         caller: "test".to_owned(),
+        who: Who::default(),
     }
 }
 

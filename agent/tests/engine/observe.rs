@@ -10,7 +10,7 @@ use salvor_agent::{
         record::{OverlayDisposition, PASSWORD_OFFERS, PasswordDelivery, Protection},
         state::{ObservationSource, PowerState, VmState},
     },
-    dispatch::Target,
+    dispatch::{Settings, Target},
     engine::NoProbe,
     hypervisor::{
         Boot, Definition, Hypervisor as _, HypervisorError, LinkState, fake::FakeHypervisor,
@@ -33,29 +33,49 @@ pub(crate) struct Watched {
     observer: JoinHandle<()>,
 }
 
+/// An observer for an agent, and what ends it.
+pub(crate) fn observe(agent: &Agent) -> (watch::Sender<bool>, JoinHandle<()>) {
+    observe_under(agent, Policy::default())
+}
+
+fn observe_under(agent: &Agent, policy: Policy) -> (watch::Sender<bool>, JoinHandle<()>) {
+    // Events have to do: the interval is far longer than any test.
+    let observer = Observer::new(
+        agent.store.clone(),
+        Arc::new(agent.fake.clone()),
+        agent.dispatcher.clone(),
+        Duration::from_secs(600),
+    )
+    .with_policy(policy);
+    let (stop, stopped) = watch::channel(false);
+    (stop, tokio::spawn(observer.run(stopped)))
+}
+
 impl Watched {
     pub(crate) async fn new() -> Self {
-        Self::with(Policy::default()).await
+        Self::with(|_| {}).await
     }
 
-    /// The same with a policy.
-    pub(crate) async fn with(policy: Policy) -> Self {
+    /// With other settings.
+    pub(crate) async fn with(change: impl FnOnce(&mut Settings)) -> Self {
+        Self::made(change, Policy::default()).await
+    }
+
+    /// With a policy.
+    pub(crate) async fn under(policy: Policy) -> Self {
+        Self::made(|_| {}, policy).await
+    }
+
+    async fn made(change: impl FnOnce(&mut Settings), policy: Policy) -> Self {
         let host = Host::new();
-        let agent = host.agent(Arc::new(NoProbe)).await;
+        let mut settings = host.settings();
+        change(&mut settings);
+        let agent = Agent::start(&host, settings, Arc::new(NoProbe)).await;
         host.add_images(&agent.store).await;
         host.define(&host.foreign_domain(false)).await;
         host.fake.start(SERVER, Boot::Resume).await.unwrap();
         agent.succeed(NEW, adopt()).await;
-        // Events have to do: the interval is far longer than any test.
-        let observer = Observer::new(
-            agent.store.clone(),
-            Arc::new(agent.fake.clone()),
-            agent.dispatcher.clone(),
-            Duration::from_secs(600),
-        )
-        .with_policy(policy);
-        let (stop, stopped) = watch::channel(false);
-        let observer = tokio::spawn(observer.run(stopped));
+        let (stop, observer) = observe_under(&agent, policy);
         let watched = Self {
             host,
             agent,

@@ -47,7 +47,7 @@ async fn a_guest_that_crashed_is_left_off_and_shown_unless_told_otherwise() {
 
 #[tokio::test]
 async fn a_guest_that_crashed_is_started_again_if_so_configured_and_the_next_time_after_a_pause() {
-    let watched = Watched::with(START).await;
+    let watched = Watched::under(START).await;
     watched.host.fake.crash_guest(SERVER);
     watched.becomes(VmState::Stopped).await;
     watched.becomes(VmState::Active).await;

@@ -7,11 +7,12 @@ use proptest::prelude::*;
 use salvor_agent::{
     core::{
         action::Verb,
+        caller::Who,
         image::ImageFormat,
         operation::{OperationRecord, OperationState},
         plan::{Outcome, Plan, RescueChange},
         reason::Reason,
-        record::{Flavor, Origin, ServerRecord},
+        record::{Flavor, Origin, Owner, ServerRecord},
         state::{ObservationSource, PowerObservation, PowerState, VmState},
     },
     store::{Accept, Accepted, Change, Request, Store, StoreError, StoredEvent},
@@ -60,6 +61,16 @@ fn server(id: Uuid) -> ServerRecord {
         public_keys: BTreeMap::new(),
         guest_agent: false,
         mismatch: None,
+        owner: Owner::default(),
+        lock: None,
+        description: None,
+        tags: Vec::new(),
+        access_ipv4: None,
+        access_ipv6: None,
+        shutdown_timeout_ms: None,
+        autostart: true,
+        autostart_order: None,
+        deletion: None,
     }
 }
 
@@ -98,6 +109,7 @@ fn request(id: Option<&str>, body: &str) -> Request {
         id: id.map(str::to_owned),
         body_hash: body.to_owned(),
         caller: "test".to_owned(),
+        who: Who::default(),
     }
 }
 

@@ -5,7 +5,8 @@ use std::{path::Path, sync::Arc};
 
 use salvor_agent::{
     core::{
-        action::{Action, ChangePasswordArgs, RebootArgs},
+        action::{Action, ChangePasswordArgs, LockArgs, RebootArgs, ResetTo},
+        change::FieldChange,
         operation::OperationState,
         record::{OverlayDisposition, Protection, RescueMode},
     },
@@ -219,8 +220,101 @@ pub(crate) fn variants() -> Vec<Variant> {
         ON,
         Action::DeliverPassword,
     ));
+    let update = vec![FieldChange::Name("db".to_owned())];
+    all.extend([
+        variant("lock", &running, ON, lock()),
+        variant(
+            "unlock",
+            &after(&running, &[Prior::Done(ON, lock())]),
+            ON,
+            Action::Unlock {
+                only_expired: false,
+            },
+        ),
+        variant("update", &running, ON, Action::Update(update)),
+        variant(
+            "reset to active, rescued",
+            &in_rescue(&running, &plain),
+            ON,
+            Action::ResetState(ResetTo::Active),
+        ),
+        variant(
+            "reset to error",
+            &running,
+            ON,
+            Action::ResetState(ResetTo::Error),
+        ),
+        variant("soft delete, running", &running, ON, Action::SoftDelete),
+        variant(
+            "soft delete, off",
+            &foreign(true, false),
+            ON,
+            Action::SoftDelete,
+        ),
+        variant(
+            "soft delete, rescued",
+            &in_rescue(&running, &plain),
+            ON,
+            Action::SoftDelete,
+        ),
+        variant(
+            "soft delete, domain gone",
+            &after(&running, &[Prior::Undefined]),
+            ON,
+            Action::SoftDelete,
+        ),
+        variant(
+            "restore, it ran",
+            &in_rescue(&running, &Action::SoftDelete),
+            ON,
+            Action::Restore,
+        ),
+        variant(
+            "restore, it was off",
+            &in_rescue(&foreign(true, false), &Action::SoftDelete),
+            ON,
+            Action::Restore,
+        ),
+        variant(
+            "restore, rescued",
+            &in_rescue(&in_rescue(&running, &plain), &Action::SoftDelete),
+            ON,
+            Action::Restore,
+        ),
+        variant(
+            "restore, in error",
+            &after(
+                &running,
+                &[
+                    Prior::Fault(Action::Stop(AT_ONCE)),
+                    Prior::Done(ON, Action::SoftDelete),
+                ],
+            ),
+            ON,
+            Action::Restore,
+        ),
+        variant(
+            "force delete",
+            &foreign(true, true),
+            ON,
+            Action::ForceDelete,
+        ),
+        variant(
+            "force delete, soft-deleted",
+            &in_rescue(&running, &Action::SoftDelete),
+            ON,
+            Action::ForceDelete,
+        ),
+    ]);
     all.extend(power());
     all
+}
+
+fn lock() -> Action {
+    Action::Lock(LockArgs {
+        reason: Some("audit".to_owned()),
+        expires_in_ms: None,
+    })
 }
 
 /// The plans of power and memory.

@@ -36,6 +36,12 @@ pub(super) async fn run(session: &Session, command: PlanCommand) -> Result<(), F
             Action::TriggerCrashDump(requests::crash_dump(&args.server))
         }
         PlanCommand::SetPassword(args) => Action::ChangePassword(requests::set_password(&args)?),
+        PlanCommand::Lock(args) => Action::Lock(requests::lock(&args)),
+        PlanCommand::Unlock(args) => Action::Unlock(requests::unlock(&args)),
+        PlanCommand::Update(args) => Action::Update(requests::update(&args)?),
+        PlanCommand::ResetState(args) => Action::ResetState(requests::reset_state(&args)),
+        PlanCommand::Restore(args) => Action::Restore(requests::restore(&args)),
+        PlanCommand::ForceDelete(args) => Action::ForceDelete(requests::force_delete(&args)),
     };
     let request = v1::PlanActionRequest {
         action: Some(action),

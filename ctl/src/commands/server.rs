@@ -160,6 +160,33 @@ pub(super) async fn run(session: &Session, command: ServerCommand) -> Result<(),
                 password,
             )
         }
+        ServerCommand::Lock { args, how } => {
+            let answer = send!(session, how, lock_server, requests::lock(&args))?;
+            (how, action(answer.operation, Vec::new())?, Password::Known)
+        }
+        ServerCommand::Unlock { args, how } => {
+            let answer = send!(session, how, unlock_server, requests::unlock(&args))?;
+            (how, action(answer.operation, Vec::new())?, Password::Known)
+        }
+        ServerCommand::Update { args, how } => {
+            let answer = send!(session, how, update_server, requests::update(&args)?)?;
+            (how, action(answer.operation, Vec::new())?, Password::Known)
+        }
+        ServerCommand::ResetState { args, how } => {
+            let request = requests::reset_state(&args);
+            let answer = send!(session, how, reset_server_state, request)?;
+            (how, action(answer.operation, Vec::new())?, Password::Known)
+        }
+        ServerCommand::Restore { args, how } => {
+            let answer = send!(session, how, restore_server, requests::restore(&args))?;
+            (how, action(answer.operation, Vec::new())?, Password::Known)
+        }
+        ServerCommand::ForceDelete { args, how } => {
+            let request = requests::force_delete(&args);
+            let answer = send!(session, how, force_delete_server, request)?;
+            let reply = action(answer.operation, answer.warnings)?;
+            (how, reply, Password::Known)
+        }
     };
     finish(session, &how, reply, password).await
 }
@@ -187,6 +214,10 @@ async fn list(session: &Session, args: ListServers) -> Result<(), Failure> {
         vm_states: args.vm_states.iter().map(|state| state.api()).collect(),
         power_states: args.power_states.iter().map(|state| state.api()).collect(),
         origin: args.origin.map_or(0, |origin| origin.api()),
+        tags: args.tags,
+        locked: args.locked,
+        project_id: args.project,
+        metadata: requests::map("--metadata", &args.metadata)?,
     };
     let mut all = v1::ListServersResponse::default();
     pages(async |page_token| {

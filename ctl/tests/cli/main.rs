@@ -18,4 +18,5 @@ mod made;
 mod mock;
 mod passwords;
 mod reading;
+mod record;
 mod run;

@@ -63,6 +63,12 @@ pub struct State {
     pub reboots: Vec<v1::RebootServerRequest>,
     pub passwords: Vec<v1::ChangeServerPasswordRequest>,
     pub plans: Vec<v1::PlanActionRequest>,
+    pub locks: Vec<v1::LockServerRequest>,
+    pub updates: Vec<v1::UpdateServerRequest>,
+    pub resets: Vec<v1::ResetServerStateRequest>,
+    pub abandons: Vec<v1::AbandonOperationRequest>,
+    /// Role, user and project of calls that change a record.
+    pub for_whom: Vec<[Option<String>; 3]>,
     pub lists: Vec<v1::ListServersRequest>,
     /// The filters of the lists of operations that were asked for.
     pub filters: Vec<String>,
@@ -228,6 +234,14 @@ fn late() -> Status {
             [] as [(String, String); 0],
         ),
     )
+}
+
+/// The role, the user and the project that a call names.
+fn for_whom<T>(request: &Request<T>) -> [Option<String>; 3] {
+    ["role", "user", "project"].map(|what| {
+        let value = request.metadata().get(format!("x-salvor-{what}"))?;
+        Some(value.to_str().unwrap().to_owned())
+    })
 }
 
 pub type Answer<T> = Result<Response<T>, Status>;
@@ -497,6 +511,104 @@ impl ServerService for Services {
     ) -> Answer<v1::PlanActionResponse> {
         let state = self.call("plan", |state| state.plans.push(request.into_inner()))?;
         Ok(Response::new(state.plan))
+    }
+
+    async fn abandon_operation(
+        &self,
+        request: Request<v1::AbandonOperationRequest>,
+    ) -> Answer<v1::AbandonOperationResponse> {
+        let state = self.call("abandon", |state| state.abandons.push(request.into_inner()))?;
+        Ok(Response::new(v1::AbandonOperationResponse {
+            operation: Some(state.operation),
+        }))
+    }
+
+    async fn unlock_server(
+        &self,
+        request: Request<v1::UnlockServerRequest>,
+    ) -> Answer<v1::UnlockServerResponse> {
+        let id = &request.get_ref().request_id;
+        let state = self.accept("unlock", id, |_| ()).await?;
+        Ok(Response::new(v1::UnlockServerResponse {
+            operation: Some(state.operation),
+        }))
+    }
+
+    async fn restore_server(
+        &self,
+        request: Request<v1::RestoreServerRequest>,
+    ) -> Answer<v1::RestoreServerResponse> {
+        let id = &request.get_ref().request_id;
+        let state = self.accept("restore", id, |_| ()).await?;
+        Ok(Response::new(v1::RestoreServerResponse {
+            operation: Some(state.operation),
+        }))
+    }
+
+    async fn force_delete_server(
+        &self,
+        request: Request<v1::ForceDeleteServerRequest>,
+    ) -> Answer<v1::ForceDeleteServerResponse> {
+        let id = &request.get_ref().request_id;
+        let state = self.accept("force delete", id, |_| ()).await?;
+        Ok(Response::new(v1::ForceDeleteServerResponse {
+            operation: Some(state.operation),
+            warnings: state.warnings,
+        }))
+    }
+
+    async fn lock_server(
+        &self,
+        request: Request<v1::LockServerRequest>,
+    ) -> Answer<v1::LockServerResponse> {
+        let headers = for_whom(&request);
+        let request = request.into_inner();
+        let id = request.request_id.clone();
+        let state = self
+            .accept("lock_server", &id, |state| {
+                state.locks.push(request);
+                state.for_whom.push(headers);
+            })
+            .await?;
+        Ok(Response::new(v1::LockServerResponse {
+            operation: Some(state.operation),
+        }))
+    }
+
+    async fn update_server(
+        &self,
+        request: Request<v1::UpdateServerRequest>,
+    ) -> Answer<v1::UpdateServerResponse> {
+        let headers = for_whom(&request);
+        let request = request.into_inner();
+        let id = request.request_id.clone();
+        let state = self
+            .accept("update_server", &id, |state| {
+                state.updates.push(request);
+                state.for_whom.push(headers);
+            })
+            .await?;
+        Ok(Response::new(v1::UpdateServerResponse {
+            operation: Some(state.operation),
+        }))
+    }
+
+    async fn reset_server_state(
+        &self,
+        request: Request<v1::ResetServerStateRequest>,
+    ) -> Answer<v1::ResetServerStateResponse> {
+        let headers = for_whom(&request);
+        let request = request.into_inner();
+        let id = request.request_id.clone();
+        let state = self
+            .accept("reset_server_state", &id, |state| {
+                state.resets.push(request);
+                state.for_whom.push(headers);
+            })
+            .await?;
+        Ok(Response::new(v1::ResetServerStateResponse {
+            operation: Some(state.operation),
+        }))
     }
 }
 

@@ -88,6 +88,16 @@ pub(super) fn plan(args: &AdoptArgs, facts: &Facts) -> Result<Plan, Refusal> {
         public_keys: BTreeMap::new(),
         guest_agent,
         mismatch: None,
+        owner: facts.owner(),
+        lock: None,
+        description: None,
+        tags: Vec::new(),
+        access_ipv4: None,
+        access_ipv6: None,
+        shutdown_timeout_ms: None,
+        autostart: true,
+        autostart_order: None,
+        deletion: None,
     };
     Ok(Builder::new(Verb::Adopt, domain.id, facts).ends(Outcome::Insert(Box::new(record))))
 }

@@ -437,5 +437,15 @@ fn record(args: &CreateArgs, facts: &Facts, rendered: &Domain) -> ServerRecord {
         public_keys: args.public_keys.clone(),
         guest_agent,
         mismatch: None,
+        owner: facts.owner(),
+        lock: None,
+        description: None,
+        tags: Vec::new(),
+        access_ipv4: None,
+        access_ipv6: None,
+        shutdown_timeout_ms: None,
+        autostart: true,
+        autostart_order: None,
+        deletion: None,
     }
 }
