@@ -134,6 +134,8 @@ pub(super) fn build(kernel: Kernel, folder: &Path) {
     }
     symlink("../run", root.join("var/run")).unwrap();
     add_busybox(&debian, &root);
+    // Where the guest agent looks for it when it sets the time.
+    symlink("../bin/busybox", root.join("sbin/hwclock")).unwrap();
     add_guest_agent(&debian, &root);
     add_modules(&debian, &root);
     for (source, destination) in SCRIPTS {

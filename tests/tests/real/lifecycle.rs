@@ -409,7 +409,7 @@ async fn an_agent_killed_anywhere_in_suspend_resume_and_reboot_leaves_a_server_t
             // The answer may die with the agent.
             let _ = scene.client.begin(verb, actor.id).await;
             scene.agent.wait_end(SOON);
-            scene.restart().await;
+            scene.start_with("").await;
             let server = scene
                 .client
                 .wait_server(actor.id, "it is settled", |server| {
