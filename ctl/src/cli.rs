@@ -14,7 +14,8 @@ pub(crate) use self::{
     console::{ConsoleArgs, ConsoleLogArgs, DiagnosticsArgs, ScreenshotArgs},
     server::{
         AdoptArgs, CrashDumpArgs, CreateArgs, ListServers, LockArgs, RebootArgs, RescueArgs,
-        ResetStateArgs, ServerArg, ServerCommand, SetPasswordArgs, StopArgs, UnrescueArgs, UpdateArgs,
+        ResetStateArgs, ServerArg, ServerCommand, SetPasswordArgs, StopArgs, UnrescueArgs,
+        UpdateArgs,
     },
     values::{ImageFormatArg, key_value},
 };

@@ -183,9 +183,9 @@ impl Api {
             disk_errors: errors
                 .into_iter()
                 .flatten()
-                .map(|(target, error)| v1::DiskErrorReading {
-                    target,
-                    error: error.to_owned(),
+                .map(|failed| v1::DiskErrorReading {
+                    target: failed.disk,
+                    error: failed.error.to_owned(),
                 })
                 .collect(),
             messages: messages

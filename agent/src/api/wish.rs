@@ -21,8 +21,8 @@ use super::{
 };
 use crate::core::{
     action::{
-        Action, AdoptArgs, ChangePasswordArgs, CreateArgs, LockArgs, RebootArgs, RescueArgs, ResetTo,
-        SOFT_REBOOT_MS, Shutdown, UnrescueArgs, Verb,
+        Action, AdoptArgs, ChangePasswordArgs, CreateArgs, LockArgs, RebootArgs, RescueArgs,
+        ResetTo, SOFT_REBOOT_MS, Shutdown, UnrescueArgs, Verb,
     },
     image::{USER_RULE, is_user},
     reason::Refusal,

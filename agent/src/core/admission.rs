@@ -166,27 +166,68 @@ pub const fn allowed(verb: Verb, vm_state: VmState) -> Allowed {
         },
         Verb::Reboot | Verb::Pause | Verb::Suspend | Verb::ChangePassword => match vm_state {
             S::Active => Yes,
-            S::Building | S::Paused | S::Suspended | S::Stopped | S::Rescued | S::Resized | S::SoftDeleted | S::Deleted | S::Error | S::Shelved | S::ShelvedOffloaded => No,
+            S::Building
+            | S::Paused
+            | S::Suspended
+            | S::Stopped
+            | S::Rescued
+            | S::Resized
+            | S::SoftDeleted
+            | S::Deleted
+            | S::Error
+            | S::Shelved
+            | S::ShelvedOffloaded => No,
         },
         // From ERROR as Nova does, but not over a rescue: unrescue is the way out of that.
         Verb::HardReboot => match vm_state {
             S::Active | S::Stopped | S::Paused | S::Suspended => Yes,
             S::Error => UnlessRescued,
-            S::Building | S::Rescued | S::Resized | S::SoftDeleted | S::Deleted | S::Shelved | S::ShelvedOffloaded => No,
+            S::Building
+            | S::Rescued
+            | S::Resized
+            | S::SoftDeleted
+            | S::Deleted
+            | S::Shelved
+            | S::ShelvedOffloaded => No,
         },
         // What stopped an active server's CPUs may have been a full disk, or somebody at the host.
         Verb::Unpause => match vm_state {
             S::Paused => Yes,
             S::Active => IfPaused,
-            S::Building | S::Suspended | S::Stopped | S::Rescued | S::Resized | S::SoftDeleted | S::Deleted | S::Error | S::Shelved | S::ShelvedOffloaded => No,
+            S::Building
+            | S::Suspended
+            | S::Stopped
+            | S::Rescued
+            | S::Resized
+            | S::SoftDeleted
+            | S::Deleted
+            | S::Error
+            | S::Shelved
+            | S::ShelvedOffloaded => No,
         },
         Verb::Resume => match vm_state {
             S::Suspended => Yes,
-            S::Building | S::Active | S::Paused | S::Stopped | S::Rescued | S::Resized | S::SoftDeleted | S::Deleted | S::Error | S::Shelved | S::ShelvedOffloaded => No,
+            S::Building
+            | S::Active
+            | S::Paused
+            | S::Stopped
+            | S::Rescued
+            | S::Resized
+            | S::SoftDeleted
+            | S::Deleted
+            | S::Error
+            | S::Shelved
+            | S::ShelvedOffloaded => No,
         },
         Verb::CrashDump | Verb::DumpMemory => match vm_state {
             S::Active | S::Paused | S::Rescued | S::Resized | S::Error => Yes,
-            S::Building | S::Suspended | S::Stopped | S::SoftDeleted | S::Deleted | S::Shelved | S::ShelvedOffloaded => No,
+            S::Building
+            | S::Suspended
+            | S::Stopped
+            | S::SoftDeleted
+            | S::Deleted
+            | S::Shelved
+            | S::ShelvedOffloaded => No,
         },
     }
 }
@@ -392,17 +433,16 @@ pub fn admit(verb: Verb, server: &ServerRecord, who: &Who, now_ms: i64) -> Resul
                 ),
             ))
         }
-        (
-            Allowed::IfRescued | Allowed::UnlessRescued | Allowed::IfPaused | Allowed::No,
-            _,
-        ) => Err(Refusal::state(
-            "vm_state",
-            state.name(),
-            format!(
-                "cannot {verb} server {} while it is in vm_state {state}: {}",
-                server.id,
-                advice(verb, state)
-            ),
-        )),
+        (Allowed::IfRescued | Allowed::UnlessRescued | Allowed::IfPaused | Allowed::No, _) => {
+            Err(Refusal::state(
+                "vm_state",
+                state.name(),
+                format!(
+                    "cannot {verb} server {} while it is in vm_state {state}: {}",
+                    server.id,
+                    advice(verb, state)
+                ),
+            ))
+        }
     }
 }

@@ -19,7 +19,8 @@ use crate::{
         state::PowerState,
     },
     hypervisor::{
-        Control, Counters, Definition, DomainStatus, GuestInfo, Hypervisor, HypervisorError,
+        Control, Counters, Definition, DiskError, DomainStatus, GuestInfo, Hypervisor,
+        HypervisorError,
     },
     storage::apart,
 };
@@ -42,7 +43,7 @@ pub struct Diagnosis {
     /// Counters.
     pub counters: Part<Counters>,
     /// Disks with errors.
-    pub disk_errors: Part<Vec<(String, &'static str)>>,
+    pub disk_errors: Part<Vec<DiskError>>,
     /// What libvirt has to say about the domain.
     pub messages: Part<Vec<String>>,
     /// The guest agent.

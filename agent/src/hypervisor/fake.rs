@@ -25,7 +25,9 @@ use uuid::Uuid;
 
 use self::host::{HostState, Planned, element, identity, refused};
 use super::{
-    Ask, Boot, ConsoleSink, Control, Counters, CryptHash, Definition, DomainStatus, GuestInfo, HostFacts, Hypervisor, HypervisorError, HypervisorEvent, HypervisorResult, LinkState, PowerReading, StuckCall, DiskError,
+    Ask, Boot, ConsoleSink, Control, Counters, CryptHash, Definition, DiskError, DomainStatus,
+    GuestInfo, HostFacts, Hypervisor, HypervisorError, HypervisorEvent, HypervisorResult,
+    LinkState, PowerReading, StuckCall,
 };
 use crate::core::{facts::Capacity, state::PowerState};
 
@@ -820,14 +822,6 @@ impl Hypervisor for FakeHypervisor {
         self.call("counters", &id.to_string(), |_, state| {
             state.running("counters", id)?;
             Ok(guest::counters())
-        })
-        .await
-    }
-
-    async fn disk_errors(&self, id: Uuid) -> HypervisorResult<Vec<(String, &'static str)>> {
-        self.call("disk_errors", &id.to_string(), |_, state| {
-            state.running("disk_errors", id)?;
-            Ok(vec![("vda".to_owned(), "no space")])
         })
         .await
     }

@@ -310,9 +310,6 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// there is no such domain.
     async fn power(&self, id: Uuid) -> HypervisorResult<Option<PowerReading>>;
 
-    /// The disks of a running domain that failed. Asks the domain's QEMU, and may hang with it.
-    async fn disk_errors(&self, id: Uuid) -> HypervisorResult<Vec<DiskError>>;
-
     /// One domain by name; `None` if there is none.
     async fn domain_by_name(&self, name: &str) -> HypervisorResult<Option<DomainStatus>>;
 
@@ -422,7 +419,7 @@ pub trait Hypervisor: Send + Sync + 'static {
     async fn counters(&self, id: Uuid) -> HypervisorResult<Counters>;
 
     /// The disks that the running guest was stopped for, each with the error's word. Its QEMU is asked.
-    async fn disk_errors(&self, id: Uuid) -> HypervisorResult<Vec<(String, &'static str)>>;
+    async fn disk_errors(&self, id: Uuid) -> HypervisorResult<Vec<DiskError>>;
 
     /// What libvirt has to say about a domain.
     async fn domain_messages(&self, id: Uuid) -> HypervisorResult<Vec<String>>;

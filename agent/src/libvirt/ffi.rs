@@ -136,37 +136,6 @@ pub(super) fn inject_nmi(domain: &Domain) -> Result<(), Error> {
     Ok(())
 }
 
-/// The disks of a running domain that failed, each with its `virDomainDiskErrorCode`
-/// (`virDomainGetDiskErrors`).
-pub(super) fn disk_errors(domain: &Domain) -> Result<Vec<(String, c_int)>, Error> {
-    // SAFETY: `domain` keeps its handle alive for the call; without an array libvirt says how many
-    // disks there are.
-    let disks = unsafe { sys::virDomainGetDiskErrors(domain.as_ptr(), ptr::null_mut(), 0, 0) };
-    let room = u32::try_from(disks).map_err(|_| Error::last_error())?;
-    let none = sys::virDomainDiskError {
-        disk: ptr::null_mut(),
-        error: 0,
-    };
-    let mut errors = vec![none; usize::try_from(room).unwrap_or_default()];
-    // SAFETY: `errors` has room for `room` entries, and lives as long as the call.
-    let count =
-        unsafe { sys::virDomainGetDiskErrors(domain.as_ptr(), errors.as_mut_ptr(), room, 0) };
-    let count = usize::try_from(count).map_err(|_| Error::last_error())?;
-    let found = errors.into_iter().take(count).map(|error| {
-        // SAFETY: libvirt wrote so many entries, each with a C string that is ours.
-        let disk = unsafe { text(error.disk) };
-        // SAFETY: libvirt's text came from the C library, and is freed here alone, once.
-        unsafe { free(error.disk.cast()) };
-        (disk, error.error)
-    });
-    Ok(found.collect())
-}
-
-unsafe extern "C" {
-    /// The C library's, in which libvirt leaves what it allocated for its callers.
-    fn free(memory: *mut c_void);
-}
-
 /// The records of `virConnectGetAllDomainStats`, freed on drop (`virt` 0.5 never frees them).
 struct StatsRecords {
     list: *mut sys::virDomainStatsRecordPtr,

@@ -57,7 +57,9 @@ use self::threads::{Job, Ticket};
 use self::turns::Turns;
 use crate::core::{facts::Capacity, state::PowerState};
 use crate::hypervisor::{
-    Ask, Boot, ConsoleSink, Control, Counters, CryptHash, Definition, DomainStatus, GuestInfo, HostFacts, Hypervisor, HypervisorError, HypervisorEvent, HypervisorResult, LinkState, PowerReading, StuckCall, DiskError,
+    Ask, Boot, ConsoleSink, Control, Counters, CryptHash, Definition, DiskError, DomainStatus,
+    GuestInfo, HostFacts, Hypervisor, HypervisorError, HypervisorEvent, HypervisorResult,
+    LinkState, PowerReading, StuckCall,
 };
 
 /// How many events a receiver may be behind before it has to look at everything anew.
@@ -482,19 +484,6 @@ impl Hypervisor for Libvirt {
         .await
     }
 
-    async fn disk_errors(&self, id: Uuid) -> HypervisorResult<Vec<DiskError>> {
-        self.ask_guest(id, "virDomainGetDiskErrors", |domain| {
-            let errors = ffi::disk_errors(domain)?.into_iter();
-            Ok(errors
-                .map(|(disk, error)| DiskError {
-                    disk,
-                    error: words::disk_error(error),
-                })
-                .collect())
-        })
-        .await
-    }
-
     async fn domain_by_name(&self, name: &str) -> HypervisorResult<Option<DomainStatus>> {
         let call = self.call_named("virDomainLookupByName");
         let sought = name.to_owned();
@@ -836,7 +825,7 @@ impl Hypervisor for Libvirt {
             .await
     }
 
-    async fn disk_errors(&self, id: Uuid) -> HypervisorResult<Vec<(String, &'static str)>> {
+    async fn disk_errors(&self, id: Uuid) -> HypervisorResult<Vec<DiskError>> {
         let call = Call::new("virDomainGetDiskErrors", PROBE);
         self.probe(id, call, |_, domain| probes::disk_errors(domain))
             .await

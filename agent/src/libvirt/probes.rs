@@ -12,8 +12,10 @@ use virt::sys;
 
 use super::errors::{Failure, agent_failure};
 use super::ffi::{self, Stat};
+use super::words;
 use crate::hypervisor::{
-    Control, Counters, DiskCounters, GuestInfo, HypervisorError, InterfaceCounters, MemoryCounters,
+    Control, Counters, DiskCounters, DiskError, GuestInfo, HypervisorError, InterfaceCounters,
+    MemoryCounters,
 };
 
 /// The largest picture that is taken: 8K, three bytes for each pixel.
@@ -134,12 +136,13 @@ pub(super) fn counters(domain: &Domain) -> Result<Counters, Failure> {
 }
 
 /// `virDomainGetDiskErrors`.
-pub(super) fn disk_errors(domain: &Domain) -> Result<Vec<(String, &'static str)>, Failure> {
+pub(super) fn disk_errors(domain: &Domain) -> Result<Vec<DiskError>, Failure> {
     let errors = ffi::disk_errors(domain, DISKS)?.into_iter();
-    let told = errors.filter_map(|(disk, error)| match u32::try_from(error) {
-        Ok(sys::VIR_DOMAIN_DISK_ERROR_NONE) => None,
-        Ok(sys::VIR_DOMAIN_DISK_ERROR_NO_SPACE) => Some((disk, "no space")),
-        _ => Some((disk, "unspecified")),
+    let failed = errors
+        .filter(|(_, error)| u32::try_from(*error).ok() != Some(sys::VIR_DOMAIN_DISK_ERROR_NONE));
+    let told = failed.map(|(disk, error)| DiskError {
+        disk,
+        error: words::disk_error(error),
     });
     Ok(told.collect())
 }

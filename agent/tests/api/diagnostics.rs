@@ -3,7 +3,10 @@
 
 use std::time::Duration;
 
-use salvor_agent::hypervisor::{HypervisorError, StuckCall};
+use salvor_agent::{
+    core::state::PowerState,
+    hypervisor::{HypervisorError, StuckCall},
+};
 use salvor_proto::v1;
 use uuid::Uuid;
 
@@ -31,6 +34,10 @@ async fn everything_about_a_running_server_is_told() {
     let graphics = "<graphics type='vnc' passwd='s3cret'/>";
     let id = server(&agent, "web", graphics).await;
     agent.hypervisor.guest_agent(id, true);
+    agent.hypervisor.disk_fails(id, "no space");
+    agent
+        .hypervisor
+        .set_power(id, PowerState::Running, "unpaused");
     let call = |domain| StuckCall {
         call: "virDomainGetDiskErrors",
         domain,

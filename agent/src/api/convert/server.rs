@@ -247,7 +247,6 @@ pub(in crate::api) mod tests {
             operation_verb: Some(crate::core::action::Verb::Unrescue),
             guest_agent: true,
             operation: Some(Uuid::from_u128(5)),
-            operation_verb: None,
             revision: 9,
             created_at_ms: 1,
             settled_at_ms: 0,

@@ -24,7 +24,7 @@ pub(super) fn plan(server: &ServerRecord, facts: &Facts) -> Plan {
             retry_ms: 0,
         };
         let was_on = power.is_on();
-        builder.step(Phase::Switch, Step::PowerOff { shutdown, was_on });
+        builder.step(Phase::Switch, Step::power_off(shutdown, was_on));
     }
     builder.ends(Outcome::SoftDelete {
         vm_state: server.vm_state,

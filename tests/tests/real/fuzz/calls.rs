@@ -409,6 +409,8 @@ impl Fuzz<'_> {
                         Vec::new()
                     },
                     origin: if self.chance(30) { self.bad_enum() } else { 0 },
+                    project_id: self.maybe_id(),
+                    ..Default::default()
                 };
                 one(servers, "ListServers", &request)
             }
