@@ -336,8 +336,8 @@ fn power() -> Vec<Variant> {
             or_fail,
         })
     };
-    let paused = Prior::Done(ON, Action::Pause);
-    let suspended = Prior::Done(ON, Action::Suspend);
+    let paused = [Prior::Done(ON, Action::Pause)];
+    let suspended = [Prior::Done(ON, Action::Suspend)];
     let password = Action::ChangePassword(ChangePasswordArgs {
         user: None,
         password: hash(),
@@ -359,38 +359,33 @@ fn power() -> Vec<Variant> {
         variant("hard reboot", &running, ON, Action::HardReboot),
         variant(
             "hard reboot, suspended",
-            &after(&[suspended.clone()]),
+            &after(&suspended),
             ON,
             Action::HardReboot,
         ),
         variant(
             "hard reboot, paused",
-            &after(&[paused.clone()]),
+            &after(&paused),
             ON,
             Action::HardReboot,
         ),
         variant("pause", &running, ON, Action::Pause),
         variant(
             "unpause, with an agent",
-            &with_agent(&[paused.clone()]),
+            &with_agent(&paused),
             ON,
             Action::Unpause,
         ),
         variant("suspend", &running, ON, Action::Suspend),
-        variant("resume", &after(&[suspended.clone()]), ON, Action::Resume),
+        variant("resume", &after(&suspended), ON, Action::Resume),
         variant(
             "resume, with an agent",
-            &with_agent(&[suspended.clone()]),
+            &with_agent(&suspended),
             ON,
             Action::Resume,
         ),
-        variant(
-            "delete, suspended",
-            &after(&[suspended]),
-            ON,
-            Action::Delete,
-        ),
-        variant("delete, paused", &after(&[paused]), ON, Action::Delete),
+        variant("delete, suspended", &after(&suspended), ON, Action::Delete),
+        variant("delete, paused", &after(&paused), ON, Action::Delete),
         variant("crash dump", &running, ON, Action::CrashDump),
         variant("memory dump", &running, ON, Action::DumpMemory),
         variant(

@@ -11,12 +11,13 @@ use salvor_proto::google::longrunning::{
     WaitOperationRequest,
 };
 use salvor_proto::v1::{
-    AdoptServerRequest, CreateServerRequest, DeleteImageRequest, DeleteServerRequest, Flavor,
-    GetHostRequest, GetImageRequest, GetServerRequest, ImageSpec, ImportImageFromPathRequest,
-    ImportImageRequest, ListImagesRequest, ListServersRequest, ListUnmanagedDomainsRequest,
-    NetworkInterfaceSpec, PlanActionRequest, ReleaseServerRequest, RescueServerRequest,
-    StartServerRequest, StopServerRequest, UnrescueServerRequest, WatchEventsRequest,
-    import_image_request::Part, network_interface_spec::Connection, plan_action_request::Action,
+    AdoptServerRequest, ChangeServerPasswordRequest, CreateServerRequest, DeleteImageRequest,
+    DeleteServerRequest, Flavor, GetHostRequest, GetImageRequest, GetServerRequest, ImageSpec,
+    ImportImageFromPathRequest, ImportImageRequest, ListImagesRequest, ListServersRequest,
+    ListUnmanagedDomainsRequest, NetworkInterfaceSpec, PauseServerRequest, PlanActionRequest,
+    RebootServerRequest, ReleaseServerRequest, RescueServerRequest, StartServerRequest,
+    StopServerRequest, UnrescueServerRequest, WatchEventsRequest, import_image_request::Part,
+    network_interface_spec::Connection, plan_action_request::Action,
 };
 
 /// One call: its path, its messages as bytes, and headers.
@@ -131,6 +132,66 @@ impl Fuzz<'_> {
             server,
             shutdown_timeout: self.maybe_duration(),
         }
+    }
+
+    fn reboot(&mut self) -> RebootServerRequest {
+        let (request_id, server) = self.plain();
+        let mut request = RebootServerRequest {
+            request_id,
+            server,
+            r#type: self.rng.random_range(0..3),
+            ..RebootServerRequest::default()
+        };
+        if self.chance(60) {
+            match self.rng.random_range(0..4) {
+                0 => request.r#type = self.bad_enum(),
+                1 => request.on_timeout = self.bad_enum(),
+                2 => request.shutdown_timeout = self.bad_duration(),
+                _ => request.r#type = 0,
+            }
+            request.request_id = String::new();
+            request.server = self.server();
+        }
+        request
+    }
+
+    /// Something about power that says no more than which server.
+    fn power(&mut self) -> Call {
+        let (request_id, server) = self.plain();
+        let method = [
+            "PauseServer",
+            "UnpauseServer",
+            "SuspendServer",
+            "ResumeServer",
+            "TriggerCrashDump",
+            "DumpServerMemory",
+        ]
+        .choose(&mut self.rng)
+        .unwrap();
+        // All their requests are alike.
+        let request = PauseServerRequest { request_id, server };
+        one("salvor.compute.v1.ServerService", method, &request)
+    }
+
+    fn password(&mut self) -> ChangeServerPasswordRequest {
+        let (request_id, server) = self.plain();
+        let mut request = ChangeServerPasswordRequest {
+            request_id,
+            server,
+            user: self.maybe_id(),
+            admin_pass: self.chance(50).then(|| self.word()),
+        };
+        if self.chance(60) {
+            // The server runs, so it is the password or the user that is refused.
+            if self.chance(50) {
+                request.admin_pass = Some("a\nb:c".into());
+            } else {
+                request.user = "../root".into();
+            }
+            request.request_id = String::new();
+            request.server = self.server();
+        }
+        request
     }
 
     fn rescue(&mut self) -> RescueServerRequest {
@@ -328,7 +389,10 @@ impl Fuzz<'_> {
         let (request_id, server) = self.plain();
         let servers = "salvor.compute.v1.ServerService";
         let images = "salvor.compute.v1.ImageService";
-        let mut call = match self.rng.random_range(0..11) {
+        let mut call = match self.rng.random_range(0..14) {
+            11 => one(servers, "RebootServer", &self.reboot()),
+            12 => self.power(),
+            13 => one(servers, "ChangeServerPassword", &self.password()),
             0 => one(servers, "CreateServer", &self.create()),
             1 => one(servers, "AdoptServer", &self.adopt()),
             2 => one(
