@@ -11,7 +11,6 @@ use salvor_proto::v1::{
 };
 use salvor_tests::agent::AgentSettings;
 use salvor_tests::client::{assert_refused, reason};
-use salvor_tests::console::Mark;
 use salvor_tests::guests::{LinuxGuest, TinyGuest, linux_slot};
 use salvor_tests::host::TestHost;
 use salvor_tests::run_folder::RunFolder;
