@@ -39,7 +39,7 @@ impl FakeHypervisor {
                     },
                     _ = events.recv() => {
                         let state = lock(&fake.host.state);
-                        if !state.domains.get(&id).is_some_and(|d| d.live.is_some()) {
+                        if state.domains.get(&id).is_none_or(|d| d.live.is_none()) {
                             break "the guest is off";
                         }
                     },
