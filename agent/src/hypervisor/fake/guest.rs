@@ -63,6 +63,7 @@ pub(super) fn counters() -> Counters {
     Counters {
         cpu_time: Duration::from_secs(3),
         vcpus: 2,
+        complete: true,
         memory: MemoryCounters {
             current_kib: Some(1024),
             ..MemoryCounters::default()
