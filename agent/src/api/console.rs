@@ -402,16 +402,13 @@ impl Api {
     async fn attach(
         &self,
         call: &Call,
-        mut sent: Streaming<v1::AttachConsoleRequest>,
+        first: Option<v1::AttachConsoleRequest>,
+        sent: Streaming<v1::AttachConsoleRequest>,
     ) -> Checked<Listener> {
         if *self.draining.borrow() {
             return Err(draining());
         }
-        let first = timeout(OPEN, sent.message()).await;
-        let Ok(Ok(Some(v1::AttachConsoleRequest {
-            item: Some(Sent::Open(open)),
-        }))) = first
-        else {
+        let Some(Sent::Open(open)) = first.and_then(|first| first.item) else {
             return Err(Refusal::field("open", "must be the first message"));
         };
         let server = self
@@ -503,8 +500,10 @@ impl ConsoleService for Api {
         &self,
         request: Request<Streaming<v1::AttachConsoleRequest>>,
     ) -> Result<Response<Self::AttachConsoleStream>, Status> {
-        let (call, sent) = Call::open(request)?;
-        let listener = self.attach(&call, sent).await;
+        let (call, mut sent) = Call::open(request)?;
+        // Late is as good as nothing.
+        let first = timeout(OPEN, sent.message()).await.unwrap_or(Ok(None))?;
+        let listener = self.attach(&call, first, sent).await;
         let listener = listener.map_err(|refusal| call.refuse(&refusal))?;
         let stream = stream::unfold(listener, |mut listener| async move {
             let message = listener.next().await?;

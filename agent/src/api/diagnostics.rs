@@ -17,7 +17,10 @@ use super::{
     validate::Checked,
 };
 use crate::{
-    core::{reason::Refusal, text},
+    core::{
+        reason::{Reason, Refusal},
+        text,
+    },
     diagnose::{Diagnosis, Part, Process, diagnose},
     dispatch::{refused, shown},
     engine::now_ms,
@@ -171,6 +174,11 @@ impl Api {
         stuck.retain(|call| call.domain == Some(id));
         let errors = missing.unless("disk_errors", disk_errors);
         let messages = missing.unless("messages", messages).unwrap_or_default();
+        if matches!(&counted, Ok(Some(counters)) if !counters.complete) {
+            let message =
+                "without what only QEMU knows (disks, memory): something else is being asked of it";
+            missing.note("counters", &Refusal::new(Reason::DeadlineExceeded, message));
+        }
         // The record as it is now: what was read may have taken seconds.
         let record = resolve::server(&self.store, &id.to_string())?;
         Ok(v1::GetServerDiagnosticsResponse {

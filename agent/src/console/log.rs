@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Reading the console log of a server, once or on and on.
 
-use std::{fs, io, os::unix::fs::MetadataExt as _, sync::Arc, time::Duration};
+use std::{
+    collections::HashSet, fs, io, os::unix::fs::MetadataExt as _, sync::Arc, time::Duration,
+};
 
 use salvor_domain_templates::Domain;
 use tokio::sync::watch;
@@ -201,7 +203,7 @@ impl Logs {
 
     async fn trim(&self) -> io::Result<()> {
         let servers = self.store.servers_after(i64::MIN).into_iter();
-        let (all, own): (Vec<Uuid>, Vec<Option<Uuid>>) = servers
+        let (all, own): (HashSet<Uuid>, Vec<Option<Uuid>>) = servers
             .map(|(_, server)| {
                 let own = server.origin == Origin::Created;
                 (server.id, own.then_some(server.id))

@@ -40,6 +40,9 @@ const CLIENTS: u32 = 32;
 /// A line that is about to close is waited for no longer.
 const CLOSES: Duration = Duration::from_secs(10);
 
+/// Others who attach to the same port are waited for no longer.
+const TURN: Duration = Duration::from_secs(30);
+
 /// What a client hears.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Heard {
@@ -293,7 +296,10 @@ impl Ports {
         wish: Wish,
     ) -> Result<Attached, Refusal> {
         let slot = self.slot(server);
-        let mut held = slot.lock().await;
+        let Ok(mut held) = timeout(TURN, slot.lock()).await else {
+            let message = "others wait to be connected with this serial port";
+            return Err(Refusal::new(Reason::DeadlineExceeded, message));
+        };
         if let Some(session) = held.as_ref() {
             if let Some(attached) = session.join(caller, wish)? {
                 return Ok(attached);

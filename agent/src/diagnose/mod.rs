@@ -89,11 +89,15 @@ pub async fn diagnose(hypervisor: &dyn Hypervisor, id: Uuid, definitions: bool) 
             .is_some_and(|status| status.power.is_on() || status.power == PowerState::Crashed),
         Err(_) => true,
     };
-    let (process, control, counters, disk_errors, messages, guest_agent, live, inactive) = tokio::join!(
+    // One after the other: libvirt lets one of them ask QEMU at a time, and counters do not wait.
+    let asked = async {
+        let counters = part(runs, hypervisor.counters(id)).await;
+        (counters, part(runs, hypervisor.disk_errors(id)).await)
+    };
+    let (process, control, asked, messages, guest_agent, live, inactive) = tokio::join!(
         process_of(runs, id),
         part(runs, hypervisor.control(id)),
-        part(runs, hypervisor.counters(id)),
-        part(runs, hypervisor.disk_errors(id)),
+        asked,
         part(there, hypervisor.domain_messages(id)),
         part(runs, hypervisor.guest_info(id)),
         part(
@@ -105,6 +109,7 @@ pub async fn diagnose(hypervisor: &dyn Hypervisor, id: Uuid, definitions: bool) 
             hypervisor.domain_xml(id, Definition::Inactive)
         ),
     );
+    let (counters, disk_errors) = asked;
     Diagnosis {
         domain,
         process,

@@ -88,6 +88,9 @@ pub struct Counters {
     pub cpu_time: Duration,
     /// CPUs that the guest has now.
     pub vcpus: u32,
+    /// Was QEMU asked? If not, because something else was being asked of it, what only it knows is
+    /// missing: the counters of disks, and of memory.
+    pub complete: bool,
     /// Memory.
     pub memory: MemoryCounters,
     /// Disks, in the definition's order.

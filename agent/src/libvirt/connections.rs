@@ -65,7 +65,7 @@ impl Class {
 
     /// How many calls may be under way at once, those that hang included. Together they are not more
     /// than libvirtd has workers by default (`max_workers = 20`), and those that can hang for long
-    /// leave it some.
+    /// leave it some. (Probes come on top of that, and are few.)
     pub(super) const fn limit(self) -> usize {
         match self {
             Self::Read => 6,

@@ -115,10 +115,13 @@ pub(super) fn counters(domain: &Domain) -> Result<Counters, Failure> {
             send_drops: of("tx.drop"),
         }
     });
+    let disk_count = number("block.count").unwrap_or(0);
+    let told = (0..disk_count).any(|at| number(&format!("block.{at}.rd.reqs")).is_some());
     let balloon = |name: &str| number(&format!("balloon.{name}"));
     Ok(Counters {
         cpu_time: Duration::from_nanos(number("cpu.time").unwrap_or(0)),
         vcpus: u32::try_from(number("vcpu.current").unwrap_or(0)).unwrap_or(u32::MAX),
+        complete: disk_count == 0 || told,
         memory: MemoryCounters {
             current_kib: balloon("current"),
             maximum_kib: balloon("maximum"),

@@ -168,6 +168,22 @@ async fn no_text_in_any_field_does_harm() {
         if text != "cirros" {
             try_all!(images; delete_image(v1::DeleteImageRequest { image: t(), ..Default::default() }));
         }
+        let mut consoles = agent.consoles().max_encoding_message_size(usize::MAX);
+        let cursor = || Some(v1::get_console_log_request::From::Cursor(t()));
+        try_all!(consoles;
+            get_console_log(with!(GetConsoleLogRequest { server: t() })),
+            get_console_log(with!(GetConsoleLogRequest { server: server(), from: cursor() })),
+            follow_console_log(with!(FollowConsoleLogRequest { server: t() })),
+            get_screenshot(with!(GetScreenshotRequest { server: t() })),
+            attach_console(tokio_stream::once(v1::AttachConsoleRequest {
+                item: Some(v1::attach_console_request::Item::Open(v1::ConsoleOpen {
+                    server: t(), force: true, ..Default::default()
+                })),
+            })),
+        );
+        try_all!(servers;
+            get_server_diagnostics(with!(GetServerDiagnosticsRequest { server: t() })),
+        );
         let mut watch = agent.watch().max_encoding_message_size(usize::MAX);
         try_all!(watch; watch_events(v1::WatchEventsRequest { after_revision: None, servers: vec![t()] }));
     }

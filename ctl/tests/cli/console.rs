@@ -1,9 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Console logs, consoles, pictures and diagnostics, from an agent that the tests play.
 
-use std::{os::unix::fs::PermissionsExt as _, pin::Pin};
+use std::{
+    fs::File,
+    io::Write as _,
+    os::unix::fs::PermissionsExt as _,
+    pin::Pin,
+    time::{Duration, Instant},
+};
 
 use futures_util::{Stream, StreamExt as _, stream};
+use nix::{
+    pty::openpty,
+    sys::termios::{LocalFlags, tcgetattr},
+};
 use salvor_proto::v1::{
     self, attach_console_request::Item as Sent, attach_console_response::Item as Told,
     console_service_server::ConsoleService, get_console_log_request::From,
@@ -13,7 +23,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::{
     made::server,
     mock::{Answer, Mock, Services, State},
-    run::{Running, run, run_with_input},
+    run::{Running, ended, run, run_with_input, salvor},
 };
 
 /// What the agent that is played says here, and what it was asked.
@@ -206,6 +216,41 @@ async fn what_is_piped_in_is_typed_and_the_answer_is_shown() {
     assert!(open.force && open.history && !open.read_only);
     let wrong = ["server", "console", "web", "--force", "--read-only"];
     run(&mock.socket(), &wrong).await.with(2);
+}
+
+#[tokio::test]
+async fn a_terminal_is_the_guests_until_the_escape_key_and_then_as_before() {
+    let mock = mock(Says::default());
+    let terminal = openpty(None, None).unwrap();
+    let before = tcgetattr(&terminal.slave).unwrap();
+    let child = salvor(&mock.socket(), &["server", "console", "web"])
+        .stdin(terminal.slave.try_clone().unwrap())
+        .spawn()
+        .unwrap();
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        let now = tcgetattr(&terminal.slave).unwrap().local_flags;
+        if !now.intersects(LocalFlags::ICANON | LocalFlags::ECHO | LocalFlags::ISIG) {
+            break;
+        }
+        assert!(
+            Instant::now() < deadline,
+            "the terminal does not become raw"
+        );
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let mut keys = File::from(terminal.master);
+    // Ctrl-C and return are the guest's.
+    keys.write_all(b"ls\x03\r").unwrap();
+    mock.until(|state| state.console.typed == b"ls\x03\r").await;
+    keys.write_all(b"x\x1dnever").unwrap();
+    let ended = ended(child).await.with(0);
+    assert!(ended.err.contains("Ctrl-] leaves"), "{}", ended.err);
+    assert!(!mock.state().console.typed.ends_with(b"never"));
+    let after = tcgetattr(&terminal.slave).unwrap();
+    assert_eq!(after.local_flags, before.local_flags);
+    assert_eq!(after.input_flags, before.input_flags);
+    assert_eq!(after.output_flags, before.output_flags);
 }
 
 #[tokio::test]

@@ -39,7 +39,7 @@ impl FakeHypervisor {
                     },
                     _ = events.recv() => {
                         let state = lock(&fake.host.state);
-                        if !state.domains.get(&id).is_some_and(|d| d.live.is_some()) {
+                        if state.domains.get(&id).is_none_or(|d| d.live.is_none()) {
                             break "the guest is off";
                         }
                     },
@@ -63,6 +63,7 @@ pub(super) fn counters() -> Counters {
     Counters {
         cpu_time: Duration::from_secs(3),
         vcpus: 2,
+        complete: true,
         memory: MemoryCounters {
             current_kib: Some(1024),
             ..MemoryCounters::default()
