@@ -173,7 +173,6 @@ async fn anything_else_is_1() {
     for code in [
         Code::NotFound,
         Code::Internal,
-        Code::PermissionDenied,
         Code::ResourceExhausted,
     ] {
         refused(code, ErrorDetails::new()).await.with(1);

@@ -25,6 +25,7 @@ mod images;
 mod owners;
 mod password;
 mod power;
+mod record;
 mod rescue;
 mod rescue_modes;
 mod scene;
