@@ -409,6 +409,12 @@ impl Fuzz<'_> {
                         Vec::new()
                     },
                     origin: if self.chance(30) { self.bad_enum() } else { 0 },
+                    tags: if self.chance(30) {
+                        vec![self.word()]
+                    } else {
+                        Vec::new()
+                    },
+                    ..Default::default()
                 };
                 one(servers, "ListServers", &request)
             }
