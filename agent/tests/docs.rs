@@ -368,7 +368,10 @@ fn steps() -> Vec<Step> {
             mark: Mark::Own,
             before: None,
         },
-        Step::UndefineDomain { before: text() },
+        Step::UndefineDomain {
+            before: text(),
+            tpm_goes: true,
+        },
         Step::DropSavedMemory,
         Step::StartDomain {
             mark: Mark::Own,

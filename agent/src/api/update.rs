@@ -124,7 +124,7 @@ fn address<A: FromStr + Into<IpAddr>>(field: &str, text: &str) -> Checked<Option
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, clippy::panic)]
+    #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
     use super::*;
     use crate::core::reason::Reason;

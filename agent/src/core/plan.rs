@@ -186,6 +186,9 @@ pub enum Step {
     UndefineDomain {
         /// The definition before.
         before: String,
+        /// The state of its TPM goes as well: it was made for this server, and nobody else wants it.
+        #[serde(default)]
+        tpm_goes: bool,
     },
     /// The guest is started.
     StartDomain {

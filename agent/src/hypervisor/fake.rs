@@ -598,6 +598,11 @@ impl Hypervisor for FakeHypervisor {
         .await
     }
 
+    async fn undefine_with_tpm(&self, id: Uuid) -> HypervisorResult<()> {
+        // No TPM here has a state.
+        self.undefine(id).await
+    }
+
     async fn undefine(&self, id: Uuid) -> HypervisorResult<()> {
         self.call("undefine", &id.to_string(), |fake, state| {
             if state.undefine(id) {

@@ -331,6 +331,9 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// definition may come back. No such domain is success.
     async fn undefine(&self, id: Uuid) -> HypervisorResult<()>;
 
+    /// The same, and the state of its TPM goes as well.
+    async fn undefine_with_tpm(&self, id: Uuid) -> HypervisorResult<()>;
+
     /// When this returns, all that was defined and undefined before outlives a power cut. libvirt syncs
     /// the file of a definition, but not the folder that says which file it is.
     async fn sync_definitions(&self) -> HypervisorResult<()>;

@@ -420,6 +420,13 @@ const UNDEFINE_FLAGS: [sys::virDomainUndefineFlagsValues; 3] = {
     [files | sys::VIR_DOMAIN_UNDEFINE_KEEP_TPM, files, saved]
 };
 
+/// The same for a domain whose TPM goes with it. A libvirt that does not know the flag (before 8.9) removes
+/// the state of a TPM with every definition.
+const UNDEFINE_FLAGS_WITH_TPM: [sys::virDomainUndefineFlagsValues; 3] = {
+    let [_, files, saved] = UNDEFINE_FLAGS;
+    [files | sys::VIR_DOMAIN_UNDEFINE_TPM, files, saved]
+};
+
 /// Syncs a folder, or everything if that cannot be done for this one.
 fn sync_folder(folder: &Path) -> io::Result<()> {
     match File::open(folder).and_then(|folder| folder.sync_all()) {
@@ -447,6 +454,36 @@ fn percent(processed: u64, total: u64) -> Option<u8> {
 fn uuid_of(xml: &str) -> Option<Uuid> {
     let domain = salvor_domain_templates::Domain::parse(xml).ok()?;
     Uuid::parse_str(&domain.uuid()?).ok()
+}
+
+impl Libvirt {
+    /// Removes a definition with the first flags that this libvirt knows.
+    async fn undefine_with(
+        &self,
+        id: Uuid,
+        flags: &'static [sys::virDomainUndefineFlagsValues],
+    ) -> HypervisorResult<()> {
+        let call = self.call_named("virDomainUndefineFlags").about(id);
+        self.call(Class::Mutate, call, move |connect| {
+            let Some(domain) = find(connect, id)? else {
+                return Ok(());
+            };
+            if !domain.is_persistent()? {
+                return Ok(());
+            }
+            let mut answer = Ok(());
+            for &flags in flags {
+                answer = domain.undefine_flags(flags);
+                match &answer {
+                    Err(error) if is(error, ErrorNumber::InvalidArg) => {}
+                    Err(error) if is(error, ErrorNumber::NoDomain) => return Ok(()),
+                    _ => break,
+                }
+            }
+            Ok(answer?)
+        })
+        .await
+    }
 }
 
 #[async_trait]
@@ -552,26 +589,11 @@ impl Hypervisor for Libvirt {
     }
 
     async fn undefine(&self, id: Uuid) -> HypervisorResult<()> {
-        let call = self.call_named("virDomainUndefineFlags").about(id);
-        self.call(Class::Mutate, call, move |connect| {
-            let Some(domain) = find(connect, id)? else {
-                return Ok(());
-            };
-            if !domain.is_persistent()? {
-                return Ok(());
-            }
-            let mut answer = Ok(());
-            for flags in UNDEFINE_FLAGS {
-                answer = domain.undefine_flags(flags);
-                match &answer {
-                    Err(error) if is(error, ErrorNumber::InvalidArg) => {}
-                    Err(error) if is(error, ErrorNumber::NoDomain) => return Ok(()),
-                    _ => break,
-                }
-            }
-            Ok(answer?)
-        })
-        .await
+        self.undefine_with(id, &UNDEFINE_FLAGS).await
+    }
+
+    async fn undefine_with_tpm(&self, id: Uuid) -> HypervisorResult<()> {
+        self.undefine_with(id, &UNDEFINE_FLAGS_WITH_TPM).await
     }
 
     async fn sync_definitions(&self) -> HypervisorResult<()> {

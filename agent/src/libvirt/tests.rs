@@ -411,6 +411,9 @@ fn an_undefine_without_flags_for_nvram_is_the_last_resort() {
     ] {
         assert_eq!((best & kept, oldest & kept), (kept, 0));
     }
+    let [wholly, _, _] = UNDEFINE_FLAGS_WITH_TPM;
+    let tpm = sys::VIR_DOMAIN_UNDEFINE_TPM | sys::VIR_DOMAIN_UNDEFINE_KEEP_TPM;
+    assert_eq!(wholly & tpm, sys::VIR_DOMAIN_UNDEFINE_TPM);
     let noted = sys::VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA;
     assert_eq!(older & noted, noted);
     for removed in [sys::VIR_DOMAIN_UNDEFINE_NVRAM, sys::VIR_DOMAIN_UNDEFINE_TPM] {

@@ -327,8 +327,12 @@ impl Steps {
         Ok(self.hypervisor.sync_definitions().await?)
     }
 
-    pub(super) async fn undefine(&self, id: Uuid) -> Applied {
-        self.hypervisor.undefine(id).await?;
+    pub(super) async fn undefine(&self, id: Uuid, tpm_goes: bool) -> Applied {
+        if tpm_goes {
+            self.hypervisor.undefine_with_tpm(id).await?;
+        } else {
+            self.hypervisor.undefine(id).await?;
+        }
         self.hypervisor.sync_definitions().await?;
         Ok(None)
     }

@@ -146,7 +146,7 @@ impl StepRunner for Steps {
                 self.define(context.plan, xml, *mark, before.as_deref())
                     .await
             }
-            Step::UndefineDomain { .. } => self.undefine(server).await,
+            Step::UndefineDomain { tpm_goes, .. } => self.undefine(server, *tpm_goes).await,
             Step::StartDomain { mark, fresh } => {
                 let started = self.start(context.plan, *mark, boot(*fresh)).await?;
                 self.sync_defined(context.plan).await?;
@@ -207,7 +207,7 @@ impl StepRunner for Steps {
                 self.define_again(server, xml, *mark, before.as_deref())
                     .await
             }
-            Step::UndefineDomain { before } => self.define_removed(server, before).await,
+            Step::UndefineDomain { before, .. } => self.define_removed(server, before).await,
             Step::StartDomain { mark, .. } => self.stop_started(server, *mark).await,
             // Where there was some, the guest boots again instead of going on.
             Step::DropSavedMemory => Ok(()),

@@ -131,6 +131,29 @@ async fn no_text_in_any_field_does_harm() {
             rescue_server(with!(RescueServerRequest { server: server(), image: Some(t()) })),
             rescue_server(with!(RescueServerRequest { server: server(), admin_pass: Some(t()) })),
             unrescue_server(with!(UnrescueServerRequest { server: t() })),
+            lock_server(with!(LockServerRequest { server: t() })),
+            lock_server(with!(LockServerRequest { server: "none".to_owned(), reason: Some(t()) })),
+            unlock_server(with!(UnlockServerRequest { server: t() })),
+            update_server(with!(UpdateServerRequest {
+                server: server(),
+                update_mask: Some(prost_types::FieldMask { paths: vec![t()] })
+            })),
+            update_server(with!(UpdateServerRequest {
+                server: "none".to_owned(),
+                name: t(),
+                update_mask: Some(prost_types::FieldMask { paths: vec!["name".to_owned()] })
+            })),
+            update_server(with!(UpdateServerRequest {
+                server: "none".to_owned(),
+                tags: vec![t()],
+                update_mask: Some(prost_types::FieldMask { paths: vec!["tags".to_owned()] })
+            })),
+            reset_server_state(with!(ResetServerStateRequest { server: t() })),
+            restore_server(with!(RestoreServerRequest { server: t() })),
+            force_delete_server(with!(ForceDeleteServerRequest { server: t() })),
+            abandon_operation(with!(AbandonOperationRequest { name: t() })),
+            list_servers(with!(ListServersRequest { tags: vec![t()] })),
+            list_servers(with!(ListServersRequest { project_id: t() })),
             list_servers(with!(ListServersRequest { page_token: t() })),
             list_servers(with!(ListServersRequest { name_contains: t() })),
             list_servers(with!(ListServersRequest { statuses: vec![t()] })),

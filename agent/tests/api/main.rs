@@ -22,5 +22,6 @@ mod images;
 mod lists;
 mod operations;
 mod reasons;
+mod record;
 mod servers;
 mod watch;

@@ -108,7 +108,12 @@ fn listing(plan: &Plan) -> String {
                     before.as_deref().map_or("none".to_owned(), short)
                 ));
             }
-            Step::UndefineDomain { before } => detail(format!("before: {}", short(before))),
+            Step::UndefineDomain { before, tpm_goes } => {
+                detail(format!("before: {}", short(before)));
+                if *tpm_goes {
+                    detail("the TPM's state goes".to_owned());
+                }
+            }
             Step::StartDomain { mark, fresh } => {
                 detail(format!("{mark:?}{}", if *fresh { ", fresh" } else { "" }))
             }

@@ -218,7 +218,7 @@ pub(crate) fn server(server: &v1::Server) -> String {
 fn record_fields(fields: &mut Fields, server: &v1::Server) {
     let timeout = server.shutdown_timeout.as_ref().and_then(from_api);
     let autostart = match (server.autostart, server.autostart_order) {
-        (false, _) => "no".to_owned(),
+        (false, _) => String::new(),
         (true, None) => "yes".to_owned(),
         (true, Some(order)) => format!("yes, place {order}"),
     };

@@ -27,6 +27,7 @@ mod lifecycle;
 mod owners;
 mod password;
 mod power;
+mod record;
 mod rescue;
 mod rescue_modes;
 mod scene;

@@ -47,6 +47,7 @@ pub(super) fn plan(verb: Verb, server: &ServerRecord, facts: &Facts) -> Result<P
             Phase::Switch,
             Step::UndefineDomain {
                 before: domain.xml.clone(),
+                tpm_goes: server.origin == Origin::Created,
             },
         );
     }

@@ -348,6 +348,7 @@ fn switch() -> Vec<Step> {
         },
         Step::UndefineDomain {
             before: text("<domain/>"),
+            tpm_goes: true,
         },
         Step::StartDomain {
             mark: Mark::Own,

@@ -468,6 +468,11 @@ impl Fuzz<'_> {
                     },
                     origin: if self.chance(30) { self.bad_enum() } else { 0 },
                     project_id: self.maybe_id(),
+                    tags: if self.chance(30) {
+                        vec![self.word()]
+                    } else {
+                        Vec::new()
+                    },
                     ..Default::default()
                 };
                 one(servers, "ListServers", &request)
