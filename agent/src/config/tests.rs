@@ -101,6 +101,8 @@ timeout = "2h"
 [shutdown]
 timeout = "0"
 retry_interval = "1s"
+[delete]
+reclaim_interval = "7d"
 [storage]
 reserve = "0"
 max_image_size = "1TiB"
@@ -136,6 +138,10 @@ fn every_setting_can_be_set() {
     assert_eq!(config.libvirt.keepalive_count, 5);
     assert_eq!(config.rescue.default_image.as_deref(), Some("rescue-13"));
     assert_eq!(config.rescue.timeout, Some(Duration::from_secs(7200)));
+    assert_eq!(
+        config.delete.reclaim_interval,
+        Duration::from_secs(7 * 86_400)
+    );
     assert_eq!(config.shutdown.timeout, Duration::ZERO);
     assert_eq!(config.storage.reserve.bytes(), 0);
     assert!(!config.api.reflection);

@@ -780,7 +780,8 @@ impl World {
             assert_eq!(self.host.saved, None);
         }
         if let Some(server) = self.record.clone() {
-            let delete = [Verb::Delete, Verb::ForceDelete][usize::from(self.plans % 2 == 0)];
+            let delete =
+                [Verb::Delete, Verb::ForceDelete][usize::from(self.plans.is_multiple_of(2))];
             self.act(delete, 0, End::Succeeds);
             assert_eq!(self.record, None);
             assert_eq!((&self.host.defined, &self.host.running), (&None, &None));
