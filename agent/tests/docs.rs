@@ -268,6 +268,7 @@ fn about(step: &Step) -> &'static str {
         Step::RemoveFolder { .. } => "removes a folder of the server",
         Step::ReleaseImage { .. } => "lets go of an image",
         Step::DropSavedDefinition => "forgets the saved definition",
+        Step::KnowDefinition { .. } => "notes a definition as the server's own",
     }
 }
 
@@ -353,5 +354,6 @@ fn steps() -> Vec<Step> {
             holder: text(),
         },
         Step::DropSavedDefinition,
+        Step::KnowDefinition { xml: text() },
     ]
 }

@@ -304,6 +304,10 @@ pub(crate) enum PlanCommand {
     Rescue(RescueArgs),
     /// What `server unrescue` would do.
     Unrescue(UnrescueArgs),
+    /// What `server drift --accept` would do.
+    AcceptDrift(ServerArg),
+    /// What `server drift --restore` would do.
+    RestoreDefinition(ServerArg),
 }
 
 /// Reads the socket's path; `unix:PATH` is how the agent's configuration has it.

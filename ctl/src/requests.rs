@@ -221,3 +221,19 @@ pub(crate) fn unrescue(args: &UnrescueArgs) -> v1::UnrescueServerRequest {
         shutdown_timeout: args.shutdown.shutdown_timeout.map(to_api),
     }
 }
+
+/// `AcceptServerDrift`.
+pub(crate) fn accept_drift(server: String) -> v1::AcceptServerDriftRequest {
+    v1::AcceptServerDriftRequest {
+        request_id: String::new(),
+        server,
+    }
+}
+
+/// `RestoreServerDefinition`.
+pub(crate) fn restore_definition(server: String) -> v1::RestoreServerDefinitionRequest {
+    v1::RestoreServerDefinitionRequest {
+        request_id: String::new(),
+        server,
+    }
+}

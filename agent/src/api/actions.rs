@@ -189,7 +189,10 @@ fn fill(action: &mut Action, image: Option<uuid::Uuid>, password: Option<CryptHa
         | Action::Start
         | Action::Stop(_)
         | Action::Unrescue(_)
-        | Action::DeliverPassword => return,
+        | Action::DeliverPassword
+        | Action::AcceptDrift
+        | Action::RestoreDefinition
+        | Action::StartRescue => return,
     };
     if let Some(field) = image_field {
         *field = image;

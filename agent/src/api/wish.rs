@@ -255,7 +255,13 @@ macro_rules! ask_plain {
     };
 }
 
-ask_plain! { ReleaseServerRequest: Release, DeleteServerRequest: Delete, StartServerRequest: Start }
+ask_plain! {
+    ReleaseServerRequest: Release,
+    DeleteServerRequest: Delete,
+    StartServerRequest: Start,
+    AcceptServerDriftRequest: AcceptDrift,
+    RestoreServerDefinitionRequest: RestoreDefinition
+}
 
 impl Ask for v1::StopServerRequest {
     const VERB: Verb = Verb::Stop;

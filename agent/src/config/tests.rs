@@ -110,6 +110,9 @@ reflection = false
 keep = 5_000
 [operations]
 keep = "7d"
+[policy]
+crashed = "start"
+stopped_by_itself = "start"
 [log]
 format = "json"
 level = "debug"
@@ -136,6 +139,8 @@ fn every_setting_can_be_set() {
     assert_eq!(config.storage.reserve.bytes(), 0);
     assert!(!config.api.reflection);
     assert_eq!(config.events.keep, 5000);
+    assert_eq!(config.policy.crashed, Reaction::Start);
+    assert_eq!(config.policy.stopped_by_itself, Reaction::Start);
     assert_eq!(config.log.format, LogFormat::Json);
     assert_eq!(config.drain.timeout, Duration::from_millis(500));
 }

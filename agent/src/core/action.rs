@@ -36,6 +36,12 @@ named_states! {
         Unrescue = "unrescue",
         /// Hand the rescue's password to the guest agent, once it answers. Only the agent asks for it.
         DeliverPassword = "deliverPassword",
+        /// Take a definition that somebody changed for the server's own from now on.
+        AcceptDrift = "acceptDrift",
+        /// Define the domain again as it was before somebody changed it.
+        RestoreDefinition = "restoreDefinition",
+        /// Start a rescue guest that went down with its host. Only the agent asks for it.
+        StartRescue = "startRescue",
     }
 }
 
@@ -53,11 +59,14 @@ impl Verb {
             Self::Rescue => Some(TaskState::Rescuing),
             Self::Unrescue => Some(TaskState::Unrescuing),
             Self::DeliverPassword => Some(TaskState::UpdatingPassword),
+            // What runs is not touched.
+            Self::AcceptDrift | Self::RestoreDefinition => None,
+            Self::StartRescue => Some(TaskState::PoweringOn),
         }
     }
 
     /// Does it cancel what is under way instead of being refused? Everything that users ask for
-    /// overtakes what the agent does of its own; a delete overtakes everything but another delete.
+    /// overtakes the delivery of a password; a delete overtakes everything but another delete.
     #[must_use]
     pub const fn overtakes(self, under_way: Self) -> bool {
         match self {
@@ -68,8 +77,10 @@ impl Verb {
             | Self::Start
             | Self::Stop
             | Self::Rescue
-            | Self::Unrescue => matches!(under_way, Self::DeliverPassword),
-            Self::DeliverPassword => false,
+            | Self::Unrescue
+            | Self::AcceptDrift
+            | Self::RestoreDefinition => matches!(under_way, Self::DeliverPassword),
+            Self::DeliverPassword | Self::StartRescue => false,
         }
     }
 }
@@ -201,6 +212,12 @@ pub enum Action {
     Unrescue(UnrescueArgs),
     /// See [`Verb::DeliverPassword`].
     DeliverPassword,
+    /// See [`Verb::AcceptDrift`].
+    AcceptDrift,
+    /// See [`Verb::RestoreDefinition`].
+    RestoreDefinition,
+    /// See [`Verb::StartRescue`].
+    StartRescue,
 }
 
 impl Action {
@@ -217,6 +234,9 @@ impl Action {
             Self::Rescue(_) => Verb::Rescue,
             Self::Unrescue(_) => Verb::Unrescue,
             Self::DeliverPassword => Verb::DeliverPassword,
+            Self::AcceptDrift => Verb::AcceptDrift,
+            Self::RestoreDefinition => Verb::RestoreDefinition,
+            Self::StartRescue => Verb::StartRescue,
         }
     }
 }

@@ -115,13 +115,25 @@ pub const fn allowed(verb: Verb, vm_state: VmState) -> Allowed {
             | S::Shelved
             | S::ShelvedOffloaded => No,
         },
-        Verb::DeliverPassword => match vm_state {
+        Verb::DeliverPassword | Verb::StartRescue => match vm_state {
             S::Rescued => Yes,
             S::Building
             | S::Active
             | S::Paused
             | S::Suspended
             | S::Stopped
+            | S::Resized
+            | S::SoftDeleted
+            | S::Deleted
+            | S::Error
+            | S::Shelved
+            | S::ShelvedOffloaded => No,
+        },
+        // While a rescue is in force the definition is the rescue's.
+        Verb::AcceptDrift | Verb::RestoreDefinition => match vm_state {
+            S::Active | S::Paused | S::Suspended | S::Stopped => Yes,
+            S::Building
+            | S::Rescued
             | S::Resized
             | S::SoftDeleted
             | S::Deleted
@@ -136,7 +148,10 @@ pub const fn allowed(verb: Verb, vm_state: VmState) -> Allowed {
 const fn advice(verb: Verb, vm_state: VmState) -> &'static str {
     match (verb, vm_state) {
         (Verb::Rescue, VmState::Rescued) => "unrescue it first",
-        (Verb::Start | Verb::Stop | Verb::Release, VmState::Rescued) => "unrescue it",
+        (
+            Verb::Start | Verb::Stop | Verb::Release | Verb::AcceptDrift | Verb::RestoreDefinition,
+            VmState::Rescued,
+        ) => "unrescue it",
         (Verb::Start, VmState::Active) => "it is started already",
         (Verb::Stop, VmState::Stopped) => "it is stopped already",
         (Verb::Start, VmState::Error) => "stop it first, or unrescue it if a rescue is in force",

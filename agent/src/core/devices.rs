@@ -45,7 +45,11 @@ pub fn devices(domain: &Domain) -> Devices {
             model: nic.model.unwrap_or_default(),
         })
         .collect();
-    Devices { disks, nics }
+    Devices {
+        disks,
+        nics,
+        flavor: None,
+    }
 }
 
 fn source_name(source: &DiskSource) -> String {
@@ -65,4 +69,11 @@ fn source_name(source: &DiskSource) -> String {
 #[must_use]
 pub fn may_follow(server: &ServerRecord) -> bool {
     server.operation.is_none() && server.rescue.is_none() && server.vm_state != VmState::Rescued
+}
+
+/// Is the definition another than the one that is known to be the server's own? Both are as libvirt
+/// prints them, so what libvirt adds is in both. Another name is no drift: records follow names.
+#[must_use]
+pub fn drifted(known: &str, current: &str) -> bool {
+    !salvor_domain_templates::same_but_for_the_name(known, current)
 }

@@ -211,6 +211,11 @@ pub enum Step {
     },
     /// The saved definition is no longer needed.
     DropSavedDefinition,
+    /// This definition is known to be the server's own, once the outcome stands.
+    KnowDefinition {
+        /// As libvirt printed it, with security info.
+        xml: String,
+    },
 }
 
 impl Step {
@@ -239,6 +244,7 @@ impl Step {
             Self::RemoveFolder { .. } => "RemoveFolder",
             Self::ReleaseImage { .. } => "ReleaseImage",
             Self::DropSavedDefinition => "DropSavedDefinition",
+            Self::KnowDefinition { .. } => "KnowDefinition",
         }
     }
 
@@ -290,6 +296,7 @@ impl Step {
             Self::RemoveFolder { path } => format!("remove {path}"),
             Self::ReleaseImage { image, .. } => format!("let go of image {image}"),
             Self::DropSavedDefinition => "forget the saved definition".to_owned(),
+            Self::KnowDefinition { .. } => "note the definition as the server's own".to_owned(),
         }
     }
 
@@ -309,7 +316,8 @@ impl Step {
             | Self::PutOwnersBack { .. }
             | Self::MarkCommitStarted
             | Self::ReleaseImage { .. }
-            | Self::DropSavedDefinition => 30_000,
+            | Self::DropSavedDefinition
+            | Self::KnowDefinition { .. } => 30_000,
             Self::CreateOverlay { .. }
             | Self::EmptyOverlay { .. }
             | Self::BuildConfigDrive { .. }
@@ -358,7 +366,8 @@ impl Step {
             | Self::SetUserPassword { .. }
             | Self::RemoveFolder { .. }
             | Self::ReleaseImage { .. }
-            | Self::DropSavedDefinition => None,
+            | Self::DropSavedDefinition
+            | Self::KnowDefinition { .. } => None,
         }
     }
 
@@ -388,7 +397,8 @@ impl Step {
             | Self::DropSavedMemory
             | Self::SetUserPassword { .. }
             | Self::ReleaseImage { .. }
-            | Self::DropSavedDefinition => Vec::new(),
+            | Self::DropSavedDefinition
+            | Self::KnowDefinition { .. } => Vec::new(),
         }
     }
 }

@@ -244,6 +244,9 @@ pub struct Devices {
     pub disks: Vec<DiskSummary>,
     /// Interfaces.
     pub nics: Vec<NicSummary>,
+    /// Its size, where the record is to follow that as well.
+    #[serde(default)]
+    pub flavor: Option<Flavor>,
 }
 
 /// A server.
@@ -300,6 +303,10 @@ pub struct ServerRecord {
     /// How the guest is not as it should be.
     #[serde(default)]
     pub mismatch: Option<Mismatched>,
+    /// Since when its definition is another than what is known to be its own, in milliseconds since the
+    /// Unix epoch.
+    #[serde(default)]
+    pub drift_since_ms: Option<i64>,
 }
 
 impl ServerRecord {
@@ -320,6 +327,9 @@ impl ServerRecord {
         if others {
             self.disks.clone_from(&devices.disks);
             self.nics.clone_from(&devices.nics);
+        }
+        if let Some(flavor) = devices.flavor {
+            self.flavor = flavor;
         }
         others
     }

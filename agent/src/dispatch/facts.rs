@@ -61,7 +61,10 @@ impl Dispatcher {
             | Action::Start
             | Action::Stop(_)
             | Action::Unrescue(_)
-            | Action::DeliverPassword => None,
+            | Action::DeliverPassword
+            | Action::AcceptDrift
+            | Action::RestoreDefinition
+            | Action::StartRescue => None,
         };
         let image = match image {
             Some(image) => self.image_facts(id, image).await?,
@@ -84,6 +87,10 @@ impl Dispatcher {
             Action::Delete => server.filter(commit_begun),
             _ => None,
         };
+        let known_xml = match action {
+            Action::RestoreDefinition => self.store.known_definition(id).await.map_err(refused)?,
+            _ => None,
+        };
         let host = self.host_facts(id).await?;
         let capacity = match action {
             Action::Create(args) => {
@@ -99,6 +106,7 @@ impl Dispatcher {
             domain,
             image,
             saved_xml,
+            known_xml,
             commit_space: match committed {
                 Some(server) => commit_space(server).await,
                 None => BTreeMap::new(),

@@ -4,6 +4,7 @@
 //! This is the one way in. The API, the timers and the observers all submit their actions here, so
 //! that each is admitted, planned and journaled alike. It knows no step and makes no change itself.
 
+mod drift;
 mod facts;
 mod preview;
 
@@ -13,6 +14,7 @@ use salvor_domain_templates::Templates;
 use tokio::sync::watch;
 use uuid::Uuid;
 
+pub use drift::Drift;
 pub use preview::Preview;
 
 use crate::{

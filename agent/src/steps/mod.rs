@@ -133,6 +133,7 @@ impl StepRunner for Steps {
             Step::RemoveFolder { path } => self.remove_folder(job(), path).await,
             Step::ReleaseImage { image, holder } => self.release_image(*image, holder).await,
             Step::DropSavedDefinition => self.drop_saved_definition(server).await,
+            Step::KnowDefinition { xml } => self.know_definition(server, plan, xml).await,
         }
         .map(|report| report.unwrap_or_default())
     }
@@ -179,6 +180,8 @@ impl StepRunner for Steps {
             Step::DropSavedMemory => Ok(()),
             // The password before is not known, and a rescue guest that takes another one is no worse.
             Step::SetUserPassword { .. } => Ok(()),
+            // It goes with the operation.
+            Step::KnowDefinition { .. } => Ok(()),
             // Clean-up is never taken back.
             Step::RemoveFolder { .. } | Step::ReleaseImage { .. } | Step::DropSavedDefinition => {
                 Ok(())
@@ -190,7 +193,7 @@ impl StepRunner for Steps {
         let server = context.plan.server;
         match step {
             Step::PowerOff { .. } => self.is_off(server).await,
-            Step::DefineDomain { xml, mark, .. } => self.is_defined(server, xml, *mark).await,
+            Step::DefineDomain { xml, mark, .. } => self.is_defined(context.plan, xml, *mark).await,
             Step::UndefineDomain { .. } => self.is_undefined(server).await,
             Step::StartDomain { mark, .. } => {
                 let started = self.is_started(server, *mark).await?;
@@ -216,7 +219,8 @@ impl StepRunner for Steps {
             | Step::SetUserPassword { .. }
             | Step::RemoveFolder { .. }
             | Step::ReleaseImage { .. }
-            | Step::DropSavedDefinition => Ok(false),
+            | Step::DropSavedDefinition
+            | Step::KnowDefinition { .. } => Ok(false),
         }
     }
 

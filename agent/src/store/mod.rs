@@ -14,6 +14,7 @@ mod documents;
 mod events;
 mod images;
 mod journal;
+mod known;
 mod observations;
 mod room;
 mod schema;

@@ -16,7 +16,8 @@ use crate::bench::{created_xml, record, rescue_args, rescued};
 /// it is admitted, `if:` or `unless:` a rescue is in force, and after `|` what it overtakes. `*` marks what
 /// Nova does not do so: it has no adopted servers and nothing to release; it rescues a half-rescued server in
 /// ERROR again and loses its way back, and cannot unrescue it; it stops a half-rescued one and calls it stopped.
-/// Nova's delete does not cancel what is under way, but races with it.
+/// Nova's delete does not cancel what is under way, but races with it. It knows no drift, and starts no rescue
+/// guest after a reboot of its host.
 const TABLE: &str = "
     delete: building active paused suspended stopped rescued resized soft-delete error shelved shelved_offloaded
         | all-but* delete
@@ -26,6 +27,9 @@ const TABLE: &str = "
     rescue: unless:active* unless:stopped* unless:error* | deliverPassword*
     unrescue: rescued if:error* | deliverPassword*
     deliverPassword: rescued* |
+    acceptDrift: active* paused* suspended* stopped* | deliverPassword*
+    restoreDefinition: active* paused* suspended* stopped* | deliverPassword*
+    startRescue: rescued* |
     create: | deliverPassword*
     adopt: | deliverPassword*
 ";

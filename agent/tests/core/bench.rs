@@ -79,6 +79,7 @@ pub(crate) fn record(origin: Origin, vm_state: VmState) -> ServerRecord {
         hostname: String::new(),
         public_keys: BTreeMap::new(),
         mismatch: None,
+        drift_since_ms: None,
     }
 }
 
@@ -153,6 +154,7 @@ pub(crate) fn facts(domain: Option<DomainFacts>, image: Option<ImageFacts>) -> F
         domain,
         image,
         saved_xml: None,
+        known_xml: None,
         commit_space: BTreeMap::new(),
         commit_references: BTreeMap::new(),
     }

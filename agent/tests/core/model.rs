@@ -101,6 +101,9 @@ impl Host {
                 self.holders.remove(holder);
             }
             Step::DropSavedDefinition => self.saved = None,
+            Step::KnowDefinition { xml } => {
+                assert!(!is_rescue(xml), "what is known is the server's own");
+            }
         }
     }
 
@@ -142,7 +145,8 @@ impl Host {
             | Step::SetUserPassword { .. }
             | Step::RemoveFolder { .. }
             | Step::ReleaseImage { .. }
-            | Step::DropSavedDefinition => {}
+            | Step::DropSavedDefinition
+            | Step::KnowDefinition { .. } => {}
         }
     }
 }
@@ -243,6 +247,9 @@ impl World {
                 ..self.sane_unrescue(choice)
             }),
             Verb::DeliverPassword => Action::DeliverPassword,
+            Verb::AcceptDrift => Action::AcceptDrift,
+            Verb::RestoreDefinition => Action::RestoreDefinition,
+            Verb::StartRescue => Action::StartRescue,
         }
     }
 
@@ -278,6 +285,7 @@ impl World {
         let mut facts = facts(domain, image);
         facts.plan = Uuid::from_u128(0x1000 + self.plans);
         facts.host.now_ms = self.clock;
+        facts.known_xml.clone_from(&self.own);
         facts.saved_xml = self.host.saved.as_ref().map(|(_, xml)| xml.clone());
         let rescue = self
             .record
@@ -323,6 +331,10 @@ impl World {
         };
         self.check_plan(&plan);
         if verb == Verb::DeliverPassword && self.host.running.is_none() {
+            return;
+        }
+        // Only what is off is started.
+        if verb == Verb::StartRescue && self.host.running.is_some() {
             return;
         }
         self.carry_out(&plan, end);

@@ -12,6 +12,7 @@ mod crash;
 mod disks;
 mod dispatch;
 mod documents;
+mod drift;
 mod gate;
 mod host;
 mod observe;

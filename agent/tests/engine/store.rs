@@ -59,6 +59,7 @@ fn server(id: Uuid) -> ServerRecord {
         hostname: String::new(),
         public_keys: BTreeMap::new(),
         mismatch: None,
+        drift_since_ms: None,
     }
 }
 

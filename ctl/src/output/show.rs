@@ -173,6 +173,16 @@ pub(crate) fn server(server: &v1::Server) -> String {
             ),
         );
     }
+    if let Some(since) = &server.drift_time {
+        fields.add(
+            "drift",
+            format!(
+                "the definition was changed past the agent, since {} at the latest (salvor server drift {})",
+                show_time(Some(since)),
+                server.id
+            ),
+        );
+    }
     fields
         .add(
             "origin",

@@ -48,6 +48,7 @@ pub(in crate::api) fn server(record: &ServerRecord) -> v1::Server {
             .map(|(key, value)| (key.clone(), value.clone()))
             .collect(),
         hostname: record.hostname.clone(),
+        drift_time: record.drift_since_ms.map(timestamp),
         mismatch: record.mismatch.map(|mismatch| v1::Mismatch {
             kind: mismatch.what.name().to_owned(),
             advice: mismatch.what.advice().to_owned(),
@@ -212,6 +213,7 @@ pub(in crate::api) mod tests {
             hostname: "web".to_owned(),
             public_keys: BTreeMap::new(),
             mismatch: None,
+            drift_since_ms: None,
         }
     }
 

@@ -400,7 +400,7 @@ fn derived_mac(id: Uuid, index: u8) -> String {
 }
 
 fn record(args: &CreateArgs, facts: &Facts, rendered: &Domain) -> ServerRecord {
-    let Devices { disks, nics } = devices(rendered);
+    let Devices { disks, nics, .. } = devices(rendered);
     let now = facts.host.now_ms;
     ServerRecord {
         id: args.id,
@@ -432,5 +432,6 @@ fn record(args: &CreateArgs, facts: &Facts, rendered: &Domain) -> ServerRecord {
         hostname: args.hostname.clone(),
         public_keys: args.public_keys.clone(),
         mismatch: None,
+        drift_since_ms: None,
     }
 }

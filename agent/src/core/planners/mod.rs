@@ -5,8 +5,10 @@
 //! A planner refuses what it can see to be impossible; what it returns is meant to succeed.
 
 mod adopt;
+mod comeback;
 mod create;
 mod delete;
+mod drift;
 mod power;
 mod protect;
 mod rescue;
@@ -50,6 +52,9 @@ pub fn plan(
         (Action::Rescue(args), Some(server)) => rescue::plan(server, args, facts, templates),
         (Action::Unrescue(args), Some(server)) => unrescue::plan(server, args, facts),
         (Action::DeliverPassword, Some(server)) => rescue::deliver_password(server, facts),
+        (Action::AcceptDrift, Some(server)) => drift::accept(server, facts),
+        (Action::RestoreDefinition, Some(server)) => drift::restore(server, facts),
+        (Action::StartRescue, Some(server)) => comeback::start_rescue(server, facts),
         (Action::Create(_) | Action::Adopt(_), Some(server)) => Err(Refusal::new(
             Reason::ServerExists,
             format!("there is a server {} already", server.id),
@@ -61,7 +66,10 @@ pub fn plan(
             | Action::Stop(_)
             | Action::Rescue(_)
             | Action::Unrescue(_)
-            | Action::DeliverPassword,
+            | Action::DeliverPassword
+            | Action::AcceptDrift
+            | Action::RestoreDefinition
+            | Action::StartRescue,
             None,
         ) => Err(Refusal::new(
             Reason::ServerNotFound,

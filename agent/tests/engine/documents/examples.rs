@@ -146,6 +146,7 @@ pub(super) fn server() -> ServerRecord {
             what: Mismatch::IoError,
             since_ms: 1_700_000_000_400,
         }),
+        drift_since_ms: Some(1_700_000_000_500),
     }
 }
 
@@ -306,6 +307,9 @@ fn clean_up() -> Vec<Step> {
             holder: text("servers/5e710000/rescue/91a00000"),
         },
         Step::DropSavedDefinition,
+        Step::KnowDefinition {
+            xml: text("<domain/>"),
+        },
     ]
 }
 
@@ -327,6 +331,7 @@ pub(super) fn plans() -> Vec<(&'static str, Plan)> {
         devices: Some(Devices {
             disks: disks(),
             nics: nics(),
+            flavor: Some(server().flavor),
         }),
     };
     let every_step = Plan {
