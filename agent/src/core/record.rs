@@ -307,6 +307,17 @@ pub struct ServerRecord {
     /// Unix epoch.
     #[serde(default)]
     pub drift_since_ms: Option<i64>,
+    /// Is it started again after a reboot of its host, if it ran before?
+    #[serde(default = "yes")]
+    pub autostart: bool,
+    /// Those with lower numbers are started first; of one number in the order of their making.
+    #[serde(default)]
+    pub autostart_order: u32,
+}
+
+/// What was so before it could be said.
+const fn yes() -> bool {
+    true
 }
 
 impl ServerRecord {

@@ -8,6 +8,7 @@
 //! An event is only a hint: the domain is asked for its state, and that is what is recorded. Whatever
 //! is missed is found by the next look at everything.
 
+mod autostart;
 mod due;
 
 use std::{
@@ -40,6 +41,7 @@ use crate::{
     },
     store::{Store, StoreResult},
 };
+pub use autostart::Autostart;
 use due::Tried;
 
 /// So many due actions are submitted at a time. Each may wait for a domain that is slow to answer.
@@ -103,6 +105,7 @@ pub struct Observer {
     /// Everything is looked at so often, whatever events say.
     resync_interval: Duration,
     policy: Policy,
+    autostart: Option<Autostart>,
     /// Who may submit an action that is due.
     acts: Arc<Semaphore>,
     /// Who may read a definition.
@@ -124,6 +127,7 @@ impl Observer {
             dispatcher,
             resync_interval,
             policy: Policy::default(),
+            autostart: None,
             acts: Arc::new(Semaphore::new(ACTS)),
             reads: Arc::new(Semaphore::new(READS)),
         }
@@ -135,12 +139,24 @@ impl Observer {
         Self { policy, ..self }
     }
 
+    /// The same, and servers that are to come back ([`Store::note_boot`]) do.
+    #[must_use]
+    pub fn with_autostart(self, autostart: Autostart) -> Self {
+        Self {
+            autostart: Some(autostart),
+            ..self
+        }
+    }
+
     /// Observes until `stop` is true.
     pub async fn run(self, stop: watch::Receiver<bool>) {
         Arc::new(self).observe(stop).await;
     }
 
     async fn observe(self: Arc<Self>, mut stop: watch::Receiver<bool>) {
+        if let Some(how) = self.autostart {
+            tokio::spawn(Arc::clone(&self).bring_back(how, stop.clone()));
+        }
         let mut questions = Questions::default();
         let mut events = self.hypervisor.events();
         let mut revision = self.store.revision();

@@ -9,6 +9,7 @@
 //! a power cut is synced before the call returns, the progress of steps is not. Progress that a power
 //! cut takes away costs nothing, for a step may be applied again.
 
+mod autostart;
 mod definitions;
 mod documents;
 mod events;

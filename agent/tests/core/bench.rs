@@ -80,6 +80,8 @@ pub(crate) fn record(origin: Origin, vm_state: VmState) -> ServerRecord {
         public_keys: BTreeMap::new(),
         mismatch: None,
         drift_since_ms: None,
+        autostart: true,
+        autostart_order: 0,
     }
 }
 

@@ -8,6 +8,7 @@
     clippy::indexing_slicing
 )]
 
+mod autostart;
 mod crash;
 mod disks;
 mod dispatch;

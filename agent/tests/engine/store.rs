@@ -60,6 +60,8 @@ fn server(id: Uuid) -> ServerRecord {
         public_keys: BTreeMap::new(),
         mismatch: None,
         drift_since_ms: None,
+        autostart: true,
+        autostart_order: 0,
     }
 }
 

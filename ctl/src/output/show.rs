@@ -433,6 +433,19 @@ pub(crate) fn host(host: &v1::Host) -> String {
             words(&[&call.call, &about, &format!("({age})")]),
         );
     }
+    if let Some(autostart) = &host.autostart {
+        fields.add(
+            "after reboot",
+            format!(
+                "{} started, {} waiting, {} left alone, {} failed",
+                autostart.started, autostart.waiting, autostart.left_alone, autostart.failed
+            ),
+        );
+        for note in &autostart.notes {
+            let note = format!("{} {}: {}", note.server_id, note.state, note.message);
+            fields.add("", note);
+        }
+    }
     fields.add("revision", host.revision.to_string());
     fields.render()
 }

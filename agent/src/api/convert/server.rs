@@ -214,6 +214,8 @@ pub(in crate::api) mod tests {
             public_keys: BTreeMap::new(),
             mismatch: None,
             drift_since_ms: None,
+            autostart: true,
+            autostart_order: 0,
         }
     }
 

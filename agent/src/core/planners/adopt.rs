@@ -84,6 +84,8 @@ pub(super) fn plan(args: &AdoptArgs, facts: &Facts) -> Result<Plan, Refusal> {
         public_keys: BTreeMap::new(),
         mismatch: None,
         drift_since_ms: None,
+        autostart: true,
+        autostart_order: 0,
     };
     let mut builder = Builder::new(Verb::Adopt, domain.id, facts);
     builder.step(

@@ -433,5 +433,7 @@ fn record(args: &CreateArgs, facts: &Facts, rendered: &Domain) -> ServerRecord {
         public_keys: args.public_keys.clone(),
         mismatch: None,
         drift_since_ms: None,
+        autostart: true,
+        autostart_order: 0,
     }
 }

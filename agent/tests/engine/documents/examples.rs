@@ -147,6 +147,8 @@ pub(super) fn server() -> ServerRecord {
             since_ms: 1_700_000_000_400,
         }),
         drift_since_ms: Some(1_700_000_000_500),
+        autostart: false,
+        autostart_order: 7,
     }
 }
 
