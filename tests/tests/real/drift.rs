@@ -43,11 +43,14 @@ async fn restore(scene: &mut Scene<'_>, id: Uuid) -> Server {
     scene.client.wait(&operation).await.done().server.unwrap()
 }
 
-/// Somebody gives it a console with a password and more memory, as with `virsh edit`.
-fn edit(scene: &Scene<'_>, id: Uuid) -> String {
+/// A console with a password, and a device that needs no bus of its own.
+const CONSOLE: &str = "<graphics type='vnc' port='-1' passwd='s3cret'/>";
+const TABLET: &str = "<input type='tablet' bus='virtio'/>";
+
+/// Somebody gives it a device, as with `virsh edit`.
+fn edit(scene: &Scene<'_>, id: Uuid, device: &str) -> String {
     let xml = scene.libvirt.inactive_xml(id).unwrap();
-    let device = "<graphics type='vnc' port='-1' passwd='s3cret'/></devices>";
-    let edited = xml.replace("</devices>", device);
+    let edited = xml.replace("</devices>", &format!("{device}</devices>"));
     scene.libvirt.define(&edited).unwrap();
     scene.libvirt.inactive_xml(id).unwrap()
 }
@@ -65,7 +68,7 @@ async fn what_somebody_edits_is_shown_and_accepted_or_put_back_while_the_guest_r
     assert!(!drift(&mut scene, id).await.drifted);
 
     let own = scene.libvirt.inactive_xml(id).unwrap();
-    let edited = edit(&scene, id);
+    let edited = edit(&scene, id, CONSOLE);
     until_drifted(&mut scene, id).await;
     let shown = drift(&mut scene, id).await;
     assert!(shown.drifted && shown.since.is_some(), "{shown:?}");
@@ -80,7 +83,7 @@ async fn what_somebody_edits_is_shown_and_accepted_or_put_back_while_the_guest_r
     assert_eq!(scene.libvirt.inactive_xml(id).unwrap(), own);
     assert!(!drift(&mut scene, id).await.drifted);
 
-    edit(&scene, id);
+    edit(&scene, id, CONSOLE);
     until_drifted(&mut scene, id).await;
     let server = accept(&mut scene, id).await;
     assert!(server.drift_time.is_none());
@@ -125,11 +128,11 @@ async fn what_libvirt_does_to_a_definition_is_no_drift_and_a_rescue_hides_none()
     scene.restart().await;
     scene.wait_power(id, PowerState::Running).await;
 
-    edit(&scene, id);
+    edit(&scene, id, TABLET);
     until_drifted(&mut scene, id).await;
     scene.rescue(rescue_with(id, &image)).await;
     let rescued = drift(&mut scene, id).await;
-    assert!(rescued.diff.contains("<graphics"), "{}", rescued.diff);
+    assert!(rescued.diff.contains("type='tablet'"), "{}", rescued.diff);
     assert!(!rescued.diff.contains("salvor-rescue"), "{}", rescued.diff);
     scene.unrescue(unrescue_of(id)).await;
     let server = restore(&mut scene, id).await;

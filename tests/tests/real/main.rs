@@ -12,6 +12,7 @@
 
 mod actor;
 mod adopted;
+mod autostart;
 mod crash;
 mod create;
 mod deploy;

@@ -164,32 +164,31 @@ async fn a_guest_whose_disk_is_full_says_so_and_goes_on_when_there_is_room() {
     let mut console = scene.console(id);
     console.wait_line(Mark::START, "TINY-READY hungry", SOON);
     scene.client.adopt(id).await;
+
+    // Nobody is there when it happens, and libvirt itself goes away after it.
+    scene.agent.kill_9();
     let filler = disk.use_up_bytes();
     console.send("d");
-
-    let full = "ioerror: no space on vda";
-    let says = |server: &Server| reason_of(server) == full;
+    scene.libvirt.wait_state(id, DomainState::Paused, SOON);
+    host.kill_libvirtd();
+    host.start_libvirtd();
+    scene.restart().await;
+    let says = |server: &Server| reason_of(server) == "ioerror: no space on vda";
     let server = scene.client.wait_server(id, "it says why", says).await;
     assert_eq!(
         (server.vm_state(), power_of(&server), mismatch_of(&server)),
         (VmState::Active, PowerState::Paused, "io-error")
     );
+
+    // Without room it is halted again at once, and now somebody hears it.
+    resume(&scene, id);
     let event = told(&scene, id, "io-error").await;
     assert_eq!(
         (event.reason.as_str(), event.action.as_str()),
         ("no space", "pause")
     );
     assert!(event.device.contains("virtio-disk0"), "{event:?}");
-
-    // An agent that was not there, with a libvirt that was not there, knows it as well.
-    scene.agent.kill_9();
-    std::fs::remove_dir_all(scene.agent.state_folder()).unwrap();
-    host.kill_libvirtd();
-    host.start_libvirtd();
-    scene.restart().await;
-    scene.client.adopt(id).await;
-    let server = scene.client.wait_server(id, "it says why", says).await;
-    assert_eq!(mismatch_of(&server), "io-error");
+    scene.client.wait_server(id, "it says why", says).await;
 
     std::fs::remove_file(filler).unwrap();
     resume(&scene, id);
