@@ -117,7 +117,7 @@ async fn servers_that_ran_come_back_in_their_order_and_others_do_not() {
 
 #[tokio::test]
 async fn a_server_that_cannot_be_started_is_told_of_and_holds_up_no_other() {
-    let (host, agent, ids) = host_with(3).await;
+    let (host, agent, _) = host_with(3).await;
     host.fake.host_reboot();
     agent.store.note_boot(SECOND_BOOT, true).await.unwrap();
     let refused = HypervisorError::Refused {
