@@ -134,7 +134,7 @@ async fn what_libvirt_does_to_a_definition_is_no_drift_and_a_rescue_hides_none()
     let rescued = drift(&mut scene, id).await;
     assert!(rescued.diff.contains("type='tablet'"), "{}", rescued.diff);
     assert!(!rescued.diff.contains("salvor-rescue"), "{}", rescued.diff);
-    scene.unrescue(unrescue_of(id)).await;
+    scene.client.unrescue(unrescue_of(id)).await.done();
     let server = restore(&mut scene, id).await;
     assert!(server.drift_time.is_none());
     scene.client.delete(id).await;
