@@ -302,6 +302,7 @@ fn about(step: &Step) -> &'static str {
         Step::SetGuestTime => "has the guest agent set the guest's clock",
         Step::InjectNmi => "injects an NMI",
         Step::DumpMemory { .. } => "writes the guest's memory to a file",
+        Step::KnowDefinition { .. } => "notes a definition as the server's own",
     }
 }
 
@@ -397,5 +398,6 @@ fn steps() -> Vec<Step> {
             path: text(),
             memory_kib: 0,
         },
+        Step::KnowDefinition { xml: text() },
     ]
 }

@@ -381,6 +381,10 @@ pub(crate) enum PlanCommand {
     Restore(ServerArg),
     /// What `server force-delete` would do.
     ForceDelete(ServerArg),
+    /// What `server drift --accept` would do.
+    AcceptDrift(ServerArg),
+    /// What `server drift --restore` would do.
+    RestoreDefinition(ServerArg),
 }
 
 /// What a header of a call can hold.

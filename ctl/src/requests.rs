@@ -376,3 +376,19 @@ pub(crate) fn force_delete(args: &ServerArg) -> v1::ForceDeleteServerRequest {
         server: args.server.clone(),
     }
 }
+
+/// `AcceptServerDrift`.
+pub(crate) fn accept_drift(server: String) -> v1::AcceptServerDriftRequest {
+    v1::AcceptServerDriftRequest {
+        request_id: String::new(),
+        server,
+    }
+}
+
+/// `RestoreServerDefinition`.
+pub(crate) fn restore_definition(server: String) -> v1::RestoreServerDefinitionRequest {
+    v1::RestoreServerDefinitionRequest {
+        request_id: String::new(),
+        server,
+    }
+}

@@ -218,7 +218,10 @@ fn fill(action: &mut Action, image: Option<uuid::Uuid>, password: Option<CryptHa
         | Action::SoftDelete
         | Action::Restore
         | Action::ForceDelete
-        | Action::Update(_) => return,
+        | Action::Update(_)
+        | Action::AcceptDrift
+        | Action::RestoreDefinition
+        | Action::StartRescue => return,
     };
     if let Some(field) = image_field {
         *field = image;

@@ -26,7 +26,7 @@ use super::{
     validate::Checked,
 };
 use crate::{
-    core::reason::Refusal,
+    core::{autostart::ComebackState, reason::Refusal},
     engine::now_ms,
     hypervisor::{HostFacts, Hypervisor, LinkState, StuckCall},
     storage::apart,
@@ -34,6 +34,9 @@ use crate::{
 
 /// GetHost waits so long for libvirt, then answers without it.
 const LIBVIRT: Duration = Duration::from_secs(2);
+
+/// So many notes about servers that come back are shown.
+const NOTES: usize = 100;
 
 /// What is known of the host besides what can be asked.
 pub(super) struct Known {
@@ -117,6 +120,7 @@ impl Api {
         let (link, since) = self.known.link.borrow().clone();
         let (facts, fresh) = self.facts(link == LinkState::Up).await;
         let (disk_total_bytes, disk_free_bytes) = self.space().await;
+        let autostart = self.autostart().await;
         let of = |pick: fn(&HostFacts) -> String| facts.as_ref().map(pick);
         let version =
             |pick: fn(&HostFacts) -> String| of(pick).filter(|_| fresh).unwrap_or_default();
@@ -154,7 +158,43 @@ impl Api {
             running_operations: u32::try_from(self.engine.under_way()).unwrap_or(u32::MAX),
             revision: *self.store.revision().borrow(),
             start_time: Some(timestamp(self.known.started_at_ms)),
+            autostart,
         }
+    }
+
+    /// How far servers have come back; `None` if none is to.
+    async fn autostart(&self) -> Option<v1::Autostart> {
+        let all = match self.store.comebacks().await {
+            Ok(all) if !all.is_empty() => all,
+            Ok(_) => return None,
+            Err(error) => {
+                tracing::error!(
+                    error = &error as &dyn std::error::Error,
+                    "which servers are to come back cannot be read"
+                );
+                return None;
+            }
+        };
+        let count = |state| {
+            let many = all.iter().filter(|comeback| comeback.state == state);
+            u32::try_from(many.count()).unwrap_or(u32::MAX)
+        };
+        Some(v1::Autostart {
+            waiting: count(ComebackState::Waiting),
+            started: count(ComebackState::Started),
+            left_alone: count(ComebackState::LeftAlone),
+            failed: count(ComebackState::Failed),
+            notes: all
+                .iter()
+                .filter(|comeback| !comeback.message.is_empty())
+                .take(NOTES)
+                .map(|comeback| v1::AutostartNote {
+                    server_id: comeback.server.to_string(),
+                    state: comeback.state.name().to_owned(),
+                    message: comeback.message.clone(),
+                })
+                .collect(),
+        })
     }
 
     /// Size and free bytes of the filesystem of the state folder; zeros if it cannot be asked.

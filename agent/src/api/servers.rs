@@ -13,7 +13,12 @@ use tonic::{Request, Response, Status};
 use super::{
     Api,
     actions::{Done, Preview},
-    convert::{operation::warnings, server::server, states::Wire, time::duration},
+    convert::{
+        operation::warnings,
+        server::server,
+        states::Wire,
+        time::{duration, timestamp},
+    },
     edge::Call,
     page::{self, PAGE_BYTES},
     resolve,
@@ -192,6 +197,18 @@ fn plan_response(preview: &Preview) -> v1::PlanActionResponse {
     }
 }
 
+async fn drift(api: &Api, word: &str) -> Checked<v1::GetServerDriftResponse> {
+    let server = resolve::server(&api.store, word)?;
+    let drift = api.dispatcher.drift(&server).await?;
+    let drifted = !drift.diff.is_empty();
+    Ok(v1::GetServerDriftResponse {
+        drifted,
+        diff: drift.diff,
+        since: server.drift_since_ms.filter(|_| drifted).map(timestamp),
+        unknown: !drift.known,
+    })
+}
+
 /// What every action answers besides what is its own.
 struct Answer {
     operation: Option<Operation>,
@@ -267,6 +284,15 @@ macro_rules! actions {
                 }))
             }
 
+            async fn get_server_drift(
+                &self,
+                request: Request<v1::GetServerDriftRequest>,
+            ) -> Result<Response<v1::GetServerDriftResponse>, Status> {
+                let (call, message) = Call::open(request)?;
+                let drift = drift(self, &message.server).await;
+                drift.map(Response::new).map_err(|refusal| call.refuse(&refusal))
+            }
+
             async fn plan_action(
                 &self,
                 request: Request<v1::PlanActionRequest>,
@@ -296,6 +322,8 @@ macro_rules! actions {
                     Some(A::ResetState(ask)) => self.preview(&call, ask).await,
                     Some(A::Restore(ask)) => self.preview(&call, ask).await,
                     Some(A::ForceDelete(ask)) => self.preview(&call, ask).await,
+                    Some(A::AcceptDrift(ask)) => self.preview(&call, ask).await,
+                    Some(A::RestoreDefinition(ask)) => self.preview(&call, ask).await,
                     None => Err(call.refuse(&Refusal::field("action", "must be given"))),
                 };
                 preview.map(|preview| Response::new(plan_response(&preview)))
@@ -344,4 +372,6 @@ actions! {
     reset_server_state: ResetServerStateRequest -> ResetServerStateResponse { operation }
     restore_server: RestoreServerRequest -> RestoreServerResponse { operation }
     force_delete_server: ForceDeleteServerRequest -> ForceDeleteServerResponse { operation, warnings }
+    accept_server_drift: AcceptServerDriftRequest -> AcceptServerDriftResponse { operation }
+    restore_server_definition: RestoreServerDefinitionRequest -> RestoreServerDefinitionResponse { operation }
 }

@@ -272,6 +272,8 @@ ask_plain! {
     ResumeServerRequest: Resume,
     TriggerCrashDumpRequest: CrashDump,
     DumpServerMemoryRequest: DumpMemory,
+    AcceptServerDriftRequest: AcceptDrift,
+    RestoreServerDefinitionRequest: RestoreDefinition,
 }
 
 impl Ask for v1::LockServerRequest {

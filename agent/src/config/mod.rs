@@ -32,7 +32,7 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 pub use self::settings::{
-    ApiConfig, Config, ConsoleConfig, DrainConfig, EventsConfig, LibvirtConfig, LogConfig,
+    ApiConfig, AutostartConfig, Config, ConsoleConfig, DrainConfig, EventsConfig, LibvirtConfig, LogConfig,
     LogFormat, LogLevel, OperationsConfig, PolicyConfig, Reaction, RescueConfig, ShutdownConfig,
     StorageConfig,
 };

@@ -274,6 +274,19 @@ settings! {
         stopped_by_itself: Reaction = Reaction::Record, OneOf(PhantomData::<Reaction>);
     }
 
+    /// What happens after a reboot of the host.
+    autostart: AutostartConfig {
+        /// Whether servers that ran before are started again, in the order of their numbers and of their making. libvirt's
+        /// own autostart flags are left as they are, and what libvirt has started is left alone.
+        enabled: bool = false, Flag;
+
+        /// How many are started at a time.
+        parallel: u32 = 2, Count { min: 1, max: 64 };
+
+        /// How long to wait before the first, once libvirt is there.
+        delay: Duration = Duration::ZERO, span(Duration::ZERO, secs(HOUR));
+    }
+
     /// The log, which goes to standard error.
     log: LogConfig {
         /// `human` is one line of text per event, `json` one object per line; `auto` is human on a terminal, else JSON.

@@ -116,6 +116,13 @@ reflection = false
 keep = 5_000
 [operations]
 keep = "7d"
+[policy]
+crashed = "start"
+stopped_by_itself = "start"
+[autostart]
+enabled = true
+parallel = 4
+delay = "10s"
 [log]
 format = "json"
 level = "debug"
@@ -146,6 +153,11 @@ fn every_setting_can_be_set() {
     assert_eq!(config.storage.reserve.bytes(), 0);
     assert!(!config.api.reflection);
     assert_eq!(config.events.keep, 5000);
+    assert_eq!(config.policy.crashed, Reaction::Start);
+    assert!(config.autostart.enabled);
+    assert_eq!(config.autostart.parallel, 4);
+    assert_eq!(config.autostart.delay, Duration::from_secs(10));
+    assert_eq!(config.policy.stopped_by_itself, Reaction::Start);
     assert_eq!(config.log.format, LogFormat::Json);
     assert_eq!(config.drain.timeout, Duration::from_millis(500));
 }

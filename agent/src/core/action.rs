@@ -69,6 +69,12 @@ named_states! {
         ForceDelete = "forceDelete",
         /// Change what the record says of the server.
         Update = "update",
+        /// Take a definition that somebody changed for the server's own from now on.
+        AcceptDrift = "acceptDrift",
+        /// Define the domain again as it was before somebody changed it.
+        RestoreDefinition = "restoreDefinition",
+        /// Start a rescue guest that went down with its host. Only the agent asks for it.
+        StartRescue = "startRescue",
     }
 }
 
@@ -108,9 +114,12 @@ impl Verb {
             | Self::CrashDump
             | Self::DumpMemory
             | Self::ChangePassword
+            | Self::AcceptDrift
+            | Self::RestoreDefinition
             | Self::Update => true,
             Self::Create
             | Self::Adopt
+            | Self::StartRescue
             | Self::DeliverPassword
             | Self::Lock
             | Self::Unlock
@@ -122,7 +131,7 @@ impl Verb {
     #[must_use]
     pub const fn is_for_admin(self) -> bool {
         match self {
-            Self::Adopt | Self::DeliverPassword | Self::ResetState => true,
+            Self::Adopt | Self::DeliverPassword | Self::StartRescue | Self::ResetState => true,
             Self::Create
             | Self::Release
             | Self::Delete
@@ -144,6 +153,8 @@ impl Verb {
             | Self::CrashDump
             | Self::DumpMemory
             | Self::ChangePassword
+            | Self::AcceptDrift
+            | Self::RestoreDefinition
             | Self::Update => false,
         }
     }
@@ -189,6 +200,9 @@ impl Verb {
             Self::CrashDump | Self::DumpMemory => None,
             Self::SoftDelete => Some(TaskState::SoftDeleting),
             Self::Restore => Some(TaskState::Restoring),
+            // What runs is not touched.
+            Self::AcceptDrift | Self::RestoreDefinition => None,
+            Self::StartRescue => Some(TaskState::PoweringOn),
         }
     }
 
@@ -236,10 +250,12 @@ impl Verb {
             | Self::CrashDump
             | Self::DumpMemory
             | Self::ChangePassword
+            | Self::AcceptDrift
+            | Self::RestoreDefinition
             | Self::Restore => own,
             // They go through beside it.
             Self::Lock | Self::Unlock | Self::Update => false,
-            Self::DeliverPassword => false,
+            Self::DeliverPassword | Self::StartRescue => false,
         }
     }
 }
@@ -447,6 +463,12 @@ pub enum Action {
     ForceDelete,
     /// See [`Verb::Update`].
     Update(Vec<FieldChange>),
+    /// See [`Verb::AcceptDrift`].
+    AcceptDrift,
+    /// See [`Verb::RestoreDefinition`].
+    RestoreDefinition,
+    /// See [`Verb::StartRescue`].
+    StartRescue,
 }
 
 impl Action {
@@ -479,6 +501,9 @@ impl Action {
             Self::Restore => Verb::Restore,
             Self::ForceDelete => Verb::ForceDelete,
             Self::Update(_) => Verb::Update,
+            Self::AcceptDrift => Verb::AcceptDrift,
+            Self::RestoreDefinition => Verb::RestoreDefinition,
+            Self::StartRescue => Verb::StartRescue,
         }
     }
 }

@@ -123,7 +123,7 @@ pub const fn allowed(verb: Verb, vm_state: VmState) -> Allowed {
             | S::Shelved
             | S::ShelvedOffloaded => No,
         },
-        Verb::DeliverPassword => match vm_state {
+        Verb::DeliverPassword | Verb::StartRescue => match vm_state {
             S::Rescued => Yes,
             S::Building
             | S::Active
@@ -229,6 +229,18 @@ pub const fn allowed(verb: Verb, vm_state: VmState) -> Allowed {
             | S::Shelved
             | S::ShelvedOffloaded => No,
         },
+        // While a rescue is in force the definition is the rescue's.
+        Verb::AcceptDrift | Verb::RestoreDefinition => match vm_state {
+            S::Active | S::Paused | S::Suspended | S::Stopped => Yes,
+            S::Building
+            | S::Rescued
+            | S::Resized
+            | S::SoftDeleted
+            | S::Deleted
+            | S::Error
+            | S::Shelved
+            | S::ShelvedOffloaded => No,
+        },
     }
 }
 
@@ -244,7 +256,9 @@ const fn advice(verb: Verb, vm_state: VmState) -> &'static str {
             | Verb::HardReboot
             | Verb::Pause
             | Verb::Suspend
-            | Verb::ChangePassword,
+            | Verb::ChangePassword
+            | Verb::AcceptDrift
+            | Verb::RestoreDefinition,
             VmState::Rescued,
         ) => "unrescue it",
         (Verb::Restore, VmState::Paused | VmState::Suspended) => "it is not deleted",

@@ -182,6 +182,8 @@ pub struct Facts {
     pub image: Option<ImageFacts>,
     /// The saved definition, while a rescue is in force.
     pub saved_xml: Option<String>,
+    /// The definition that is known to be the server's own; only for verbs about that.
+    pub known_xml: Option<String>,
     /// For a commit of overlays onto files: the room for each, by the overlay's path.
     pub commit_space: BTreeMap<String, CommitSpace>,
     /// For a commit of overlays: the other files that the disk under each refers to now, or why that

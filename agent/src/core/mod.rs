@@ -12,6 +12,7 @@
 
 pub mod action;
 pub mod admission;
+pub mod autostart;
 pub mod backing;
 pub mod caller;
 pub mod change;

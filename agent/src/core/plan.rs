@@ -249,6 +249,11 @@ pub enum Step {
         /// Memory of the guest in KiB.
         memory_kib: u64,
     },
+    /// This definition is known to be the server's own, once the outcome stands.
+    KnowDefinition {
+        /// As libvirt printed it, with security info.
+        xml: String,
+    },
 }
 
 impl Step {
@@ -295,6 +300,7 @@ impl Step {
             Self::SetGuestTime => "SetGuestTime",
             Self::InjectNmi => "InjectNmi",
             Self::DumpMemory { .. } => "DumpMemory",
+            Self::KnowDefinition { .. } => "KnowDefinition",
         }
     }
 
@@ -365,6 +371,7 @@ impl Step {
             Self::SetGuestTime => "have the guest agent set the guest's clock".to_owned(),
             Self::InjectNmi => "inject an NMI into the guest".to_owned(),
             Self::DumpMemory { path, .. } => format!("write the guest's memory to {path}"),
+            Self::KnowDefinition { .. } => "note the definition as the server's own".to_owned(),
         }
     }
 
@@ -384,7 +391,8 @@ impl Step {
             | Self::PutOwnersBack { .. }
             | Self::MarkCommitStarted
             | Self::ReleaseImage { .. }
-            | Self::DropSavedDefinition => 30_000,
+            | Self::DropSavedDefinition
+            | Self::KnowDefinition { .. } => 30_000,
             Self::CreateOverlay { .. }
             | Self::EmptyOverlay { .. }
             | Self::BuildConfigDrive { .. }
@@ -456,7 +464,8 @@ impl Step {
             | Self::DropSavedDefinition
             | Self::SetGuestTime
             | Self::InjectNmi
-            | Self::DumpMemory { .. } => None,
+            | Self::DumpMemory { .. }
+            | Self::KnowDefinition { .. } => None,
         }
     }
 
@@ -493,7 +502,8 @@ impl Step {
             | Self::SaveMemory { .. }
             | Self::RestoreMemory { .. }
             | Self::SetGuestTime
-            | Self::InjectNmi => Vec::new(),
+            | Self::InjectNmi
+            | Self::KnowDefinition { .. } => Vec::new(),
         }
     }
 }

@@ -314,6 +314,9 @@ pub struct Devices {
     /// It has a channel for a guest agent.
     #[serde(default)]
     pub guest_agent: bool,
+    /// Its size, where the record is to follow that as well.
+    #[serde(default)]
+    pub flavor: Option<Flavor>,
 }
 
 /// A server.
@@ -403,6 +406,10 @@ pub struct ServerRecord {
     /// What it comes back to, while it is soft-deleted.
     #[serde(default)]
     pub deletion: Option<SoftDeletion>,
+    /// Since when its definition is another than what is known to be its own, in milliseconds since the
+    /// Unix epoch.
+    #[serde(default)]
+    pub drift_since_ms: Option<i64>,
 }
 
 impl ServerRecord {
@@ -434,6 +441,9 @@ impl ServerRecord {
             self.disks.clone_from(&devices.disks);
             self.nics.clone_from(&devices.nics);
             self.guest_agent = devices.guest_agent;
+        }
+        if let Some(flavor) = devices.flavor {
+            self.flavor = flavor;
         }
         others
     }

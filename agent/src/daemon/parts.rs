@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Puts the agent's parts together: store, libvirt, steps, engine, dispatcher, observer, API.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{num::NonZeroUsize, path::Path, sync::Arc, time::Duration};
 
 use salvor_domain_templates::Templates;
 use tokio::sync::watch;
@@ -17,7 +17,7 @@ use crate::{
     engine::{Engine, Probe, now_ms},
     hypervisor::Hypervisor,
     libvirt::{self, Libvirt},
-    observe::{Observer, Policy},
+    observe::{Autostart, Observer, Policy},
     steps::{self, Steps},
     storage::{
         files::{self, DIR_MODE},
@@ -58,6 +58,7 @@ pub(super) async fn assemble(
         tracing::error!(error = %chain(&error), "the store has no room to spare");
     }
     tokio::spawn(try_to_write(store.clone()));
+    note_boot(&store, boot, config).await?;
     let hypervisor: Arc<dyn Hypervisor> = Arc::new(open_libvirt(config)?);
     let images = open_images(config, &layout)?;
     sweep(&store, &layout, &images).await?;
@@ -94,6 +95,10 @@ pub(super) async fn assemble(
         start_crashed: config.policy.crashed == Reaction::Start,
         start_stopped_by_itself: config.policy.stopped_by_itself == Reaction::Start,
     });
+    let observer = match autostart(config) {
+        Some(autostart) => observer.with_autostart(autostart),
+        None => observer,
+    };
     tokio::spawn(observer.run(draining.clone()));
     tokio::spawn(forget_operations(
         store.clone(),
@@ -164,6 +169,26 @@ async fn open_store(config: &Config) -> Result<Store, DaemonError> {
     })
     .await
     .map_err(|_| DaemonError::Panicked { part: "store" })?
+}
+
+/// Before anything is taken up: what ran when the host went down is what the records say now.
+async fn note_boot(store: &Store, boot: Uuid, config: &Config) -> Result<(), DaemonError> {
+    let ran = store.note_boot(boot, config.autostart.enabled).await?;
+    if ran > 0 {
+        tracing::info!(
+            servers = ran,
+            "the host was rebooted since the agent ran last"
+        );
+    }
+    Ok(())
+}
+
+fn autostart(config: &Config) -> Option<Autostart> {
+    let parallel = usize::try_from(config.autostart.parallel).unwrap_or(1);
+    config.autostart.enabled.then_some(Autostart {
+        parallel: NonZeroUsize::new(parallel).unwrap_or(NonZeroUsize::MIN),
+        delay: config.autostart.delay,
+    })
 }
 
 fn open_libvirt(config: &Config) -> Result<Libvirt, DaemonError> {

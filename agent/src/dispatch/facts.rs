@@ -82,7 +82,10 @@ impl Dispatcher {
             | Action::SoftDelete
             | Action::Restore
             | Action::ForceDelete
-            | Action::Update(_) => None,
+            | Action::Update(_)
+            | Action::AcceptDrift
+            | Action::RestoreDefinition
+            | Action::StartRescue => None,
             // Whose password it is, if the request does not say.
             Action::ChangePassword(args) => match (&args.user, server) {
                 (None, Some(server)) => server.image_id,
@@ -116,6 +119,10 @@ impl Dispatcher {
             Action::Delete | Action::ForceDelete => server.filter(commit_begun),
             _ => None,
         };
+        let known_xml = match action {
+            Action::RestoreDefinition => self.store.known_definition(id).await.map_err(refused)?,
+            _ => None,
+        };
         let host = match action {
             Action::Pause | Action::Unpause | Action::CrashDump => self.host_facts(0),
             _ => self.host_facts(self.free_bytes(id).await?),
@@ -134,6 +141,7 @@ impl Dispatcher {
             domain,
             image,
             saved_xml,
+            known_xml,
             commit_space: match committed {
                 Some(server) => commit_space(server).await,
                 None => BTreeMap::new(),

@@ -5,6 +5,7 @@
 //! that each is admitted, planned and journaled alike. It knows no step and makes no change itself.
 
 mod agents;
+mod drift;
 mod facts;
 mod preview;
 
@@ -15,6 +16,7 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use agents::Agents;
+pub use drift::Drift;
 pub use preview::{Preview, shown};
 
 use crate::{

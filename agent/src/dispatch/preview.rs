@@ -57,16 +57,19 @@ fn domain_diff(plan: &Plan) -> String {
             Step::UndefineDomain { before, .. } => (before.as_str(), ""),
             _ => continue,
         };
-        let (before, after) = (shown(before), shown(after));
-        diff.push_str(
-            &TextDiff::from_lines(&before, &after)
-                .unified_diff()
-                .context_radius(3)
-                .header("before", "after")
-                .to_string(),
-        );
+        diff.push_str(&unified(before, after));
     }
     diff
+}
+
+/// The difference of two definitions as a unified diff, without secrets. An empty one is none.
+pub(super) fn unified(before: &str, after: &str) -> String {
+    let (before, after) = (shown(before), shown(after));
+    TextDiff::from_lines(&before, &after)
+        .unified_diff()
+        .context_radius(3)
+        .header("before", "after")
+        .to_string()
 }
 
 /// A definition as it may be shown.

@@ -39,7 +39,7 @@ const TRY_AGAIN_AT_MOST: Duration = Duration::from_secs(3600);
 const WELL: Duration = Duration::from_secs(600);
 
 /// Who asks for the actions that fall due.
-const CALLER: &str = "salvord";
+pub(super) const CALLER: &str = "salvord";
 
 /// Actions of the agent's own that were tried, by what they are about ([`Due::subject`]), each with the time
 /// before which it is not tried again.

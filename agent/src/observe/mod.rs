@@ -8,6 +8,7 @@
 //! An event is only a hint: the domain is asked for its state, and that is what is recorded. Whatever
 //! is missed is found by the next look at everything.
 
+mod autostart;
 mod due;
 
 use std::{
@@ -40,6 +41,7 @@ use crate::{
     },
     store::{Store, StoreResult},
 };
+pub use autostart::Autostart;
 use due::Tried;
 
 /// So many due actions are submitted at a time. Each may wait for a domain that is slow to answer.
@@ -74,6 +76,9 @@ struct Questions {
     under_way: HashMap<tokio::task::Id, Question>,
     /// To be asked once more: something happened after the question was put.
     again: HashSet<Question>,
+    /// Looked at while an operation was under way, from which nothing may be concluded: to be looked at
+    /// after it.
+    unsettled: HashSet<Uuid>,
 }
 
 /// An observation that is lost is made again.
@@ -100,6 +105,7 @@ pub struct Observer {
     /// Everything is looked at so often, whatever events say.
     resync_interval: Duration,
     policy: Policy,
+    autostart: Option<Autostart>,
     /// Who may submit an action that is due.
     acts: Arc<Semaphore>,
     /// Who may read a definition.
@@ -121,6 +127,7 @@ impl Observer {
             dispatcher,
             resync_interval,
             policy: Policy::default(),
+            autostart: None,
             acts: Arc::new(Semaphore::new(ACTS)),
             reads: Arc::new(Semaphore::new(READS)),
         }
@@ -132,12 +139,24 @@ impl Observer {
         Self { policy, ..self }
     }
 
+    /// The same, and servers that are to come back ([`Store::note_boot`]) do.
+    #[must_use]
+    pub fn with_autostart(self, autostart: Autostart) -> Self {
+        Self {
+            autostart: Some(autostart),
+            ..self
+        }
+    }
+
     /// Observes until `stop` is true.
     pub async fn run(self, stop: watch::Receiver<bool>) {
         Arc::new(self).observe(stop).await;
     }
 
     async fn observe(self: Arc<Self>, mut stop: watch::Receiver<bool>) {
+        if let Some(how) = self.autostart {
+            tokio::spawn(Arc::clone(&self).bring_back(how, stop.clone()));
+        }
         let mut questions = Questions::default();
         let mut events = self.hypervisor.events();
         let mut revision = self.store.revision();
@@ -243,6 +262,10 @@ impl Observer {
                 // An operation or a rescue may have begun or ended.
                 _ = revision.changed() => {
                     self.look_at_defined(&mut questions, &mut defined);
+                    let ended = questions.unsettled.extract_if(|id| !self.is_busy(*id));
+                    for id in ended.collect::<Vec<_>>() {
+                        self.ask(&mut questions, Question::Power(id));
+                    }
                     due = self.next_due(&tried);
                     for id in &agents {
                         self.offer_password(&mut questions, *id, &tried);
@@ -300,6 +323,11 @@ impl Observer {
     /// Asks; what is being asked already is asked again after the answer, which may be older than what
     /// is to be seen now.
     fn ask(self: &Arc<Self>, questions: &mut Questions, question: Question) {
+        if let Question::Power(id) = question
+            && self.is_busy(id)
+        {
+            questions.unsettled.insert(id);
+        }
         if questions.under_way.values().any(|asked| *asked == question) {
             questions.again.insert(question);
             return;
@@ -409,7 +437,12 @@ impl Observer {
         });
     }
 
-    /// Has the record show what the definition has, unless that is an operation's or a rescue's business.
+    fn is_busy(&self, id: Uuid) -> bool {
+        let server = self.store.server(id);
+        server.is_some_and(|server| server.operation.is_some())
+    }
+
+    /// Has the record show what the definition has, and whether it is still the server's own, unless that is an operation's or a rescue's business.
     async fn look_at_definition(&self, id: Uuid) {
         if !self
             .store
@@ -420,18 +453,21 @@ impl Observer {
         }
         // It is never closed.
         let _turn = self.reads.acquire().await;
+        let asked_at = now_ms();
         let seen = match self.hypervisor.domain_xml(id, Definition::Inactive).await {
-            Ok(xml) => own_devices(&xml),
+            Ok(xml) => own_devices(&xml).map(|devices| (xml, devices)),
             Err(HypervisorError::LinkDown { .. } | HypervisorError::NoDomain { .. }) => None,
             Err(error) => {
                 tracing::warn!(server = %id, %error, "the definition cannot be looked at");
                 None
             }
         };
-        let Some(devices) = seen else { return };
-        if let Err(error) = self.store.observe_devices(id, devices, now_ms()).await {
-            tracing::error!(server = %id, error = &error as &dyn std::error::Error, "the devices of a server cannot be recorded");
-        }
+        let Some((xml, devices)) = seen else { return };
+        let noted = self
+            .store
+            .observe_definition(id, xml, devices, asked_at)
+            .await;
+        recorded(id, noted);
     }
 
     /// The link is lost: nothing is known of any server until it is back.

@@ -225,6 +225,7 @@ impl Steps {
         let current = self.is_unchanged(plan.server, xml, mark, before).await?;
         let xml = named_like(xml, current.as_deref());
         self.hypervisor.define(&xml).await?;
+        self.know_own(plan, &xml, mark).await?;
         // Where a guest waits to be started, that comes first: the outcome relies on the definition, the
         // guest does not.
         let starts = |step: &PlannedStep| matches!(step.step, Step::StartDomain { .. });
@@ -278,19 +279,33 @@ impl Steps {
         Ok(current)
     }
 
+    /// Notes how libvirt prints what the plan has just defined, if that is the server's own domain: what
+    /// is found later is held against it. One that is restored is known.
+    async fn know_own(&self, plan: &Plan, xml: &str, mark: Mark) -> Result<(), StepError> {
+        let own = matches!(mark, Mark::Plan(_)) && carries(xml, Mark::Own);
+        if own && let Some(printed) = self.xml(plan.server, Definition::Inactive).await? {
+            self.store
+                .know_definition(plan.server, plan.id, printed)
+                .await?;
+        }
+        Ok(())
+    }
+
     pub(super) async fn is_defined(
         &self,
-        id: Uuid,
+        plan: &Plan,
         xml: &str,
         mark: Mark,
     ) -> Result<bool, StepError> {
+        let id = plan.server;
         let Some(current) = self.xml(id, Definition::Inactive).await? else {
             return Ok(false);
         };
         if !is_of(&current, xml, mark) {
             return Ok(false);
         }
-        // It may have been defined by an agent that died before it synced.
+        // It may have been defined by an agent that died before it noted that, or synced it.
+        self.know_own(plan, xml, mark).await?;
         self.hypervisor.sync_definitions().await?;
         Ok(true)
     }

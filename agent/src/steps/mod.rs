@@ -166,6 +166,7 @@ impl StepRunner for Steps {
             Step::SetGuestTime => self.set_guest_time(server).await,
             Step::InjectNmi => self.inject_nmi(server).await,
             Step::DumpMemory { path, .. } => self.dump_memory(&context, step, path).await,
+            Step::KnowDefinition { xml } => self.know_definition(server, plan, xml).await,
         }
         .map(|report| report.unwrap_or_default())
     }
@@ -213,6 +214,8 @@ impl StepRunner for Steps {
             Step::DropSavedMemory => Ok(()),
             // The password before is not known, and a rescue guest that takes another one is no worse.
             Step::SetUserPassword { .. } => Ok(()),
+            // It goes with the operation.
+            Step::KnowDefinition { .. } => Ok(()),
             // Clean-up is never taken back.
             Step::RemoveFolder { .. } | Step::ReleaseImage { .. } | Step::DropSavedDefinition => {
                 Ok(())
@@ -233,7 +236,7 @@ impl StepRunner for Steps {
         let server = context.plan.server;
         match step {
             Step::PowerOff { .. } => self.is_off(server).await,
-            Step::DefineDomain { xml, mark, .. } => self.is_defined(server, xml, *mark).await,
+            Step::DefineDomain { xml, mark, .. } => self.is_defined(context.plan, xml, *mark).await,
             Step::UndefineDomain { .. } => self.is_undefined(server).await,
             Step::StartDomain { mark, .. } => {
                 let started = self.is_started(server, *mark).await?;
@@ -267,7 +270,8 @@ impl StepRunner for Steps {
             | Step::ReleaseImage { .. }
             | Step::DropSavedDefinition
             | Step::SetGuestTime
-            | Step::DumpMemory { .. } => Ok(false),
+            | Step::DumpMemory { .. }
+            | Step::KnowDefinition { .. } => Ok(false),
         }
     }
 

@@ -11,7 +11,7 @@ use super::{
     definitions::saved_by,
     documents::{self, two_texts},
     events::{self, Change},
-    images, observations, room,
+    images, known, observations, room,
 };
 use crate::core::{
     action::Verb,
@@ -128,6 +128,7 @@ fn remove_server(
         "DELETE FROM servers WHERE id = ?1",
         [operation.server.to_string()],
     )?;
+    known::forget(tx, operation.server)?;
     publish.remove.push(operation.server);
     events::append(
         tx,
@@ -294,6 +295,7 @@ impl Store {
                     (Outcome::Insert(record), None) => {
                         let mut record = ServerRecord::clone(record);
                         record.give_lane(lane);
+                        known::stands(tx, plan.server, plan.id)?;
                         insert_server(tx, publish, record, now_ms)?;
                     }
                     (Outcome::Remove, Some(_)) => remove_server(tx, publish, &operation, now_ms)?,
@@ -308,6 +310,9 @@ impl Store {
                         Some((order, mut record)),
                     ) => {
                         stands(&mut record, *vm_state, None, lane, now_ms);
+                        if known::stands(tx, plan.server, plan.id)? {
+                            record.drift_since_ms = None;
+                        }
                         if plan.power_after().is_some() {
                             record.mismatch = None;
                         }
@@ -411,6 +416,7 @@ impl Store {
                 .server(operation.server)
                 .filter(|(_, record)| record.operation == Some(operation.id));
             db.change(durability, |tx, publish| {
+                known::taken_back(tx, operation.server, operation.id)?;
                 if let Some((order, mut record)) = current {
                     if remove {
                         remove_server(tx, publish, &operation, now_ms)?;

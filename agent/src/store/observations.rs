@@ -14,10 +14,9 @@ use super::{
     journal::put_server,
 };
 use crate::core::{
-    devices::may_follow,
     incident::IncidentReport,
     reconcile::{Seen, is_stale, reconcile},
-    record::{Devices, ServerRecord},
+    record::ServerRecord,
     state::ObservationSource,
 };
 
@@ -164,32 +163,6 @@ impl Store {
             }
             db.seen_again.clear();
             Ok(seen_again.len())
-        })
-        .await
-    }
-
-    /// Has a server's record show the devices that were read from its definition, unless an operation or
-    /// a rescue has begun since; says whether they were others.
-    ///
-    /// # Errors
-    /// If the store fails.
-    pub async fn observe_devices(
-        &self,
-        server: Uuid,
-        devices: Devices,
-        now_ms: i64,
-    ) -> StoreResult<bool> {
-        self.run(move |db| {
-            let Some((order, mut record)) = db.server(server) else {
-                return Ok(false);
-            };
-            if !may_follow(&record) || !record.show(&devices) {
-                return Ok(false);
-            }
-            db.change(Durability::Process, |tx, publish| {
-                put_server(tx, publish, order, record, now_ms).map(|_| ())
-            })?;
-            Ok(true)
         })
         .await
     }

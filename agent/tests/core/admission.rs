@@ -22,7 +22,8 @@ use crate::bench::{created_xml, record, rescue_args, rescued};
 /// half-rescued one and calls it stopped. Nova's delete does not cancel what is under way, but races with it, and
 /// so does its reset. Its lock does not cover a server's name and description, it does its metadata.
 /// It unpauses no guest that it did not pause itself, dumps no memory to the host, refuses a hard reboot while a
-/// start or stop runs, and hard reboots a half-rescued server out of its rescue.
+/// start or stop runs, and hard reboots a half-rescued server out of its rescue. It knows no drift, and
+/// starts no rescue guest after a reboot of its host.
 const TABLE: &str = "
     delete: building active paused suspended stopped rescued resized soft-delete error shelved shelved_offloaded
         | all-but* delete forceDelete | LM
@@ -42,6 +43,9 @@ const TABLE: &str = "
     trigger_crash_dump: active paused rescued resized error | deliverPassword* | LM
     dumpMemory: active* paused* rescued* resized* error* | deliverPassword* | LM*
     changePassword: active | deliverPassword* | LM
+    acceptDrift: active* paused* suspended* stopped* | deliverPassword* | LM*
+    restoreDefinition: active* paused* suspended* stopped* | deliverPassword* | LM*
+    startRescue: rescued* | | -A*
     create: | deliverPassword* | -M
     adopt: | deliverPassword* | -A*
     lock: building active paused suspended stopped rescued resized soft-delete error shelved shelved_offloaded

@@ -91,6 +91,7 @@ pub(crate) fn record(origin: Origin, vm_state: VmState) -> ServerRecord {
         autostart: true,
         autostart_order: None,
         deletion: None,
+        drift_since_ms: None,
     }
 }
 
@@ -166,6 +167,7 @@ pub(crate) fn facts(domain: Option<DomainFacts>, image: Option<ImageFacts>) -> F
         domain,
         image,
         saved_xml: None,
+        known_xml: None,
         commit_space: BTreeMap::new(),
         commit_references: BTreeMap::new(),
         save_room: None,

@@ -136,6 +136,7 @@ fn listing(plan: &Plan) -> String {
             | Step::EmptyOverlay { .. }
             | Step::RemoveFolder { .. }
             | Step::DropSavedDefinition => {}
+            Step::KnowDefinition { xml } => detail(short(xml)),
         }
         for (path, what) in step.files() {
             detail(format!("{what} {path}"));
@@ -304,6 +305,34 @@ fn plans_of_create_and_adopt() {
 }
 
 #[test]
+fn plans_of_drift() {
+    let mut book = Book::new();
+    let known = created_xml(false).to_string();
+    let device = "<input type='tablet' bus='usb'/></devices>";
+    let changed = known.replace("</devices>", device);
+    let server = record(Origin::Created, VmState::Active);
+    let with = |xml: Option<&str>| {
+        let mut facts = facts(xml.map(|xml| domain(xml, PowerState::Running)), None);
+        facts.known_xml = Some(known.clone());
+        facts
+    };
+    for (name, xml) in [
+        ("changed", Some(changed.as_str())),
+        ("as it was", Some(known.as_str())),
+        ("gone", None),
+    ] {
+        let facts = with(xml);
+        if xml.is_some() {
+            let accept = format!("accept, {name}");
+            book.add(&accept, Some(&server), &Action::AcceptDrift, &facts);
+        }
+        let restore = format!("restore, {name}");
+        book.add(&restore, Some(&server), &Action::RestoreDefinition, &facts);
+    }
+    check("drift.txt", &book.0);
+}
+
+#[test]
 fn plans_of_power_and_end() {
     let mut book = Book::new();
     let xml = created_xml(false);
@@ -359,6 +388,16 @@ fn plans_of_power_and_end() {
         Some(&server),
         &Action::Delete,
         &in_rescue,
+    );
+    let mut somebody_off = in_rescue.clone();
+    if let Some(domain) = &mut somebody_off.domain {
+        domain.power = PowerState::Shutdown;
+    }
+    book.add(
+        "start of a rescue guest that went down with its host",
+        Some(&server),
+        &Action::StartRescue,
+        &somebody_off,
     );
     check("power-and-end.txt", &book.0);
 }

@@ -138,6 +138,9 @@ impl Host {
                 self.holders.remove(holder);
             }
             Step::DropSavedDefinition => self.saved = None,
+            Step::KnowDefinition { xml } => {
+                assert!(!is_rescue(xml), "what is known is the server's own");
+            }
         }
     }
 
@@ -186,7 +189,8 @@ impl Host {
             | Step::ReleaseImage { .. }
             | Step::SetGuestTime
             | Step::InjectNmi
-            | Step::DropSavedDefinition => {}
+            | Step::DropSavedDefinition
+            | Step::KnowDefinition { .. } => {}
         }
     }
 
@@ -334,6 +338,9 @@ impl World {
             Verb::Restore => Action::Restore,
             Verb::ForceDelete => Action::ForceDelete,
             Verb::Update => Action::Update(vec![FieldChange::Name(format!("web-{choice}"))]),
+            Verb::AcceptDrift => Action::AcceptDrift,
+            Verb::RestoreDefinition => Action::RestoreDefinition,
+            Verb::StartRescue => Action::StartRescue,
         }
     }
 
@@ -372,6 +379,7 @@ impl World {
         let mut facts = facts(domain, image);
         facts.plan = Uuid::from_u128(0x1000 + self.plans);
         facts.host.now_ms = self.clock;
+        facts.known_xml.clone_from(&self.own);
         facts.saved_xml = self.host.saved.as_ref().map(|(_, xml)| xml.clone());
         let rescue = self
             .record
@@ -453,6 +461,10 @@ impl World {
                 | Verb::ChangePassword
         );
         if needs_guest && self.host.running.is_none() {
+            return;
+        }
+        // Only what is off is started.
+        if verb == Verb::StartRescue && self.host.running.is_some() {
             return;
         }
         self.carry_out(&plan, end);

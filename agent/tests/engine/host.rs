@@ -293,6 +293,10 @@ impl Host {
             live: xml(Definition::Live).await,
             autostart: fake.autostart(SERVER),
             saved: store.saved_definition(SERVER).await.unwrap(),
+            known: (
+                store.known_definition(SERVER).await.unwrap(),
+                store.definitions_not_in_force().await.unwrap(),
+            ),
             holders: store.image_holders().await.unwrap(),
             files: hashes(self.dir.path()),
         }
@@ -387,6 +391,8 @@ pub(crate) struct Seen {
     /// Is it started with the host?
     pub(crate) autostart: bool,
     pub(crate) saved: Option<String>,
+    /// What is known of its definition, and how much was written that did not come into force.
+    pub(crate) known: (Option<String>, u32),
     pub(crate) holders: Vec<(Uuid, String)>,
     /// A hash of each file, nothing for folders.
     pub(crate) files: BTreeMap<String, String>,
@@ -408,6 +414,7 @@ impl Seen {
         compare("definition on the disk", &self.on_disk, &other.on_disk);
         compare("live definition", &self.live, &other.live);
         compare("saved memory", &self.memory, &other.memory);
+        compare("known definition", &self.known, &other.known);
         compare("autostart", &self.autostart, &other.autostart);
         compare("saved definition", &self.saved, &other.saved);
         compare("holders", &self.holders, &other.holders);

@@ -8,10 +8,12 @@
     clippy::indexing_slicing
 )]
 
+mod autostart;
 mod crash;
 mod disks;
 mod dispatch;
 mod documents;
+mod drift;
 mod gate;
 mod give_up;
 mod host;

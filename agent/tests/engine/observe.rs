@@ -124,6 +124,12 @@ impl Watched {
             .count()
     }
 
+    /// Ends the observer; its agent goes on.
+    pub(crate) async fn stop(&self) {
+        self.stop.send_replace(true);
+        until("the observer has ended", || self.observer.is_finished()).await;
+    }
+
     pub(crate) async fn end(self) {
         self.stop.send_replace(true);
         tokio::time::timeout(Duration::from_secs(10), self.observer)

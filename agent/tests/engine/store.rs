@@ -71,6 +71,7 @@ fn server(id: Uuid) -> ServerRecord {
         autostart: true,
         autostart_order: None,
         deletion: None,
+        drift_since_ms: None,
     }
 }
 

@@ -12,7 +12,7 @@ use salvor_agent::{
     },
     dispatch::Target,
     engine::{NoProbe, Point},
-    hypervisor::{Boot, Hypervisor as _},
+    hypervisor::{Boot, Definition, Hypervisor as _},
 };
 
 use crate::{
@@ -41,6 +41,10 @@ pub(crate) enum Prior {
     Writes,
     /// Somebody removes the domain.
     Undefined,
+    /// Somebody changes the definition.
+    Changed,
+    /// The host goes down, and comes up with everything off.
+    HostRebooted,
 }
 
 /// A plan to be tried.
@@ -307,6 +311,24 @@ pub(crate) fn variants() -> Vec<Variant> {
         ),
     ]);
     all.extend(power());
+    let drifted = after(&running, &[Prior::Changed]);
+    let restore = || Action::RestoreDefinition;
+    all.extend([
+        variant("accept drift", &drifted, ON, Action::AcceptDrift),
+        variant("restore definition", &drifted, ON, restore()),
+        variant(
+            "restore definition, domain gone",
+            &after(&foreign(true, false), &[Prior::Undefined]),
+            ON,
+            restore(),
+        ),
+        variant(
+            "start rescue",
+            &after(&in_rescue(&running, &plain), &[Prior::HostRebooted]),
+            ON,
+            Action::StartRescue,
+        ),
+    ]);
     all
 }
 
@@ -428,6 +450,15 @@ pub(crate) async fn prepare(host: &Host, prior: &[Prior]) {
                     qemu_io(Path::new(&overlay.path), "qcow2", "write -q -P 0x77 64k 4k");
                 }
             }
+            Prior::Changed => {
+                let xml = host.fake.domain_xml(SERVER, Definition::Inactive).await;
+                let changed = xml
+                    .unwrap()
+                    .replace("</devices>", "<input type='tablet' bus='usb'/></devices>");
+                host.define(&changed).await;
+                host.fake.sync_definitions().await.unwrap();
+            }
+            Prior::HostRebooted => host.fake.host_reboot(),
             Prior::Undefined => {
                 host.fake.destroy(SERVER).await.unwrap();
                 host.fake.undefine(SERVER).await.unwrap();

@@ -127,6 +127,13 @@ pub(crate) enum ServerCommand {
         #[command(flatten)]
         how: How,
     },
+    /// Show what somebody changed in a server's definition past the agent, and deal with it.
+    Drift {
+        #[command(flatten)]
+        args: DriftArgs,
+        #[command(flatten)]
+        how: How,
+    },
     /// Remove a server. The disks of a created server go, those of an adopted one stay.
     ///
     /// Where the agent has a reclaim interval, the server is powered off at once and removed when that time
@@ -476,6 +483,19 @@ pub(crate) struct RescueArgs {
     pub(crate) timeout_overlay: Option<OverlayArg>,
     #[command(flatten)]
     pub(crate) shutdown: Shutdown,
+}
+
+/// What to do about a changed definition.
+#[derive(Debug, Args)]
+pub(crate) struct DriftArgs {
+    /// The server: uuid, at least four digits that no other uuid begins with, or unique name.
+    pub(crate) server: String,
+    /// Take the definition that libvirt has for the server's own from now on.
+    #[arg(long, conflicts_with = "restore")]
+    pub(crate) accept: bool,
+    /// Define the domain again as it was. A guest that runs goes on as it is until its next start.
+    #[arg(long)]
+    pub(crate) restore: bool,
 }
 
 /// How to put a server back.

@@ -7,6 +7,7 @@ use super::{
     Session,
     action::{Password, Reply, finish, unless_interrupted},
     console, diagnostics, pages,
+    plan::diff,
 };
 use crate::{
     cli::{ListServers, ServerCommand},
@@ -14,6 +15,7 @@ use crate::{
     errors::Failure,
     output::show,
     requests,
+    units::show_time,
 };
 
 /// Servers that are asked for at once.
@@ -111,6 +113,17 @@ pub(super) async fn run(session: &Session, command: ServerCommand) -> Result<(),
             let answer = send!(session, how, stop_server, requests::stop(&args))?;
             (how, action(answer.operation, Vec::new())?, Password::Known)
         }
+        ServerCommand::Drift { args, how } if args.accept => {
+            let request = requests::accept_drift(args.server);
+            let answer = send!(session, how, accept_server_drift, request)?;
+            (how, action(answer.operation, Vec::new())?, Password::Known)
+        }
+        ServerCommand::Drift { args, how } if args.restore => {
+            let request = requests::restore_definition(args.server);
+            let answer = send!(session, how, restore_server_definition, request)?;
+            (how, action(answer.operation, Vec::new())?, Password::Known)
+        }
+        ServerCommand::Drift { args, .. } => return drift(session, args.server).await,
         ServerCommand::Unrescue { args, how } => {
             let answer = send!(session, how, unrescue_server, requests::unrescue(&args))?;
             (how, action(answer.operation, Vec::new())?, Password::Known)
@@ -202,6 +215,31 @@ fn known(given: Option<&String>) -> Password {
 fn action(operation: Option<Operation>, warnings: Vec<v1::Warning>) -> Result<Reply, Failure> {
     let operation = operation.ok_or(Failure::Protocol("answered without an operation"))?;
     Ok(Reply::Action(operation, warnings))
+}
+
+/// What somebody changed in a server's definition.
+async fn drift(session: &Session, server: String) -> Result<(), Failure> {
+    let request = v1::GetServerDriftRequest { server };
+    let answer = repeat(&session.ui, async || {
+        session
+            .agent
+            .servers()
+            .get_server_drift(ask(request.clone()))
+            .await
+    });
+    session.ui.result(&answer.await?, |drift| {
+        if drift.unknown {
+            return "Nothing is known yet of how it was defined.\n".to_owned();
+        }
+        if !drift.drifted {
+            return "The definition is as it is known.\n".to_owned();
+        }
+        let since = match &drift.since {
+            Some(since) => format!("Changed since {} at the latest:\n", show_time(Some(since))),
+            None => "Changed:\n".to_owned(),
+        };
+        since + &diff(&drift.diff, session.ui.colour())
+    })
 }
 
 /// Every page as one answer.

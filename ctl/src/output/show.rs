@@ -188,6 +188,16 @@ pub(crate) fn server(server: &v1::Server) -> String {
             ),
         );
     }
+    if let Some(since) = &server.drift_time {
+        fields.add(
+            "drift",
+            format!(
+                "the definition was changed past the agent, since {} at the latest (salvor server drift {})",
+                show_time(Some(since)),
+                server.id
+            ),
+        );
+    }
     fields
         .add(
             "origin",
@@ -518,6 +528,19 @@ pub(crate) fn host(host: &v1::Host) -> String {
             "stuck call",
             words(&[&call.call, &about, &format!("({age})")]),
         );
+    }
+    if let Some(autostart) = &host.autostart {
+        fields.add(
+            "after reboot",
+            format!(
+                "{} started, {} waiting, {} left alone, {} failed",
+                autostart.started, autostart.waiting, autostart.left_alone, autostart.failed
+            ),
+        );
+        for note in &autostart.notes {
+            let note = format!("{} {}: {}", note.server_id, note.state, note.message);
+            fields.add("", note);
+        }
     }
     fields.add("revision", host.revision.to_string());
     fields.render()

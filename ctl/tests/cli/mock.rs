@@ -333,6 +333,49 @@ impl ServerService for Services {
         }))
     }
 
+    async fn get_server_drift(
+        &self,
+        request: Request<v1::GetServerDriftRequest>,
+    ) -> Answer<v1::GetServerDriftResponse> {
+        let state = self.call("drift", |_| ())?;
+        let name = request.into_inner().server;
+        let server = state.servers.into_iter().find(|server| server.name == name);
+        let since = server.and_then(|server| server.drift_time);
+        Ok(Response::new(v1::GetServerDriftResponse {
+            drifted: since.is_some(),
+            diff: match since {
+                Some(_) => "--- before\n+++ after\n@@ -1 +1 @@\n-<vcpu>1\n+<vcpu>2\n".into(),
+                None => String::new(),
+            },
+            since,
+            unknown: false,
+        }))
+    }
+
+    async fn accept_server_drift(
+        &self,
+        request: Request<v1::AcceptServerDriftRequest>,
+    ) -> Answer<v1::AcceptServerDriftResponse> {
+        let state = self
+            .accept("accept-drift", &request.get_ref().request_id, |_| ())
+            .await?;
+        Ok(Response::new(v1::AcceptServerDriftResponse {
+            operation: Some(state.operation),
+        }))
+    }
+
+    async fn restore_server_definition(
+        &self,
+        request: Request<v1::RestoreServerDefinitionRequest>,
+    ) -> Answer<v1::RestoreServerDefinitionResponse> {
+        let state = self
+            .accept("restore-definition", &request.get_ref().request_id, |_| ())
+            .await?;
+        Ok(Response::new(v1::RestoreServerDefinitionResponse {
+            operation: Some(state.operation),
+        }))
+    }
+
     async fn delete_server(
         &self,
         request: Request<v1::DeleteServerRequest>,

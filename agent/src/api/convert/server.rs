@@ -53,6 +53,7 @@ pub(in crate::api) fn server(record: &ServerRecord) -> v1::Server {
             .map(|(key, value)| (key.clone(), value.clone()))
             .collect(),
         hostname: record.hostname.clone(),
+        drift_time: record.drift_since_ms.map(timestamp),
         mismatch: record.mismatch.map(|mismatch| v1::Mismatch {
             kind: mismatch.what.name().to_owned(),
             advice: mismatch.what.advice().to_owned(),
@@ -265,6 +266,7 @@ pub(in crate::api) mod tests {
             autostart: true,
             autostart_order: None,
             deletion: None,
+            drift_since_ms: None,
         }
     }
 

@@ -404,6 +404,7 @@ fn record(args: &CreateArgs, facts: &Facts, rendered: &Domain) -> ServerRecord {
         disks,
         nics,
         guest_agent,
+        ..
     } = devices(rendered);
     let now = facts.host.now_ms;
     ServerRecord {
@@ -447,5 +448,6 @@ fn record(args: &CreateArgs, facts: &Facts, rendered: &Domain) -> ServerRecord {
         autostart: true,
         autostart_order: None,
         deletion: None,
+        drift_since_ms: None,
     }
 }

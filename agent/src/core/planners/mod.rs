@@ -5,8 +5,10 @@
 //! A planner refuses what it can see to be impossible; what it returns is meant to succeed.
 
 mod adopt;
+mod comeback;
 mod create;
 mod delete;
+mod drift;
 mod password;
 mod power;
 mod protect;
@@ -71,6 +73,9 @@ pub fn plan(
         (Action::ResetState(to), Some(server)) => record::reset(server, *to, facts),
         (Action::SoftDelete, Some(server)) => Ok(soft_delete::plan(server, facts)),
         (Action::Restore, Some(server)) => soft_delete::restore(server, facts),
+        (Action::AcceptDrift, Some(server)) => drift::accept(server, facts),
+        (Action::RestoreDefinition, Some(server)) => drift::restore(server, facts),
+        (Action::StartRescue, Some(server)) => comeback::start_rescue(server, facts),
         (Action::Create(_) | Action::Adopt(_), Some(server)) => Err(Refusal::new(
             Reason::ServerExists,
             format!("there is a server {} already", server.id),
@@ -98,7 +103,10 @@ pub fn plan(
             | Action::SoftDelete
             | Action::Restore
             | Action::ForceDelete
-            | Action::Update(_),
+            | Action::Update(_)
+            | Action::AcceptDrift
+            | Action::RestoreDefinition
+            | Action::StartRescue,
             None,
         ) => Err(Refusal::new(
             Reason::ServerNotFound,

@@ -143,6 +143,7 @@ pub(super) fn server() -> ServerRecord {
             what: Mismatch::IoError,
             since_ms: 1_700_000_000_400,
         }),
+        drift_since_ms: Some(1_700_000_000_500),
         owner: Owner {
             project_id: text("p-1"),
             user_id: text("u-1"),
@@ -375,6 +376,9 @@ fn clean_up() -> Vec<Step> {
         },
         Step::DropSavedDefinition,
         Step::SetGuestTime,
+        Step::KnowDefinition {
+            xml: text("<domain/>"),
+        },
     ]
 }
 
@@ -397,6 +401,7 @@ pub(super) fn plans() -> Vec<(&'static str, Plan)> {
             disks: disks(),
             nics: nics(),
             guest_agent: true,
+            flavor: Some(server().flavor),
         }),
     };
     let every_step = Plan {
