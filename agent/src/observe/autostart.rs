@@ -12,6 +12,7 @@ use crate::{
     core::{
         action::Action,
         autostart::{Comeback, ComebackState},
+        caller::Who,
         incident::{Incident, IncidentKind, IncidentReport},
         operation::OperationState,
         reason::Reason,
@@ -190,6 +191,7 @@ impl Observer {
             id: None,
             body_hash: String::new(),
             caller: CALLER.to_owned(),
+            who: Who::default(),
         };
         // A task of its own: between the journal and the engine there is no place to stop.
         let dispatcher = self.dispatcher.clone();

@@ -39,7 +39,7 @@ impl Store {
                 // Of an unknown boot it is not known what ran in it.
                 .filter(|(_, server)| bring_back && before.is_some() && comes_back(server))
                 .collect();
-            ran.sort_by_key(|(order, server)| (server.autostart_order, *order));
+            ran.sort_by_key(|(order, server)| (server.autostart_order.unwrap_or(u32::MAX), *order));
             db.change(Durability::Power, |tx, _| {
                 tx.execute("DELETE FROM autostart", [])?;
                 for (place, (_, server)) in (0_i64..).zip(&ran) {

@@ -456,6 +456,17 @@ fn plans_of_memory_and_reboots() {
         Action::HardReboot,
         &saved,
     );
+    let mut drifted = running.clone();
+    drifted.known_xml = Some(xml.replace("<vcpu>1</vcpu>", "<vcpu>2</vcpu>"));
+    add("hard reboot, drifted", &active, Action::HardReboot, &drifted);
+    let mut adopted = active.clone();
+    adopted.origin = Origin::Adopted;
+    add(
+        "hard reboot, adopted, drifted",
+        &adopted,
+        Action::HardReboot,
+        &drifted,
+    );
     add("pause", &active, Action::Pause, &running);
     add(
         "pause, off",

@@ -380,6 +380,12 @@ fn power() -> Vec<Variant> {
         ),
         variant("hard reboot", &running, ON, Action::HardReboot),
         variant(
+            "hard reboot, drifted",
+            &after(&[Prior::Changed]),
+            ON,
+            Action::HardReboot,
+        ),
+        variant(
             "hard reboot, suspended",
             &after(&suspended),
             ON,

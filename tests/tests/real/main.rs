@@ -12,8 +12,8 @@
 
 mod actor;
 mod adopted;
-mod console;
 mod autostart;
+mod console;
 mod crash;
 mod create;
 mod deploy;

@@ -57,6 +57,14 @@ pub(super) fn accept(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refus
     Ok(builder.becomes(server.vm_state, RescueChange::Keep))
 }
 
+/// A known definition under the name that the domain has now: who renamed it meant that.
+pub(super) fn named_like(known: &str, now: &str) -> String {
+    let named = Domain::parse(now)
+        .ok()
+        .and_then(|domain| renamed(known, domain.name()));
+    named.unwrap_or_else(|| known.to_owned())
+}
+
 /// The domain is defined again as it is known, also one that somebody has undefined. A guest that runs
 /// goes on as it is until its next start.
 pub(super) fn restore(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refusal> {
@@ -77,14 +85,10 @@ pub(super) fn restore(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refu
         .map(|domain| domain.xml.clone());
     let mut builder = Builder::new(Verb::RestoreDefinition, server.id, facts);
     builder.devices = own_devices(known);
-    // Who renamed it meant that.
-    let name = before.as_deref().and_then(|xml| {
-        let domain = Domain::parse(xml).ok()?;
-        Some(domain.name().to_owned())
-    });
-    let xml = name
-        .and_then(|name| renamed(known, &name))
-        .unwrap_or_else(|| known.clone());
+    let xml = match &before {
+        Some(before) => named_like(known, before),
+        None => known.clone(),
+    };
     builder.step(Phase::Prepare, Step::KnowDefinition { xml: xml.clone() });
     let same = |before: &String| same_but_for_the_name(before, &xml);
     if !before.as_ref().is_some_and(same) {

@@ -11,7 +11,14 @@ use salvor_proto::google::longrunning::{
     WaitOperationRequest,
 };
 use salvor_proto::v1::{
-    AdoptServerRequest, ChangeServerPasswordRequest, CreateServerRequest, DeleteImageRequest, DeleteServerRequest, Flavor, GetHostRequest, GetImageRequest, GetServerRequest, ImageSpec, ImportImageFromPathRequest, ImportImageRequest, ListImagesRequest, ListServersRequest, ListUnmanagedDomainsRequest, NetworkInterfaceSpec, PauseServerRequest, PlanActionRequest, RebootServerRequest, ReleaseServerRequest, RescueServerRequest, StartServerRequest, StopServerRequest, UnrescueServerRequest, WatchEventsRequest, import_image_request::Part, network_interface_spec::Connection, plan_action_request::Action, GetConsoleLogRequest, GetServerDiagnosticsRequest, get_console_log_request::From as ConsoleFrom,
+    AdoptServerRequest, ChangeServerPasswordRequest, CreateServerRequest, DeleteImageRequest,
+    DeleteServerRequest, Flavor, GetConsoleLogRequest, GetHostRequest, GetImageRequest,
+    GetServerDiagnosticsRequest, GetServerRequest, ImageSpec, ImportImageFromPathRequest,
+    ImportImageRequest, ListImagesRequest, ListServersRequest, ListUnmanagedDomainsRequest,
+    NetworkInterfaceSpec, PauseServerRequest, PlanActionRequest, RebootServerRequest,
+    ReleaseServerRequest, RescueServerRequest, StartServerRequest, StopServerRequest,
+    UnrescueServerRequest, WatchEventsRequest, get_console_log_request::From as ConsoleFrom,
+    import_image_request::Part, network_interface_spec::Connection, plan_action_request::Action,
 };
 
 /// One call: its path, its messages as bytes, and headers.
