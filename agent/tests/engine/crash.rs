@@ -280,6 +280,10 @@ impl Trial {
         if before.power == Some(PowerState::Paused) && begun("PowerOff", "") {
             before.power = seen.power.filter(|power| power.is_on());
         }
+        // A guest that was ended and started again has the definition as it is now.
+        if begun("PowerOff", "") && seen.live.is_some() && seen.live == before.inactive {
+            before.live.clone_from(&seen.live);
+        }
         // Memory that a hard reboot drops, nothing brings back.
         if before.memory && begun("StartDomain", "") {
             before.memory = seen.memory;

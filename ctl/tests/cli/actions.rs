@@ -610,7 +610,7 @@ async fn a_password_that_the_agent_made_is_shown_once_and_one_that_was_given_is_
     .await
     .with(0);
     assert!(
-        ended.out.contains("admin password: pass-WORD-42\n"),
+        ended.out.contains("admin password:  pass-WORD-42\n"),
         "{}",
         ended.out
     );

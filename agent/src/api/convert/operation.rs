@@ -48,7 +48,7 @@ pub(in crate::api) fn operation(
 ) -> longrunning::Operation {
     let metadata = v1::OperationMetadata {
         server_id: record.server.to_string(),
-        action: record.verb.action_name().to_owned(),
+        action: record.verb.name().to_owned(),
         request_id: record.request_id.clone().unwrap_or_default(),
         state: record.state.wire(),
         steps: record
@@ -70,7 +70,7 @@ pub(in crate::api) fn operation(
         caller: record.caller.clone(),
         user_id: record.user.clone(),
         project_id: record.project.clone(),
-        instance_action: record.verb.action_name().to_owned(),
+        instance_action: record.verb.name().to_owned(),
     };
     longrunning::Operation {
         name: operation_name(record.id),
