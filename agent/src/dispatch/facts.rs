@@ -120,7 +120,9 @@ impl Dispatcher {
             _ => None,
         };
         let known_xml = match action {
-            Action::RestoreDefinition | Action::HardReboot => self.store.known_definition(id).await.map_err(refused)?,
+            Action::RestoreDefinition | Action::HardReboot => {
+                self.store.known_definition(id).await.map_err(refused)?
+            }
             _ => None,
         };
         let host = match action {

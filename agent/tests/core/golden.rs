@@ -458,7 +458,12 @@ fn plans_of_memory_and_reboots() {
     );
     let mut drifted = running.clone();
     drifted.known_xml = Some(xml.replace("<vcpu>1</vcpu>", "<vcpu>2</vcpu>"));
-    add("hard reboot, drifted", &active, Action::HardReboot, &drifted);
+    add(
+        "hard reboot, drifted",
+        &active,
+        Action::HardReboot,
+        &drifted,
+    );
     let mut adopted = active.clone();
     adopted.origin = Origin::Adopted;
     add(
