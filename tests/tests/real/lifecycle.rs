@@ -15,7 +15,7 @@ use salvor_tests::client::{Client, Plain, assert_refused, reason};
 use salvor_tests::console::Console;
 use salvor_tests::guests::{LinuxGuest, TinyGuest, linux_slot};
 use salvor_tests::run_folder::RunFolder;
-use salvor_tests::wait::{BOOT, SOON};
+use salvor_tests::wait::{BOOT, SOON, try_wait};
 use tonic::Code;
 use uuid::Uuid;
 
@@ -256,6 +256,14 @@ async fn linux(scene: &mut Scene<'_>, guest: &LinuxGuest) -> (Uuid, Console) {
     let id = scene
         .running(&xml, &format!("GUEST ready name={}", guest.name))
         .await;
+    // The guest says that it is ready before its agent has connected.
+    if guest.guest_agent {
+        let connected = try_wait(SOON, || {
+            let live = scene.libvirt.live_xml(id).unwrap();
+            live.contains("state='connected'").then_some(())
+        });
+        assert!(connected.is_some(), "the guest agent does not connect");
+    }
     let console = scene.console(id);
     (id, console)
 }
