@@ -8,6 +8,7 @@ use prost::Message as _;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let files = [
+        "salvor/compute/v1/console_service.proto",
         "salvor/compute/v1/host_service.proto",
         "salvor/compute/v1/image_service.proto",
         "salvor/compute/v1/operation.proto",

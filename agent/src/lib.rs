@@ -8,8 +8,10 @@
 pub mod api;
 pub mod cancel;
 pub mod config;
+pub mod console;
 pub mod core;
 pub mod daemon;
+pub mod diagnose;
 pub mod dispatch;
 pub mod engine;
 pub mod hypervisor;

@@ -128,11 +128,10 @@ fn admission() -> String {
         "if rescued",
         "unless rescued",
         "if its CPUs are stopped",
+        "a lock stops",
+        "who may ask",
     ]);
     for verb in Verb::ALL {
-        if matches!(verb, Verb::Create | Verb::Adopt) {
-            continue;
-        }
         let states = |answer: Allowed| {
             let states = VmState::ALL
                 .iter()
@@ -147,6 +146,17 @@ fn admission() -> String {
                 states(Allowed::IfRescued),
                 states(Allowed::UnlessRescued),
                 states(Allowed::IfPaused),
+                if verb.respects_lock() {
+                    "members".to_owned()
+                } else {
+                    String::new()
+                },
+                match verb {
+                    Verb::DeliverPassword => "the agent",
+                    verb if verb.is_for_admin() => "administrator",
+                    _ => "members",
+                }
+                .to_owned(),
             ],
         );
     }
@@ -166,7 +176,11 @@ fn tasks() -> String {
             &[
                 code(verb),
                 verb.task_state().map(code).unwrap_or_default(),
-                overtaken.join(", "),
+                if verb.needs_lane() {
+                    overtaken.join(", ")
+                } else {
+                    "nothing: it goes through beside what is under way".to_owned()
+                },
             ],
         );
     }
@@ -288,6 +302,7 @@ fn about(step: &Step) -> &'static str {
         Step::SetGuestTime => "has the guest agent set the guest's clock",
         Step::InjectNmi => "injects an NMI",
         Step::DumpMemory { .. } => "writes the guest's memory to a file",
+        Step::KnowDefinition { .. } => "notes a definition as the server's own",
     }
 }
 
@@ -354,7 +369,10 @@ fn steps() -> Vec<Step> {
             mark: Mark::Own,
             before: None,
         },
-        Step::UndefineDomain { before: text() },
+        Step::UndefineDomain {
+            before: text(),
+            tpm_goes: true,
+        },
         Step::DropSavedMemory,
         Step::StartDomain {
             mark: Mark::Own,
@@ -380,5 +398,6 @@ fn steps() -> Vec<Step> {
             path: text(),
             memory_kib: 0,
         },
+        Step::KnowDefinition { xml: text() },
     ]
 }

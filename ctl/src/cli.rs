@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The arguments. Their doc comments are the help texts and the manual pages.
 
+mod console;
 mod server;
 mod values;
 
@@ -10,9 +11,11 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use uuid::Uuid;
 
 pub(crate) use self::{
+    console::{ConsoleArgs, ConsoleLogArgs, DiagnosticsArgs, ScreenshotArgs},
     server::{
-        AdoptArgs, CrashDumpArgs, CreateArgs, ListServers, RebootArgs, RescueArgs, ServerArg,
-        ServerCommand, SetPasswordArgs, StopArgs, UnrescueArgs,
+        AdoptArgs, CrashDumpArgs, CreateArgs, ListServers, LockArgs, RebootArgs, RescueArgs,
+        ResetStateArgs, ServerArg, ServerCommand, SetPasswordArgs, StopArgs, UnrescueArgs,
+        UpdateArgs,
     },
     values::{ImageFormatArg, key_value},
 };
@@ -80,6 +83,40 @@ pub(crate) struct Global {
     /// Write results and errors only: no steps, no notes.
     #[arg(short, long, global = true, help_heading = "Global options")]
     pub(crate) quiet: bool,
+    /// Call for this user.
+    #[arg(long, global = true, value_name = "USER", value_parser = header, help_heading = "Global options")]
+    pub(crate) as_user: Option<String>,
+    /// Call for this project: what is made belongs to it.
+    #[arg(long, global = true, value_name = "PROJECT", value_parser = header, help_heading = "Global options")]
+    pub(crate) as_project: Option<String>,
+    /// Call with this role. A member may change the servers of its project, unless they are locked.
+    #[arg(
+        long,
+        global = true,
+        value_name = "ROLE",
+        value_enum,
+        help_heading = "Global options"
+    )]
+    pub(crate) as_role: Option<RoleArg>,
+}
+
+/// What a caller may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum RoleArg {
+    /// Everything.
+    Admin,
+    /// What the owners of servers may do.
+    Member,
+}
+
+impl RoleArg {
+    /// The API's word.
+    pub(crate) const fn word(self) -> &'static str {
+        match self {
+            Self::Admin => "admin",
+            Self::Member => "member",
+        }
+    }
 }
 
 /// How long to wait.
@@ -231,6 +268,9 @@ pub(crate) enum OperationCommand {
         /// Only operations of this server: its id, the unique beginning of it, or its unique name. Those of a
         /// server that was deleted are found by the whole id.
         server: Option<String>,
+        /// The same.
+        #[arg(long = "server", value_name = "SERVER", conflicts_with = "server")]
+        of_server: Option<String>,
         /// Only operations that this filter of the agent selects, for instance done=false.
         #[arg(long, default_value = "", hide_default_value = true)]
         filter: String,
@@ -261,6 +301,17 @@ pub(crate) enum OperationCommand {
         no_wait: bool,
         #[command(flatten)]
         patience: Patience,
+    },
+    /// End an operation that hangs; for the administrator.
+    ///
+    /// It is cancelled and, if it does not end in time, given up: its server is in ERROR then, and the fault
+    /// says which step hangs and what may be left on the host.
+    Abandon {
+        /// The operation.
+        operation: String,
+        /// How long it may take to be cancelled in good order.
+        #[arg(long, default_value = "60s", value_name = "TIME", value_parser = units::duration)]
+        after: Duration,
     },
 }
 
@@ -318,6 +369,32 @@ pub(crate) enum PlanCommand {
     CrashDump(CrashDumpArgs),
     /// What `server set-password` would do.
     SetPassword(SetPasswordArgs),
+    /// What `server lock` would do.
+    Lock(LockArgs),
+    /// What `server unlock` would do.
+    Unlock(ServerArg),
+    /// What `server update` would do.
+    Update(UpdateArgs),
+    /// What `server reset-state` would do. What is under way is not abandoned for that.
+    ResetState(ResetStateArgs),
+    /// What `server restore` would do.
+    Restore(ServerArg),
+    /// What `server force-delete` would do.
+    ForceDelete(ServerArg),
+    /// What `server drift --accept` would do.
+    AcceptDrift(ServerArg),
+    /// What `server drift --restore` would do.
+    RestoreDefinition(ServerArg),
+}
+
+/// What a header of a call can hold.
+fn header(text: &str) -> Result<String, &'static str> {
+    let printable = text.bytes().all(|byte| matches!(byte, b' '..=b'~'));
+    if (1..=255).contains(&text.len()) && printable {
+        Ok(text.to_owned())
+    } else {
+        Err("it must be 1 to 255 printable ASCII characters")
+    }
 }
 
 /// Reads the socket's path; `unix:PATH` is how the agent's configuration has it.

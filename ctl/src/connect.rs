@@ -13,8 +13,9 @@ use hyper_util::rt::TokioIo;
 use salvor_proto::{
     google::longrunning::operations_client::OperationsClient,
     v1::{
-        host_service_client::HostServiceClient, image_service_client::ImageServiceClient,
-        server_service_client::ServerServiceClient, watch_service_client::WatchServiceClient,
+        console_service_client::ConsoleServiceClient, host_service_client::HostServiceClient,
+        image_service_client::ImageServiceClient, server_service_client::ServerServiceClient,
+        watch_service_client::WatchServiceClient,
     },
 };
 use tokio::{
@@ -23,12 +24,15 @@ use tokio::{
 };
 use tonic::{
     Code, Request, Status,
+    metadata::{Ascii, MetadataValue},
+    service::{Interceptor, interceptor::InterceptedService},
     transport::{Channel, Endpoint},
 };
 use tonic_types::StatusExt as _;
 
 use crate::{
-    errors::{broken, is_libvirt},
+    cli::{Global, RoleArg},
+    errors::{Failure, broken, is_libvirt},
     output::Ui,
 };
 
@@ -128,10 +132,54 @@ fn owner(socket: &Path) -> Option<String> {
     Some(name.unwrap_or(gid))
 }
 
+/// For whom calls are made, in the headers of each.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct ForWhom(Vec<(&'static str, MetadataValue<Ascii>)>);
+
+impl ForWhom {
+    /// What the arguments say.
+    ///
+    /// # Errors
+    /// [`Failure::Usage`] if a member is of no project.
+    pub(crate) fn new(global: &Global) -> Result<Self, Failure> {
+        if global.as_role == Some(RoleArg::Member) && global.as_project.is_none() {
+            return Err(Failure::Usage(
+                "--as-role member: give the project with --as-project".to_owned(),
+            ));
+        }
+        let mut headers = Vec::new();
+        for (name, value) in [
+            ("x-salvor-role", global.as_role.map(RoleArg::word)),
+            ("x-salvor-user", global.as_user.as_deref()),
+            ("x-salvor-project", global.as_project.as_deref()),
+        ] {
+            if let Some(value) = value {
+                let value = MetadataValue::try_from(value)
+                    .map_err(|_| Failure::Usage(format!("{name} cannot hold that value")))?;
+                headers.push((name, value));
+            }
+        }
+        Ok(Self(headers))
+    }
+}
+
+impl Interceptor for ForWhom {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        for (name, value) in &self.0 {
+            request.metadata_mut().insert(*name, value.clone());
+        }
+        Ok(request)
+    }
+}
+
+/// What clients call through.
+pub(crate) type Wire = InterceptedService<Channel, ForWhom>;
+
 /// The agent at the other end of a socket. Calls connect again by themselves after a break.
 #[derive(Debug, Clone)]
 pub(crate) struct Agent {
     channel: Channel,
+    for_whom: ForWhom,
     socket: PathBuf,
 }
 
@@ -140,7 +188,7 @@ impl Agent {
     ///
     /// # Errors
     /// [`ConnectError`], which says what to check.
-    pub(crate) async fn connect(socket: &Path) -> Result<Self, ConnectError> {
+    pub(crate) async fn connect(socket: &Path, for_whom: ForWhom) -> Result<Self, ConnectError> {
         let path = socket.to_owned();
         // The address is never looked up: it becomes the `:authority` of the calls.
         let channel = Endpoint::from_static("http://salvord")
@@ -158,6 +206,7 @@ impl Agent {
             })?;
         Ok(Self {
             channel,
+            for_whom,
             socket: socket.to_owned(),
         })
     }
@@ -168,28 +217,38 @@ impl Agent {
     }
 
     /// `ServerService`.
-    pub(crate) fn servers(&self) -> ServerServiceClient<Channel> {
-        ServerServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_ANSWER)
+    pub(crate) fn servers(&self) -> ServerServiceClient<Wire> {
+        ServerServiceClient::with_interceptor(self.channel.clone(), self.for_whom.clone())
+            .max_decoding_message_size(LARGEST_ANSWER)
     }
 
     /// `ImageService`.
-    pub(crate) fn images(&self) -> ImageServiceClient<Channel> {
-        ImageServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_ANSWER)
+    pub(crate) fn images(&self) -> ImageServiceClient<Wire> {
+        ImageServiceClient::with_interceptor(self.channel.clone(), self.for_whom.clone())
+            .max_decoding_message_size(LARGEST_ANSWER)
     }
 
     /// `HostService`.
-    pub(crate) fn host(&self) -> HostServiceClient<Channel> {
-        HostServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_ANSWER)
+    pub(crate) fn host(&self) -> HostServiceClient<Wire> {
+        HostServiceClient::with_interceptor(self.channel.clone(), self.for_whom.clone())
+            .max_decoding_message_size(LARGEST_ANSWER)
     }
 
     /// `WatchService`.
-    pub(crate) fn watch(&self) -> WatchServiceClient<Channel> {
-        WatchServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_ANSWER)
+    pub(crate) fn watch(&self) -> WatchServiceClient<Wire> {
+        WatchServiceClient::with_interceptor(self.channel.clone(), self.for_whom.clone())
+            .max_decoding_message_size(LARGEST_ANSWER)
+    }
+
+    /// `ConsoleService`.
+    pub(crate) fn consoles(&self) -> ConsoleServiceClient<Channel> {
+        ConsoleServiceClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_ANSWER)
     }
 
     /// `google.longrunning.Operations`.
-    pub(crate) fn operations(&self) -> OperationsClient<Channel> {
-        OperationsClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_ANSWER)
+    pub(crate) fn operations(&self) -> OperationsClient<Wire> {
+        OperationsClient::with_interceptor(self.channel.clone(), self.for_whom.clone())
+            .max_decoding_message_size(LARGEST_ANSWER)
     }
 }
 

@@ -109,6 +109,9 @@ pub(crate) enum Failure {
         #[source]
         cause: io::Error,
     },
+    /// A console ended by itself.
+    #[error("the console ended: {0}")]
+    Ended(String),
     /// The agent did not keep to the API.
     #[error("the agent {0}; is it of another version?")]
     Protocol(&'static str),
@@ -158,7 +161,7 @@ impl Failure {
             }
             Self::Call(status) => match status.code() {
                 Code::InvalidArgument => USAGE,
-                Code::FailedPrecondition | Code::Aborted => REFUSED,
+                Code::FailedPrecondition | Code::Aborted | Code::PermissionDenied => REFUSED,
                 Code::Unavailable if !is_libvirt(status) => UNREACHABLE,
                 _ => FAILED,
             },
@@ -173,6 +176,7 @@ impl Failure {
             | Self::TooLate { .. }
             | Self::ImportTooSlow { .. }
             | Self::File { .. }
+            | Self::Ended(_)
             | Self::Protocol(_)
             | Self::Output(_)
             | Self::Json(_) => FAILED,
@@ -238,6 +242,7 @@ impl Failure {
             | Self::TooLate { .. }
             | Self::ImportTooSlow { .. }
             | Self::File { .. }
+            | Self::Ended(_)
             | Self::Protocol(_)
             | Self::Output(_) => vec![self.to_string()],
         };

@@ -12,6 +12,7 @@ mod connect;
 mod errors;
 mod output;
 mod requests;
+mod terminal;
 mod units;
 mod wait;
 

@@ -14,8 +14,8 @@ use salvor_proto::v1;
 
 use crate::{
     cli::{
-        AdoptArgs, CreateArgs, RebootArgs, RescueArgs, ServerArg, SetPasswordArgs, StopArgs,
-        UnrescueArgs,
+        AdoptArgs, CreateArgs, LockArgs, RebootArgs, RescueArgs, ResetStateArgs, ServerArg,
+        SetPasswordArgs, StopArgs, UnrescueArgs, UpdateArgs,
     },
     errors::Failure,
     units::to_api,
@@ -287,5 +287,108 @@ pub(crate) fn unrescue(args: &UnrescueArgs) -> v1::UnrescueServerRequest {
         overlay: args.overlay.map_or(0, |overlay| overlay.api()),
         power: args.power.api(),
         shutdown_timeout: args.shutdown.shutdown_timeout.map(to_api),
+    }
+}
+
+/// The request of `lock`.
+pub(crate) fn lock(args: &LockArgs) -> v1::LockServerRequest {
+    v1::LockServerRequest {
+        request_id: String::new(),
+        server: args.server.clone(),
+        reason: args.reason.clone(),
+        expires_in: args.expires_in.map(to_api),
+    }
+}
+
+/// The request of `unlock`.
+pub(crate) fn unlock(args: &ServerArg) -> v1::UnlockServerRequest {
+    v1::UnlockServerRequest {
+        request_id: String::new(),
+        server: args.server.clone(),
+    }
+}
+
+/// The request of `update`: its mask names what is given or to be cleared.
+///
+/// # Errors
+/// [`Failure::Usage`] if a field is both given and to be cleared, or a key is given twice.
+pub(crate) fn update(args: &UpdateArgs) -> Result<v1::UpdateServerRequest, Failure> {
+    let fields = &args.fields;
+    let mut paths = Vec::new();
+    for (field, given) in [
+        ("name", fields.name.is_some()),
+        ("description", fields.description.is_some()),
+        ("metadata", !fields.metadata.is_empty()),
+        ("tags", !fields.tags.is_empty()),
+        ("access_ipv4", fields.access_ipv4.is_some()),
+        ("access_ipv6", fields.access_ipv6.is_some()),
+        ("shutdown_timeout", fields.shutdown_timeout.is_some()),
+        ("autostart", fields.autostart.is_some()),
+        ("autostart_order", fields.autostart_order.is_some()),
+    ] {
+        let cleared = fields.clear.iter().any(|clear| clear.field() == field);
+        if given && cleared {
+            return Err(Failure::Usage(format!(
+                "--clear: {field} is given a value as well"
+            )));
+        }
+        if given || cleared {
+            paths.push(field.to_owned());
+        }
+    }
+    Ok(v1::UpdateServerRequest {
+        request_id: String::new(),
+        server: args.server.clone(),
+        update_mask: Some(prost_types::FieldMask { paths }),
+        name: fields.name.clone().unwrap_or_default(),
+        description: fields.description.clone().unwrap_or_default(),
+        metadata: map("--metadata", &fields.metadata)?,
+        tags: fields.tags.clone(),
+        access_ipv4: fields.access_ipv4.clone().unwrap_or_default(),
+        access_ipv6: fields.access_ipv6.clone().unwrap_or_default(),
+        shutdown_timeout: fields.shutdown_timeout.map(to_api),
+        autostart: fields.autostart.unwrap_or_default(),
+        autostart_order: fields.autostart_order,
+    })
+}
+
+/// The request of `reset-state`.
+pub(crate) fn reset_state(args: &ResetStateArgs) -> v1::ResetServerStateRequest {
+    v1::ResetServerStateRequest {
+        request_id: String::new(),
+        server: args.server.clone(),
+        state: args.state.api(),
+    }
+}
+
+/// The request of `restore`.
+pub(crate) fn restore(args: &ServerArg) -> v1::RestoreServerRequest {
+    v1::RestoreServerRequest {
+        request_id: String::new(),
+        server: args.server.clone(),
+    }
+}
+
+/// The request of `force-delete`.
+pub(crate) fn force_delete(args: &ServerArg) -> v1::ForceDeleteServerRequest {
+    v1::ForceDeleteServerRequest {
+        request_id: String::new(),
+        server: args.server.clone(),
+    }
+}
+
+/// `AcceptServerDrift`.
+pub(crate) fn accept_drift(server: String) -> v1::AcceptServerDriftRequest {
+    v1::AcceptServerDriftRequest {
+        request_id: String::new(),
+        server,
+    }
+}
+
+/// `RestoreServerDefinition`.
+pub(crate) fn restore_definition(server: String) -> v1::RestoreServerDefinitionRequest {
+    v1::RestoreServerDefinitionRequest {
+        request_id: String::new(),
+        server,
     }
 }

@@ -11,6 +11,7 @@
 //! * [`fixtures`] are domains to try them on.
 //! * [`xml`] is the small document tree below all this.
 
+mod console;
 mod disk;
 mod domain;
 pub mod fixtures;
@@ -25,6 +26,7 @@ mod spec;
 mod templates;
 pub mod xml;
 
+pub use console::ConsoleLog;
 pub use disk::{Bus, Disk, DiskDevice, DiskSource};
 pub use domain::{
     Domain, DomainError, Firmware, Interface, MARK_NAMESPACE, MachineFamily, Mark, Role,

@@ -18,9 +18,10 @@ use salvor_proto::{
         OperationState, PauseServerRequest, RebootOnTimeout, RebootServerRequest, RebootType,
         RescueServerRequest, RescueServerResponse, ResumeServerRequest, Server, StartServerRequest,
         StopServerRequest, SuspendServerRequest, TriggerCrashDumpRequest, UnpauseServerRequest,
-        UnrescueServerRequest, VmState, host_service_client::HostServiceClient,
-        image_service_client::ImageServiceClient, import_image_request::Part,
-        server_service_client::ServerServiceClient, watch_service_client::WatchServiceClient,
+        UnrescueServerRequest, VmState, console_service_client::ConsoleServiceClient,
+        host_service_client::HostServiceClient, image_service_client::ImageServiceClient,
+        import_image_request::Part, server_service_client::ServerServiceClient,
+        watch_service_client::WatchServiceClient,
     },
 };
 use tonic::{Code, Status, transport::Channel};
@@ -42,6 +43,8 @@ pub struct Client {
     pub hosts: HostServiceClient<Channel>,
     /// Calls of `WatchService`.
     pub watches: WatchServiceClient<Channel>,
+    /// Calls of `ConsoleService`.
+    pub consoles: ConsoleServiceClient<Channel>,
 }
 
 /// An action whose request says no more than which server.
@@ -171,7 +174,8 @@ impl Client {
             operations: OperationsClient::new(channel.clone()),
             images: ImageServiceClient::new(channel.clone()),
             hosts: HostServiceClient::new(channel.clone()),
-            watches: WatchServiceClient::new(channel),
+            watches: WatchServiceClient::new(channel.clone()),
+            consoles: ConsoleServiceClient::new(channel),
         }
     }
 

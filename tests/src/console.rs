@@ -145,6 +145,13 @@ impl Console {
         terminal.write_all(letters.as_bytes()).unwrap();
     }
 
+    /// The same over the terminal that [`Self::send`] opened before, without asking libvirt for it.
+    #[track_caller]
+    pub fn type_on(&mut self, letters: &str) {
+        let (_, terminal) = self.terminal.as_mut().expect("something was sent before");
+        terminal.write_all(letters.as_bytes()).unwrap();
+    }
+
     /// Runs a shell command in a Linux guest; returns its exit status and what it printed.
     #[track_caller]
     pub fn run(&mut self, command: &str) -> (i32, String) {

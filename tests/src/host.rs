@@ -155,6 +155,10 @@ impl TestHost {
         )
         .unwrap();
         binds.push((folder.join("hosts"), PathBuf::from("/etc/hosts")));
+        // The kernel's id of the boot is another one after each reboot of this host, as on a real one.
+        let boot_id = folder.join("boot_id");
+        fs::write(&boot_id, "").unwrap();
+        binds.push((boot_id, PathBuf::from("/proc/sys/kernel/random/boot_id")));
         fs::write(folder.join("etc/libvirtd.conf"), LIBVIRTD_CONF).unwrap();
         let qemu_conf = format!("{QEMU_CONF}{}", user.settings());
         fs::write(folder.join("etc/qemu.conf"), qemu_conf).unwrap();
@@ -399,6 +403,7 @@ impl TestHost {
 
     #[track_caller]
     fn boot(&self) {
+        fs::write(self.folder.join("boot_id"), format!("{}\n", Uuid::new_v4())).unwrap();
         let program = profile_folder().join("salvor-test-init");
         let log = fs::File::options()
             .create(true)

@@ -63,11 +63,12 @@ impl Api {
     }
 
     async fn begin<A: Ask>(&self, call: &Call, ask: A) -> Result<Done, Refusal> {
-        let mut wish = ask.wish(self.dispatcher.settings().shutdown)?;
+        let mut wish = self.wish(ask)?;
         let request = Request {
             id: wish.request_id.take(),
             body_hash: std::mem::take(&mut wish.body_hash),
             caller: call.caller.to_string(),
+            who: call.who.clone(),
         };
         // First of all: what a repeated request names may be gone by now, by its own doing.
         if request.id.is_some()
@@ -112,7 +113,7 @@ impl Api {
     /// request makes no sense or names nothing is an error.
     pub(super) async fn preview<A: Ask>(&self, call: &Call, ask: A) -> Result<Preview, Status> {
         let about = about(call, &ask);
-        match self.try_preview(ask).await {
+        match self.try_preview(call, ask).await {
             Ok(preview) => Ok(preview),
             Err(refusal)
                 if matches!(
@@ -129,11 +130,23 @@ impl Api {
         }
     }
 
-    async fn try_preview<A: Ask>(&self, ask: A) -> Result<Preview, Refusal> {
-        let wish = ask.wish(self.dispatcher.settings().shutdown)?;
+    /// The request, checked. Where it does not say how long the guest may take to shut down, its server's
+    /// property does, and else the configuration.
+    fn wish<A: Ask>(&self, ask: A) -> Result<Wish, Refusal> {
+        let settings = self.dispatcher.settings();
+        let shutdown = match resolve::server(&self.store, ask.subject()) {
+            Ok(server) => settings.shutdown_of(&server),
+            // That there is no such server is said when it is looked for.
+            Err(_) => settings.shutdown,
+        };
+        ask.wish(shutdown)
+    }
+
+    async fn try_preview<A: Ask>(&self, call: &Call, ask: A) -> Result<Preview, Refusal> {
+        let wish = self.wish(ask)?;
         let target = self.target(&wish).await?;
         let (action, _) = self.action(wish, Hash::Omitted).await?;
-        let preview = self.dispatcher.preview(target, &action).await?;
+        let preview = self.dispatcher.preview(target, &action, &call.who).await?;
         Ok(Preview {
             plan: Some((preview.plan, preview.domain_diff)),
             refusal: preview.refusal,
@@ -198,7 +211,17 @@ fn fill(action: &mut Action, image: Option<uuid::Uuid>, password: Option<CryptHa
         | Action::Suspend
         | Action::Resume
         | Action::CrashDump
-        | Action::DumpMemory => return,
+        | Action::DumpMemory
+        | Action::Lock(_)
+        | Action::Unlock { .. }
+        | Action::ResetState(_)
+        | Action::SoftDelete
+        | Action::Restore
+        | Action::ForceDelete
+        | Action::Update(_)
+        | Action::AcceptDrift
+        | Action::RestoreDefinition
+        | Action::StartRescue => return,
     };
     if let Some(field) = image_field {
         *field = image;

@@ -7,7 +7,8 @@
 //! ```
 //!
 //! Who may reach the socket is decided by its mode and owner. A call whose peer cannot be told is
-//! refused all the same.
+//! refused all the same. Who reaches it is the administrator, unless the call says that it is made for
+//! somebody else.
 
 use std::{
     convert::Infallible,
@@ -31,10 +32,22 @@ use tracing::Instrument as _;
 use uuid::Uuid;
 
 use super::errors::{self, About, status};
-use crate::core::reason::{Reason, Refusal};
+use crate::core::{
+    caller::{Role, Who},
+    reason::{Reason, Refusal},
+    text::echo,
+};
 
 /// The header that names a call across services, as OpenStack's services do.
 const REQUEST_ID_HEADER: &str = "x-openstack-request-id";
+
+/// The headers by which a control plane says for whom it calls.
+const ROLE_HEADER: &str = "x-salvor-role";
+const USER_HEADER: &str = "x-salvor-user";
+const PROJECT_HEADER: &str = "x-salvor-project";
+
+/// The longest user and project, as Nova's columns have them.
+const LONGEST_NAME: usize = 255;
 
 /// An answer leaves at least and at most so long before the caller's deadline, and otherwise a tenth
 /// of its time, so that it is there in time.
@@ -60,6 +73,8 @@ pub(super) struct Call {
     pub(super) request_id: Arc<str>,
     /// Who calls; operations record it.
     pub(super) caller: Caller,
+    /// For whom.
+    pub(super) who: Who,
     /// When the answer must leave.
     pub(super) answer_by: Option<Instant>,
 }
@@ -128,6 +143,7 @@ where
         let times = timeout(request.headers()).map(|timeout| times(begun, timeout));
         let caller = caller(request.extensions());
         let request_id = request_id(request.headers());
+        let who = who(request.headers());
         let span = tracing::info_span!("call", method = %request.uri().path(), request_id = %request_id,
             uid = caller.map(|caller| caller.uid), pid = caller.and_then(|caller| caller.pid));
         let mut inner = self.0.clone();
@@ -140,11 +156,19 @@ where
                 };
                 return stranger(&about).into_http();
             };
+            let (who, wrong) = match who {
+                Ok(who) => (who, None),
+                Err(refusal) => (Who::default(), Some(refusal)),
+            };
             let call = Call {
                 request_id,
                 caller,
+                who,
                 answer_by: times.map(|(by, _)| by),
             };
+            if let Some(refusal) = wrong {
+                return call.refuse(&refusal).into_http();
+            }
             request.extensions_mut().insert(call.clone());
             let handler = AssertUnwindSafe(async move { inner.call(request).await }).catch_unwind();
             let mut response = match within(times.map(|(_, at)| at), handler).await {
@@ -239,6 +263,54 @@ fn caller(extensions: &http::Extensions) -> Option<Caller> {
         uid: credentials.uid(),
         pid: credentials.pid(),
     })
+}
+
+/// For whom a call is made. What is not said is the administrator's; a member is one of a project.
+fn who(headers: &http::HeaderMap) -> Result<Who, Refusal> {
+    let role = match said(headers, ROLE_HEADER)? {
+        None => Role::Admin,
+        Some(name) => Role::from_name(&name).ok_or_else(|| {
+            Refusal::field(
+                ROLE_HEADER,
+                format!("must be admin or member, and is {:?}", echo(&name)),
+            )
+        })?,
+    };
+    let who = Who {
+        role,
+        user: said(headers, USER_HEADER)?.unwrap_or_default(),
+        project: said(headers, PROJECT_HEADER)?.unwrap_or_default(),
+    };
+    if who.role == Role::Member && who.project.is_empty() {
+        return Err(Refusal::field(
+            PROJECT_HEADER,
+            "must be given with the role member",
+        ));
+    }
+    Ok(who)
+}
+
+/// What a header says, once.
+fn said(headers: &http::HeaderMap, name: &'static str) -> Result<Option<String>, Refusal> {
+    let mut values = headers.get_all(name).iter();
+    let Some(value) = values.next() else {
+        return Ok(None);
+    };
+    if values.next().is_some() {
+        return Err(Refusal::field(name, "must be given once"));
+    }
+    let text = value
+        .to_str()
+        .ok()
+        .filter(|text| (1..=LONGEST_NAME).contains(&text.len()))
+        .filter(|text| text.bytes().all(|byte| matches!(byte, b' '..=b'~')));
+    match text {
+        Some(text) => Ok(Some(text.to_owned())),
+        None => Err(Refusal::field(
+            name,
+            format!("must be 1 to {LONGEST_NAME} printable ASCII characters"),
+        )),
+    }
 }
 
 /// The caller's id of the call if it gave a usable one, else a new one.
@@ -365,6 +437,43 @@ mod tests {
         assert_eq!(before(Duration::from_secs(2)), Duration::from_millis(200));
         assert_eq!(before(Duration::from_secs(600)), Duration::from_millis(500));
         assert_eq!(times(now, Duration::ZERO), (now, now));
+    }
+
+    #[test]
+    fn a_caller_says_once_and_plainly_for_whom_it_calls() {
+        let of = |pairs: &[(&'static str, &str)]| {
+            let mut headers = http::HeaderMap::new();
+            for (name, value) in pairs {
+                headers.append(*name, http::HeaderValue::from_str(value).unwrap());
+            }
+            who(&headers)
+        };
+        assert_eq!(of(&[]), Ok(Who::default()));
+        let member = of(&[
+            (ROLE_HEADER, "member"),
+            (USER_HEADER, "u 1"),
+            (PROJECT_HEADER, "p"),
+        ]);
+        let expected = Who {
+            role: Role::Member,
+            user: "u 1".to_owned(),
+            project: "p".to_owned(),
+        };
+        assert_eq!(member, Ok(expected));
+        let long = "a".repeat(256);
+        for wrong in [
+            [(ROLE_HEADER, "root"), (PROJECT_HEADER, "p")],
+            [(ROLE_HEADER, "Admin"), (PROJECT_HEADER, "p")],
+            [(ROLE_HEADER, "member"), (USER_HEADER, "u")],
+            [(ROLE_HEADER, "member"), (PROJECT_HEADER, "")],
+            [(PROJECT_HEADER, "p"), (PROJECT_HEADER, "q")],
+            [(USER_HEADER, "u"), (PROJECT_HEADER, "p\tq")],
+            [(USER_HEADER, "\u{e9}"), (PROJECT_HEADER, "p")],
+            [(USER_HEADER, long.as_str()), (PROJECT_HEADER, "p")],
+        ] {
+            let refusal = of(&wrong).unwrap_err();
+            assert_eq!(refusal.reason, Reason::InvalidField, "{wrong:?}");
+        }
     }
 
     #[test]

@@ -48,6 +48,7 @@ const fn grpc(code: Code) -> tonic::Code {
         Code::Internal => tonic::Code::Internal,
         Code::Unimplemented => tonic::Code::Unimplemented,
         Code::Unauthenticated => tonic::Code::Unauthenticated,
+        Code::PermissionDenied => tonic::Code::PermissionDenied,
     }
 }
 

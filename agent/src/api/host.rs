@@ -26,14 +26,17 @@ use super::{
     validate::Checked,
 };
 use crate::{
-    core::reason::Refusal,
+    core::{autostart::ComebackState, reason::Refusal},
     engine::now_ms,
-    hypervisor::{HostFacts, Hypervisor, LinkState},
+    hypervisor::{HostFacts, Hypervisor, LinkState, StuckCall},
     storage::apart,
 };
 
 /// GetHost waits so long for libvirt, then answers without it.
 const LIBVIRT: Duration = Duration::from_secs(2);
+
+/// So many notes about servers that come back are shown.
+const NOTES: usize = 100;
 
 /// What is known of the host besides what can be asked.
 pub(super) struct Known {
@@ -77,6 +80,16 @@ impl Known {
     }
 }
 
+/// Calls that were given up on.
+pub(super) fn stuck_calls(calls: &[StuckCall]) -> Vec<v1::StuckCall> {
+    let told = calls.iter().map(|stuck| v1::StuckCall {
+        call: stuck.call.to_owned(),
+        domain_id: stuck.domain.map(|id| id.to_string()).unwrap_or_default(),
+        age: Some(duration(stuck.age)),
+    });
+    told.collect()
+}
+
 impl Api {
     /// What libvirt says of the host, and whether it says so now.
     async fn facts(&self, up: bool) -> (Option<HostFacts>, bool) {
@@ -107,6 +120,7 @@ impl Api {
         let (link, since) = self.known.link.borrow().clone();
         let (facts, fresh) = self.facts(link == LinkState::Up).await;
         let (disk_total_bytes, disk_free_bytes) = self.space().await;
+        let autostart = self.autostart().await;
         let of = |pick: fn(&HostFacts) -> String| facts.as_ref().map(pick);
         let version =
             |pick: fn(&HostFacts) -> String| of(pick).filter(|_| fresh).unwrap_or_default();
@@ -139,21 +153,48 @@ impl Api {
                 },
                 uri: self.host.libvirt_uri.clone(),
             }),
-            stuck_calls: self
-                .hypervisor
-                .stuck_calls()
-                .into_iter()
-                .map(|stuck| v1::StuckCall {
-                    call: stuck.call.to_owned(),
-                    domain_id: stuck.domain.map(|id| id.to_string()).unwrap_or_default(),
-                    age: Some(duration(stuck.age)),
-                })
-                .collect(),
+            stuck_calls: stuck_calls(&self.hypervisor.stuck_calls()),
             servers: u32::try_from(self.store.server_count()).unwrap_or(u32::MAX),
             running_operations: u32::try_from(self.engine.under_way()).unwrap_or(u32::MAX),
             revision: *self.store.revision().borrow(),
             start_time: Some(timestamp(self.known.started_at_ms)),
+            autostart,
         }
+    }
+
+    /// How far servers have come back; `None` if none is to.
+    async fn autostart(&self) -> Option<v1::Autostart> {
+        let all = match self.store.comebacks().await {
+            Ok(all) if !all.is_empty() => all,
+            Ok(_) => return None,
+            Err(error) => {
+                tracing::error!(
+                    error = &error as &dyn std::error::Error,
+                    "which servers are to come back cannot be read"
+                );
+                return None;
+            }
+        };
+        let count = |state| {
+            let many = all.iter().filter(|comeback| comeback.state == state);
+            u32::try_from(many.count()).unwrap_or(u32::MAX)
+        };
+        Some(v1::Autostart {
+            waiting: count(ComebackState::Waiting),
+            started: count(ComebackState::Started),
+            left_alone: count(ComebackState::LeftAlone),
+            failed: count(ComebackState::Failed),
+            notes: all
+                .iter()
+                .filter(|comeback| !comeback.message.is_empty())
+                .take(NOTES)
+                .map(|comeback| v1::AutostartNote {
+                    server_id: comeback.server.to_string(),
+                    state: comeback.state.name().to_owned(),
+                    message: comeback.message.clone(),
+                })
+                .collect(),
+        })
     }
 
     /// Size and free bytes of the filesystem of the state folder; zeros if it cannot be asked.

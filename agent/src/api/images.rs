@@ -180,6 +180,7 @@ impl Api {
             id,
             body_hash: hash_of("delete image", &message, &[]),
             caller: call.caller.to_string(),
+            who: call.who.clone(),
         };
         let found = resolve::image(&self.store, &message.image).await;
         // What a repeated request names is gone by now, by its own doing.

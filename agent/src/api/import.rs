@@ -74,6 +74,7 @@ impl Wanted {
             body_hash: hash_of(&format!("import {path}"), &spec, &[&properties]),
             id: request_id,
             caller,
+            ..Request::default()
         };
         validate::name("spec.name", &spec.name)?;
         let id = match (validate::optional_uuid("spec.id", &spec.id)?, &request.id) {

@@ -4,6 +4,7 @@
 //! ```text
 //!  edge (deadline, identity, request id, span, panics)
 //!   └─ servers, operations, watch, images, host     handlers
+//!       ├─ console, diagnostics  reads of guests
 //!       ├─ wish, validate      requests, checked field by field
 //!       ├─ resolve             ids, beginnings of ids and names
 //!       ├─ actions             to the dispatcher, for real and as a dry run
@@ -14,7 +15,9 @@
 //! Nothing here decides whether an action is allowed or what it does.
 
 mod actions;
+mod console;
 mod convert;
+mod diagnostics;
 mod edge;
 mod errors;
 mod host;
@@ -25,6 +28,7 @@ mod page;
 mod password;
 mod resolve;
 mod servers;
+mod update;
 mod validate;
 mod watch;
 mod wish;
@@ -34,6 +38,7 @@ use std::{ops::Deref, path::PathBuf, sync::Arc};
 use salvor_proto::{
     google::longrunning::operations_server::OperationsServer,
     v1::{
+        console_service_server::ConsoleServiceServer,
         host_service_server::HostServiceServer,
         image_service_server::ImageServiceServer,
         server_service_server::{self, ServerServiceServer},
@@ -43,7 +48,11 @@ use salvor_proto::{
 use tonic::service::{Routes, RoutesBuilder};
 
 use crate::{
-    dispatch::Dispatcher, engine::Engine, hypervisor::Hypervisor, storage::images::ImageFiles,
+    console::{Logs, Ports},
+    dispatch::Dispatcher,
+    engine::Engine,
+    hypervisor::Hypervisor,
+    storage::images::ImageFiles,
     store::Store,
 };
 
@@ -70,6 +79,10 @@ pub struct Parts {
     pub store: Store,
     /// Is asked for domains and the host.
     pub hypervisor: Arc<dyn Hypervisor>,
+    /// What guests have said on their serial ports.
+    pub logs: Logs,
+    /// Their serial ports.
+    pub ports: Ports,
     /// The files of images.
     pub images: ImageFiles,
     /// What the configuration and the host say.
@@ -145,6 +158,7 @@ pub fn routes(parts: Parts) -> Result<Routes, tonic_reflection::server::Error> {
     add!(routes, WatchServiceServer, api);
     add!(routes, ImageServiceServer, api);
     add!(routes, HostServiceServer, api);
+    add!(routes, ConsoleServiceServer, api);
     if reflection {
         // Some tools know the older name only.
         routes.add_service(edge::Edge(describe().build_v1()?));

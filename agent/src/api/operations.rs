@@ -4,9 +4,12 @@
 use std::time::Duration;
 
 use prost::Message as _;
-use salvor_proto::google::longrunning::{
-    CancelOperationRequest, DeleteOperationRequest, GetOperationRequest, ListOperationsRequest,
-    ListOperationsResponse, Operation, WaitOperationRequest, operations_server::Operations,
+use salvor_proto::{
+    google::longrunning::{
+        CancelOperationRequest, DeleteOperationRequest, GetOperationRequest, ListOperationsRequest,
+        ListOperationsResponse, Operation, WaitOperationRequest, operations_server::Operations,
+    },
+    v1,
 };
 use tonic::{Request, Response, Status};
 use uuid::Uuid;
@@ -20,12 +23,13 @@ use super::{
 };
 use crate::{
     core::{
+        admission::admit_cancel,
         lookup,
         reason::{Reason, Refusal},
         text,
     },
-    dispatch::refused,
-    engine::View,
+    dispatch::{ABANDON_AFTER, refused},
+    engine::{View, now_ms},
 };
 
 /// The longest a WaitOperation waits; also if it does not say.
@@ -144,6 +148,51 @@ impl Api {
         }
     }
 
+    /// Ends an operation that hangs, and says how it ended.
+    pub(super) async fn abandon(
+        &self,
+        call: &Call,
+        message: v1::AbandonOperationRequest,
+    ) -> Checked<Operation> {
+        if !call.who.is_admin() {
+            return Err(Refusal::new(
+                Reason::PermissionDenied,
+                "only the administrator may abandon an operation",
+            ));
+        }
+        let patience = validate::duration("patience", message.patience, validate::PATIENCE)?;
+        let id = self.operation_id(&message.name).await?;
+        // In a task of its own: it is given up when its time is over, also if the caller has gone away.
+        let engine = self.engine.clone();
+        let patience = patience.unwrap_or(ABANDON_AFTER);
+        let given_up = tokio::spawn(async move { engine.give_up(id, patience).await })
+            .await
+            .map_err(|_| Refusal::new(Reason::Internal, "abandoning an operation panicked"))?;
+        let about = |error| refused(error).about("operation", format!("operations/{id}"));
+        let view = given_up.map_err(about)?;
+        view.map(|view| self.show(&view))
+            .ok_or_else(|| not_found(id))
+    }
+
+    /// May this caller cancel it? Who may change its server may, and of one that is gone whose it was.
+    async fn may_cancel(&self, call: &Call, id: Uuid) -> Checked<()> {
+        if call.who.is_admin() {
+            return Ok(());
+        }
+        let view = self.engine.operation(id).await.map_err(refused)?;
+        let Some(view) = view else {
+            return Err(not_found(id));
+        };
+        match self.store.server(view.operation.server) {
+            Some(server) => admit_cancel(&server, &call.who, now_ms()),
+            None if view.operation.project == call.who.project => Ok(()),
+            None => Err(Refusal::new(
+                Reason::PermissionDenied,
+                format!("operations/{id} is not one of project {}", call.who.project),
+            )),
+        }
+    }
+
     async fn get(&self, name: &str) -> Checked<Operation> {
         let id = self.operation_id(name).await?;
         let view = self.engine.operation(id).await.map_err(refused)?;
@@ -252,6 +301,7 @@ impl Operations for Api {
         let (call, message) = Call::open(request)?;
         let cancelled = async {
             let id = self.operation_id(&message.name).await?;
+            self.may_cancel(&call, id).await?;
             let cancelled = self.engine.cancel(id).await;
             cancelled.map_err(|error| refused(error).about("operation", format!("operations/{id}")))
         };

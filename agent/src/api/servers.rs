@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! ServerService: reads come from the record, actions go to the dispatcher.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use prost::Message as _;
 use salvor_proto::{google::longrunning::Operation, v1};
@@ -10,17 +13,25 @@ use tonic::{Request, Response, Status};
 use super::{
     Api,
     actions::{Done, Preview},
-    convert::{operation::warnings, server::server, states::Wire, time::duration},
+    convert::{
+        operation::warnings,
+        server::server,
+        states::Wire,
+        time::{duration, timestamp},
+    },
     edge::Call,
     page::{self, PAGE_BYTES},
     resolve,
     validate::{self, Checked},
 };
-use crate::core::{
-    reason::Refusal,
-    record::{Origin, PasswordDelivery, ServerRecord},
-    state::{PowerState, Status as ServerStatus, VmState},
-    text,
+use crate::{
+    core::{
+        reason::Refusal,
+        record::{Origin, PasswordDelivery, ServerRecord},
+        state::{PowerState, Status as ServerStatus, VmState},
+        text,
+    },
+    engine::now_ms,
 };
 
 /// The filters of ListServers, checked.
@@ -31,6 +42,10 @@ struct Filter {
     vm_states: Vec<VmState>,
     power_states: Vec<PowerState>,
     origin: Option<Origin>,
+    tags: Vec<String>,
+    locked: Option<bool>,
+    project_id: String,
+    metadata: BTreeMap<String, String>,
 }
 
 /// Each value once, so that a long list costs no more than a short one.
@@ -50,6 +65,7 @@ fn values<T: Wire + Ord>(field: &str, numbers: &[i32]) -> Checked<Vec<T>> {
 impl Filter {
     fn read(request: &v1::ListServersRequest) -> Checked<Self> {
         validate::text("name_contains", &request.name_contains)?;
+        validate::text("project_id", &request.project_id)?;
         let status = |name: &String| {
             ServerStatus::from_name(name).ok_or_else(|| {
                 let all: Vec<&str> = ServerStatus::ALL
@@ -72,6 +88,10 @@ impl Filter {
             vm_states: values("vm_states", &request.vm_states)?,
             power_states: values("power_states", &request.power_states)?,
             origin: Origin::from_wire("origin", request.origin)?,
+            tags: validate::tags("tags", &request.tags)?,
+            locked: request.locked,
+            project_id: request.project_id.clone(),
+            metadata: validate::metadata("metadata", request.metadata.clone())?,
         })
     }
 
@@ -91,6 +111,18 @@ impl Filter {
                 self.power_states.contains(&server.power.state),
             )
             && self.origin.is_none_or(|origin| origin == server.origin)
+            && self.tags.iter().all(|tag| server.tags.contains(tag))
+            && self
+                .locked
+                .is_none_or(|locked| locked == server.lock_at(now_ms()).is_some())
+            && any(
+                !self.project_id.is_empty(),
+                self.project_id == server.owner.project_id,
+            )
+            && self
+                .metadata
+                .iter()
+                .all(|(key, value)| server.metadata.get(key) == Some(value))
     }
 }
 
@@ -165,6 +197,18 @@ fn plan_response(preview: &Preview) -> v1::PlanActionResponse {
     }
 }
 
+async fn drift(api: &Api, word: &str) -> Checked<v1::GetServerDriftResponse> {
+    let server = resolve::server(&api.store, word)?;
+    let drift = api.dispatcher.drift(&server).await?;
+    let drifted = !drift.diff.is_empty();
+    Ok(v1::GetServerDriftResponse {
+        drifted,
+        diff: drift.diff,
+        since: server.drift_since_ms.filter(|_| drifted).map(timestamp),
+        unknown: !drift.known,
+    })
+}
+
 /// What every action answers besides what is its own.
 struct Answer {
     operation: Option<Operation>,
@@ -228,6 +272,27 @@ macro_rules! actions {
                 list(self, &message).map(Response::new).map_err(|refusal| call.refuse(&refusal))
             }
 
+            async fn abandon_operation(
+                &self,
+                request: Request<v1::AbandonOperationRequest>,
+            ) -> Result<Response<v1::AbandonOperationResponse>, Status> {
+                let (call, message) = Call::open(request)?;
+                let operation = self.abandon(&call, message).await;
+                let operation = operation.map_err(|refusal| call.refuse(&refusal))?;
+                Ok(Response::new(v1::AbandonOperationResponse {
+                    operation: Some(operation),
+                }))
+            }
+
+            async fn get_server_drift(
+                &self,
+                request: Request<v1::GetServerDriftRequest>,
+            ) -> Result<Response<v1::GetServerDriftResponse>, Status> {
+                let (call, message) = Call::open(request)?;
+                let drift = drift(self, &message.server).await;
+                drift.map(Response::new).map_err(|refusal| call.refuse(&refusal))
+            }
+
             async fn plan_action(
                 &self,
                 request: Request<v1::PlanActionRequest>,
@@ -251,9 +316,28 @@ macro_rules! actions {
                     Some(A::TriggerCrashDump(ask)) => self.preview(&call, ask).await,
                     Some(A::DumpMemory(ask)) => self.preview(&call, ask).await,
                     Some(A::ChangePassword(ask)) => self.preview(&call, ask).await,
+                    Some(A::Lock(ask)) => self.preview(&call, ask).await,
+                    Some(A::Unlock(ask)) => self.preview(&call, ask).await,
+                    Some(A::Update(ask)) => self.preview(&call, ask).await,
+                    Some(A::ResetState(ask)) => self.preview(&call, ask).await,
+                    Some(A::Restore(ask)) => self.preview(&call, ask).await,
+                    Some(A::ForceDelete(ask)) => self.preview(&call, ask).await,
+                    Some(A::AcceptDrift(ask)) => self.preview(&call, ask).await,
+                    Some(A::RestoreDefinition(ask)) => self.preview(&call, ask).await,
                     None => Err(call.refuse(&Refusal::field("action", "must be given"))),
                 };
                 preview.map(|preview| Response::new(plan_response(&preview)))
+            }
+
+            async fn get_server_diagnostics(
+                &self,
+                request: Request<v1::GetServerDiagnosticsRequest>,
+            ) -> Result<Response<v1::GetServerDiagnosticsResponse>, Status> {
+                let (call, message) = Call::open(request)?;
+                match Box::pin(self.diagnostics(&message)).await {
+                    Ok(answer) => Ok(Response::new(answer)),
+                    Err(refusal) => Err(call.refuse(&refusal)),
+                }
             }
         }
     };
@@ -282,4 +366,12 @@ actions! {
     change_server_password: ChangeServerPasswordRequest -> ChangeServerPasswordResponse {
         operation, admin_pass
     }
+    lock_server: LockServerRequest -> LockServerResponse { operation }
+    unlock_server: UnlockServerRequest -> UnlockServerResponse { operation }
+    update_server: UpdateServerRequest -> UpdateServerResponse { operation }
+    reset_server_state: ResetServerStateRequest -> ResetServerStateResponse { operation }
+    restore_server: RestoreServerRequest -> RestoreServerResponse { operation }
+    force_delete_server: ForceDeleteServerRequest -> ForceDeleteServerResponse { operation, warnings }
+    accept_server_drift: AcceptServerDriftRequest -> AcceptServerDriftResponse { operation }
+    restore_server_definition: RestoreServerDefinitionRequest -> RestoreServerDefinitionResponse { operation }
 }

@@ -34,6 +34,13 @@ const USER_DATA: usize = 49_149;
 pub(super) const SHUTDOWN: Duration = Duration::from_secs(3_600);
 /// The longest time after which a rescue ends by itself.
 pub(super) const RESCUE: Duration = Duration::from_secs(30 * 86_400);
+/// The longest time after which a lock ends by itself.
+pub(super) const LOCK: Duration = Duration::from_secs(365 * 86_400);
+/// The longest time for which an operation that is to be abandoned is waited for.
+pub(super) const PATIENCE: Duration = Duration::from_secs(300);
+/// Tags of a server, and the longest one in characters (Nova: `nova/objects/tag.py`, `MAX_TAG_COUNT` of
+/// `nova/objects/instance.py`).
+const TAGS: (usize, usize) = (50, 60);
 /// Interfaces of a new server: as many as PCI Express root ports that fit beside the other devices.
 const INTERFACES: usize = 24;
 /// vCPUs: what a q35 machine takes at most with older QEMUs is 288; libvirt refuses what this host's
@@ -152,6 +159,42 @@ pub(super) fn metadata(
         text(&format!("{field}[{}]", echo(key)), value)?;
     }
     Ok(map.into_iter().collect())
+}
+
+/// Nova's tags: at most 50 of 1 to 60 printable characters, without comma and slash. Each counts once.
+pub(super) fn tags(field: &str, tags: &[String]) -> Checked<Vec<String>> {
+    let (most, longest) = TAGS;
+    if tags.len() > most {
+        return Err(Refusal::field(
+            field,
+            format!("must be at most {most}, and are {}", tags.len()),
+        ));
+    }
+    let mut checked: Vec<String> = Vec::new();
+    for tag in tags {
+        let fits = (1..=longest).contains(&tag.chars().take(longest + 1).count());
+        if !fits || !tag.chars().all(is_printable) || tag.contains([',', '/']) {
+            return Err(Refusal::field(
+                field,
+                format!(
+                    "must each be 1 to {longest} printable characters without comma and slash, and one is {:?}",
+                    echo(tag)
+                ),
+            ));
+        }
+        if !checked.contains(tag) {
+            checked.push(tag.clone());
+        }
+    }
+    Ok(checked)
+}
+
+/// Why something is done: 1 to 255 printable characters.
+pub(super) fn reason(field: &str, value: &str) -> Checked<()> {
+    if value.is_empty() {
+        return Err(Refusal::field(field, "must not be empty; leave it out"));
+    }
+    text(field, value)
 }
 
 /// Properties of an image: at most 128, keys and values of at most 255 printable characters.

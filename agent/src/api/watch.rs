@@ -31,6 +31,7 @@ use super::{
 };
 use crate::{
     core::{
+        incident::IncidentReport,
         lookup::whole_id,
         reason::{Reason, Refusal},
         record::ServerRecord,
@@ -232,7 +233,21 @@ fn told(event: StoredEvent) -> v1::Event {
             }),
             // The server is in the events round it, as it was then.
             Change::Operation(record) => Told::Operation(operation(&record, None, None)),
+            Change::Guest(report) => Told::Guest(guest(report)),
         }),
+    }
+}
+
+fn guest(report: IncidentReport) -> v1::GuestEvent {
+    let incident = report.incident;
+    v1::GuestEvent {
+        kind: incident.kind.name().to_owned(),
+        device: incident.device,
+        source: incident.source,
+        reason: incident.reason,
+        action: incident.action,
+        count: report.count,
+        first_time: Some(timestamp(report.first_at_ms)),
     }
 }
 

@@ -21,8 +21,8 @@ use super::{
 };
 use crate::core::{
     action::{
-        Action, AdoptArgs, ChangePasswordArgs, CreateArgs, RebootArgs, RescueArgs, SOFT_REBOOT_MS,
-        Shutdown, UnrescueArgs, Verb,
+        Action, AdoptArgs, ChangePasswordArgs, CreateArgs, LockArgs, RebootArgs, RescueArgs,
+        ResetTo, SOFT_REBOOT_MS, Shutdown, UnrescueArgs, Verb,
     },
     image::{USER_RULE, is_user},
     reason::Refusal,
@@ -105,7 +105,7 @@ pub(super) fn hash_of(
     format!("{:x}", hash.finalize())
 }
 
-fn millis(duration: Duration) -> u64 {
+pub(super) fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
@@ -118,7 +118,7 @@ fn shutdown(given: Option<prost_types::Duration>, usual: Shutdown) -> Checked<Sh
 }
 
 /// A wish without image and password.
-fn plain(
+pub(super) fn plain(
     request_id: Option<String>,
     body_hash: String,
     server: String,
@@ -136,7 +136,7 @@ fn plain(
 }
 
 /// The id that was taken out of a request, checked, and the hash of the rest.
-fn identify<A: Ask>(
+pub(super) fn identify<A: Ask>(
     request_id: String,
     rest: &A,
     maps: &[&HashMap<String, String>],
@@ -243,7 +243,7 @@ impl Ask for v1::AdoptServerRequest {
 
 /// Requests that say no more than which server.
 macro_rules! ask_plain {
-    ($($request:ident: $verb:ident),+) => {
+    ($($request:ident: $verb:ident $({ $($field:ident: $value:expr),+ })?),+ $(,)?) => {
         $(impl Ask for v1::$request {
             const VERB: Verb = Verb::$verb;
 
@@ -253,16 +253,77 @@ macro_rules! ask_plain {
 
             fn wish(mut self, _shutdown: Shutdown) -> Checked<Wish> {
                 let (request_id, body_hash) = identify(take(&mut self.request_id), &self, &[])?;
-                plain(request_id, body_hash, self.server, Action::$verb)
+                plain(request_id, body_hash, self.server, Action::$verb $({ $($field: $value),+ })?)
             }
         })+
     };
 }
 
 ask_plain! {
-    ReleaseServerRequest: Release, DeleteServerRequest: Delete, StartServerRequest: Start,
-    PauseServerRequest: Pause, UnpauseServerRequest: Unpause, SuspendServerRequest: Suspend,
-    ResumeServerRequest: Resume, TriggerCrashDumpRequest: CrashDump, DumpServerMemoryRequest: DumpMemory
+    ReleaseServerRequest: Release,
+    DeleteServerRequest: Delete,
+    StartServerRequest: Start,
+    UnlockServerRequest: Unlock { only_expired: false },
+    RestoreServerRequest: Restore,
+    ForceDeleteServerRequest: ForceDelete,
+    PauseServerRequest: Pause,
+    UnpauseServerRequest: Unpause,
+    SuspendServerRequest: Suspend,
+    ResumeServerRequest: Resume,
+    TriggerCrashDumpRequest: CrashDump,
+    DumpServerMemoryRequest: DumpMemory,
+    AcceptServerDriftRequest: AcceptDrift,
+    RestoreServerDefinitionRequest: RestoreDefinition,
+}
+
+impl Ask for v1::LockServerRequest {
+    const VERB: Verb = Verb::Lock;
+
+    fn subject(&self) -> &str {
+        &self.server
+    }
+
+    fn wish(mut self, _shutdown: Shutdown) -> Checked<Wish> {
+        let (request_id, body_hash) = identify(take(&mut self.request_id), &self, &[])?;
+        if let Some(reason) = &self.reason {
+            validate::reason("reason", reason)?;
+        }
+        let time = validate::duration("expires_in", self.expires_in, validate::LOCK)?;
+        if time.is_some_and(|time| time < Duration::from_millis(1)) {
+            return Err(Refusal::field(
+                "expires_in",
+                "must be more than nothing; leave it out for a lock without an end",
+            ));
+        }
+        let args = LockArgs {
+            reason: self.reason,
+            expires_in_ms: time.map(millis),
+        };
+        plain(request_id, body_hash, self.server, Action::Lock(args))
+    }
+}
+
+impl Ask for v1::ResetServerStateRequest {
+    const VERB: Verb = Verb::ResetState;
+
+    fn subject(&self) -> &str {
+        &self.server
+    }
+
+    fn wish(mut self, _shutdown: Shutdown) -> Checked<Wish> {
+        let (request_id, body_hash) = identify(take(&mut self.request_id), &self, &[])?;
+        let to = match v1::VmState::try_from(self.state) {
+            Ok(v1::VmState::Active) => ResetTo::Active,
+            Ok(v1::VmState::Error) => ResetTo::Error,
+            _ => {
+                return Err(Refusal::field(
+                    "state",
+                    "must be VM_STATE_ACTIVE or VM_STATE_ERROR",
+                ));
+            }
+        };
+        plain(request_id, body_hash, self.server, Action::ResetState(to))
+    }
 }
 
 impl Ask for v1::StopServerRequest {

@@ -32,8 +32,9 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 pub use self::settings::{
-    ApiConfig, Config, DrainConfig, EventsConfig, LibvirtConfig, LogConfig, LogFormat, LogLevel,
-    OperationsConfig, RescueConfig, ShutdownConfig, StorageConfig,
+    ApiConfig, AutostartConfig, Config, ConsoleConfig, DrainConfig, EventsConfig, LibvirtConfig,
+    LogConfig, LogFormat, LogLevel, OperationsConfig, PolicyConfig, Reaction, RescueConfig,
+    ShutdownConfig, StorageConfig,
 };
 pub use self::units::ByteSize;
 pub use self::virt_type::{Chosen, DomainType, VirtType};

@@ -213,6 +213,13 @@ settings! {
         retry_interval: Duration = secs(10), span(secs(1), secs(HOUR));
     }
 
+    /// Delete.
+    delete: DeleteConfig {
+        /// How long a deleted server can be restored: until then it is only powered off. `"0"`: a delete removes at
+        /// once.
+        reclaim_interval: Duration = Duration::ZERO, span(Duration::ZERO, secs(365 * DAY));
+    }
+
     /// Disks and images.
     storage: StorageConfig {
         /// How much must stay free where `state_dir` has its `servers`, and where it has its `images`. What would
@@ -224,6 +231,18 @@ settings! {
 
         /// How much memory qemu-img may use.
         qemu_img_memory: ByteSize = ByteSize::from_gib(2), Size { min: ByteSize::from_mib(64), max: ByteSize::from_gib(1024) };
+    }
+
+    /// What guests say on their serial ports.
+    console: ConsoleConfig {
+        /// How many boots of a server are told apart in its console log. What older ones said is dropped at the next
+        /// start.
+        boots: u32 = 10, Count { min: 1, max: 1000 };
+
+        /// How much of a server's console log is kept, all its boots together. The oldest is dropped. Of the logs of
+        /// adopted servers no more is shown either, but their files belong to whoever made the domain and stay as they
+        /// are.
+        max_size: ByteSize = ByteSize::from_mib(16), Size { min: ByteSize::from_mib(1), max: ByteSize::from_gib(64) };
     }
 
     /// The gRPC API.
@@ -244,6 +263,30 @@ settings! {
         keep: Duration = secs(30 * DAY), span(secs(HOUR), secs(3650 * DAY));
     }
 
+    /// What is done about a guest that is not as it should be. Everything is recorded and shown in any case.
+    policy: PolicyConfig {
+        /// A guest that crashed: `record` leaves it off, `start` starts it again, after longer and longer pauses if it
+        /// crashes again.
+        crashed: Reaction = Reaction::Record, OneOf(PhantomData::<Reaction>);
+
+        /// A guest that shut itself down, or was asked to by somebody past the agent: `record` leaves it off, `start`
+        /// starts it again.
+        stopped_by_itself: Reaction = Reaction::Record, OneOf(PhantomData::<Reaction>);
+    }
+
+    /// What happens after a reboot of the host.
+    autostart: AutostartConfig {
+        /// Whether servers that ran before are started again, in the order of their numbers and of their making. libvirt's
+        /// own autostart flags are left as they are, and what libvirt has started is left alone.
+        enabled: bool = false, Flag;
+
+        /// How many are started at a time.
+        parallel: u32 = 2, Count { min: 1, max: 64 };
+
+        /// How long to wait before the first, once libvirt is there.
+        delay: Duration = Duration::ZERO, span(Duration::ZERO, secs(HOUR));
+    }
+
     /// The log, which goes to standard error.
     log: LogConfig {
         /// `human` is one line of text per event, `json` one object per line; `auto` is human on a terminal, else JSON.
@@ -260,6 +303,20 @@ settings! {
         /// is continued by the next start. A second signal ends the agent at once.
         timeout: Duration = secs(30), span(Duration::ZERO, secs(HOUR));
     }
+}
+
+/// What is done about a guest that should run and is off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reaction {
+    /// It is recorded.
+    Record,
+    /// And started again.
+    Start,
+}
+
+impl Choice for Reaction {
+    const ALL: &'static [(&'static str, Self)] =
+        &[("record", Self::Record), ("start", Self::Start)];
 }
 
 /// The setting `log.format`.

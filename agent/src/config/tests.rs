@@ -101,16 +101,28 @@ timeout = "2h"
 [shutdown]
 timeout = "0"
 retry_interval = "1s"
+[delete]
+reclaim_interval = "7d"
 [storage]
 reserve = "0"
 max_image_size = "1TiB"
 qemu_img_memory = "512MiB"
+[console]
+boots = 3
+max_size = "1MiB"
 [api]
 reflection = false
 [events]
 keep = 5_000
 [operations]
 keep = "7d"
+[policy]
+crashed = "start"
+stopped_by_itself = "start"
+[autostart]
+enabled = true
+parallel = 4
+delay = "10s"
 [log]
 format = "json"
 level = "debug"
@@ -133,10 +145,19 @@ fn every_setting_can_be_set() {
     assert_eq!(config.libvirt.keepalive_count, 5);
     assert_eq!(config.rescue.default_image.as_deref(), Some("rescue-13"));
     assert_eq!(config.rescue.timeout, Some(Duration::from_secs(7200)));
+    assert_eq!(
+        config.delete.reclaim_interval,
+        Duration::from_secs(7 * 86_400)
+    );
     assert_eq!(config.shutdown.timeout, Duration::ZERO);
     assert_eq!(config.storage.reserve.bytes(), 0);
     assert!(!config.api.reflection);
     assert_eq!(config.events.keep, 5000);
+    assert_eq!(config.policy.crashed, Reaction::Start);
+    assert!(config.autostart.enabled);
+    assert_eq!(config.autostart.parallel, 4);
+    assert_eq!(config.autostart.delay, Duration::from_secs(10));
+    assert_eq!(config.policy.stopped_by_itself, Reaction::Start);
     assert_eq!(config.log.format, LogFormat::Json);
     assert_eq!(config.drain.timeout, Duration::from_millis(500));
 }

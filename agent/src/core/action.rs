@@ -11,6 +11,7 @@ use uuid::Uuid;
 
 use super::password::CryptHash;
 use super::{
+    change::FieldChange,
     record::{Flavor, OverlayDisposition, Protection, RescueBus, RescueDevice, RescueMode},
     state::{TaskState, named_states},
 };
@@ -54,18 +55,121 @@ named_states! {
         DumpMemory = "dumpMemory",
         /// Have the guest agent set a user's password.
         ChangePassword = "changePassword",
+        /// Keep everybody but the administrator from changing the server.
+        Lock = "lock",
+        /// Take a lock off.
+        Unlock = "unlock",
+        /// Say what a server is meant to be, whatever was under way.
+        ResetState = "resetState",
+        /// Stop a server and remove it after some time, unless it is restored.
+        SoftDelete = "softDelete",
+        /// Bring a soft-deleted server back.
+        Restore = "restore",
+        /// Remove a server at once, soft-deleted or not.
+        ForceDelete = "forceDelete",
+        /// Change what the record says of the server.
+        Update = "update",
+        /// Take a definition that somebody changed for the server's own from now on.
+        AcceptDrift = "acceptDrift",
+        /// Define the domain again as it was before somebody changed it.
+        RestoreDefinition = "restoreDefinition",
+        /// Start a rescue guest that went down with its host. Only the agent asks for it.
+        StartRescue = "startRescue",
     }
 }
 
 impl Verb {
-    /// The name under which Nova records the same action (`nova/compute/instance_actions.py`); that of the
-    /// verb where Nova records none.
+    /// The name under which Nova records the same action (`nova/compute/instance_actions.py`). Those that
+    /// Nova does not record have ours.
     #[must_use]
     pub const fn action_name(self) -> &'static str {
         match self {
             Self::HardReboot => Self::Reboot.name(),
+            Self::SoftDelete | Self::ForceDelete => Self::Delete.name(),
             verb => verb.name(),
         }
+    }
+
+    /// Does a lock keep everybody but the administrator from it? What changes a server does; what the agent
+    /// asks for itself, what makes a server and what is about the lock does not. Nova lets images, backups
+    /// and networks of a locked server be changed; verbs for these belong to the first group here.
+    #[must_use]
+    pub const fn respects_lock(self) -> bool {
+        match self {
+            Self::Release
+            | Self::Delete
+            | Self::Start
+            | Self::Stop
+            | Self::Rescue
+            | Self::Unrescue
+            | Self::SoftDelete
+            | Self::Restore
+            | Self::ForceDelete
+            | Self::Reboot
+            | Self::HardReboot
+            | Self::Pause
+            | Self::Unpause
+            | Self::Suspend
+            | Self::Resume
+            | Self::CrashDump
+            | Self::DumpMemory
+            | Self::ChangePassword
+            | Self::AcceptDrift
+            | Self::RestoreDefinition
+            | Self::Update => true,
+            Self::Create
+            | Self::Adopt
+            | Self::StartRescue
+            | Self::DeliverPassword
+            | Self::Lock
+            | Self::Unlock
+            | Self::ResetState => false,
+        }
+    }
+
+    /// May only the administrator ask for it? Adopting takes a domain that belongs to nobody's project.
+    #[must_use]
+    pub const fn is_for_admin(self) -> bool {
+        match self {
+            Self::Adopt | Self::DeliverPassword | Self::StartRescue | Self::ResetState => true,
+            Self::Create
+            | Self::Release
+            | Self::Delete
+            | Self::Start
+            | Self::Stop
+            | Self::Rescue
+            | Self::Unrescue
+            | Self::Lock
+            | Self::Unlock
+            | Self::SoftDelete
+            | Self::Restore
+            | Self::ForceDelete
+            | Self::Reboot
+            | Self::HardReboot
+            | Self::Pause
+            | Self::Unpause
+            | Self::Suspend
+            | Self::Resume
+            | Self::CrashDump
+            | Self::DumpMemory
+            | Self::ChangePassword
+            | Self::AcceptDrift
+            | Self::RestoreDefinition
+            | Self::Update => false,
+        }
+    }
+
+    /// Does it need the server's lane? What changes the record alone goes through while another operation
+    /// is under way.
+    #[must_use]
+    pub const fn needs_lane(self) -> bool {
+        !matches!(self, Self::Lock | Self::Unlock | Self::Update)
+    }
+
+    /// Is there no record any more when it has succeeded?
+    #[must_use]
+    pub const fn removes_record(self) -> bool {
+        matches!(self, Self::Delete | Self::ForceDelete | Self::Release)
     }
 
     /// The task state while it runs.
@@ -73,9 +177,14 @@ impl Verb {
     pub const fn task_state(self) -> Option<TaskState> {
         match self {
             Self::Create => Some(TaskState::Spawning),
-            // Neither touches the guest.
-            Self::Adopt | Self::Release => None,
-            Self::Delete => Some(TaskState::Deleting),
+            // None of these changes the guest's power or its disks.
+            Self::Adopt
+            | Self::Release
+            | Self::Lock
+            | Self::Unlock
+            | Self::ResetState
+            | Self::Update => None,
+            Self::Delete | Self::ForceDelete => Some(TaskState::Deleting),
             Self::Start => Some(TaskState::PoweringOn),
             Self::Stop => Some(TaskState::PoweringOff),
             Self::Rescue => Some(TaskState::Rescuing),
@@ -89,18 +198,30 @@ impl Verb {
             Self::Resume => Some(TaskState::Resuming),
             // The guest goes on as it is.
             Self::CrashDump | Self::DumpMemory => None,
+            Self::SoftDelete => Some(TaskState::SoftDeleting),
+            Self::Restore => Some(TaskState::Restoring),
+            // What runs is not touched.
+            Self::AcceptDrift | Self::RestoreDefinition => None,
+            Self::StartRescue => Some(TaskState::PoweringOn),
         }
     }
 
     /// Does it cancel what is under way instead of being refused? Everything that users ask for
-    /// overtakes what the agent does of its own; a delete overtakes everything but another delete, and a
-    /// hard reboot what is about power (Nova: `ALLOW_REBOOT` of `nova/compute/task_states.py`, and stop
-    /// and start besides).
+    /// overtakes what the agent does of its own; a delete overtakes everything but another delete, a hard
+    /// reboot what is about power (Nova: `ALLOW_REBOOT` of `nova/compute/task_states.py`, and stop and start
+    /// besides), and a reset of the state everything: it is what is left when something is stuck.
     #[must_use]
     pub const fn overtakes(self, under_way: Self) -> bool {
         let own = matches!(under_way, Self::DeliverPassword);
         match self {
-            Self::Delete => !matches!(under_way, Self::Delete),
+            Self::Delete | Self::ForceDelete => {
+                !matches!(under_way, Self::Delete | Self::ForceDelete)
+            }
+            Self::SoftDelete => !matches!(
+                under_way,
+                Self::Delete | Self::ForceDelete | Self::SoftDelete
+            ),
+            Self::ResetState => !matches!(under_way, Self::ResetState),
             Self::HardReboot => {
                 own || matches!(
                     under_way,
@@ -128,8 +249,13 @@ impl Verb {
             | Self::Resume
             | Self::CrashDump
             | Self::DumpMemory
-            | Self::ChangePassword => own,
-            Self::DeliverPassword => false,
+            | Self::ChangePassword
+            | Self::AcceptDrift
+            | Self::RestoreDefinition
+            | Self::Restore => own,
+            // They go through beside it.
+            Self::Lock | Self::Unlock | Self::Update => false,
+            Self::DeliverPassword | Self::StartRescue => false,
         }
     }
 }
@@ -262,6 +388,25 @@ pub struct UnrescueArgs {
     pub shutdown: Shutdown,
 }
 
+/// Arguments of [`Verb::Lock`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LockArgs {
+    /// Why.
+    pub reason: Option<String>,
+    /// After so many milliseconds it holds no longer.
+    pub expires_in_ms: Option<u64>,
+}
+
+named_states! {
+    /// What the state of a server is reset to.
+    pub enum ResetTo {
+        /// Active; RESCUED while a rescue is in force.
+        Active = "active",
+        /// In error.
+        Error = "error",
+    }
+}
+
 /// A verb with its arguments.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Action {
@@ -301,6 +446,29 @@ pub enum Action {
     DumpMemory,
     /// See [`Verb::ChangePassword`].
     ChangePassword(ChangePasswordArgs),
+    /// See [`Verb::Lock`].
+    Lock(LockArgs),
+    /// See [`Verb::Unlock`].
+    Unlock {
+        /// Only a lock whose time is over: the agent's own look may be older than the next lock.
+        only_expired: bool,
+    },
+    /// See [`Verb::ResetState`].
+    ResetState(ResetTo),
+    /// See [`Verb::SoftDelete`].
+    SoftDelete,
+    /// See [`Verb::Restore`].
+    Restore,
+    /// See [`Verb::ForceDelete`].
+    ForceDelete,
+    /// See [`Verb::Update`].
+    Update(Vec<FieldChange>),
+    /// See [`Verb::AcceptDrift`].
+    AcceptDrift,
+    /// See [`Verb::RestoreDefinition`].
+    RestoreDefinition,
+    /// See [`Verb::StartRescue`].
+    StartRescue,
 }
 
 impl Action {
@@ -326,6 +494,16 @@ impl Action {
             Self::CrashDump => Verb::CrashDump,
             Self::DumpMemory => Verb::DumpMemory,
             Self::ChangePassword(_) => Verb::ChangePassword,
+            Self::Lock(_) => Verb::Lock,
+            Self::Unlock { .. } => Verb::Unlock,
+            Self::ResetState(_) => Verb::ResetState,
+            Self::SoftDelete => Verb::SoftDelete,
+            Self::Restore => Verb::Restore,
+            Self::ForceDelete => Verb::ForceDelete,
+            Self::Update(_) => Verb::Update,
+            Self::AcceptDrift => Verb::AcceptDrift,
+            Self::RestoreDefinition => Verb::RestoreDefinition,
+            Self::StartRescue => Verb::StartRescue,
         }
     }
 }

@@ -8,8 +8,9 @@ use uuid::Uuid;
 
 use super::{
     action::Verb,
+    caller::Who,
     reason::{Reason, Refusal},
-    record::{Origin, ServerRecord},
+    record::{LockOwner, Origin, ServerRecord},
     state::{PowerState, VmState},
 };
 
@@ -36,7 +37,12 @@ pub const fn allowed(verb: Verb, vm_state: VmState) -> Allowed {
     match verb {
         // These make the record; there is none yet.
         Verb::Create | Verb::Adopt => No,
-        Verb::Delete => match vm_state {
+        Verb::Delete
+        | Verb::ForceDelete
+        | Verb::Lock
+        | Verb::Unlock
+        | Verb::ResetState
+        | Verb::Update => match vm_state {
             S::Building
             | S::Active
             | S::Paused
@@ -117,7 +123,7 @@ pub const fn allowed(verb: Verb, vm_state: VmState) -> Allowed {
             | S::Shelved
             | S::ShelvedOffloaded => No,
         },
-        Verb::DeliverPassword => match vm_state {
+        Verb::DeliverPassword | Verb::StartRescue => match vm_state {
             S::Rescued => Yes,
             S::Building
             | S::Active
@@ -126,6 +132,33 @@ pub const fn allowed(verb: Verb, vm_state: VmState) -> Allowed {
             | S::Stopped
             | S::Resized
             | S::SoftDeleted
+            | S::Deleted
+            | S::Error
+            | S::Shelved
+            | S::ShelvedOffloaded => No,
+        },
+        // What was never built has nothing to come back to: it is deleted at once.
+        Verb::SoftDelete => match vm_state {
+            S::Active
+            | S::Paused
+            | S::Suspended
+            | S::Stopped
+            | S::Rescued
+            | S::Resized
+            | S::Error
+            | S::Shelved
+            | S::ShelvedOffloaded => Yes,
+            S::Building | S::SoftDeleted | S::Deleted => No,
+        },
+        Verb::Restore => match vm_state {
+            S::SoftDeleted => Yes,
+            S::Building
+            | S::Active
+            | S::Paused
+            | S::Suspended
+            | S::Stopped
+            | S::Rescued
+            | S::Resized
             | S::Deleted
             | S::Error
             | S::Shelved
@@ -196,6 +229,18 @@ pub const fn allowed(verb: Verb, vm_state: VmState) -> Allowed {
             | S::Shelved
             | S::ShelvedOffloaded => No,
         },
+        // While a rescue is in force the definition is the rescue's.
+        Verb::AcceptDrift | Verb::RestoreDefinition => match vm_state {
+            S::Active | S::Paused | S::Suspended | S::Stopped => Yes,
+            S::Building
+            | S::Rescued
+            | S::Resized
+            | S::SoftDeleted
+            | S::Deleted
+            | S::Error
+            | S::Shelved
+            | S::ShelvedOffloaded => No,
+        },
     }
 }
 
@@ -211,9 +256,12 @@ const fn advice(verb: Verb, vm_state: VmState) -> &'static str {
             | Verb::HardReboot
             | Verb::Pause
             | Verb::Suspend
-            | Verb::ChangePassword,
+            | Verb::ChangePassword
+            | Verb::AcceptDrift
+            | Verb::RestoreDefinition,
             VmState::Rescued,
         ) => "unrescue it",
+        (Verb::Restore, VmState::Paused | VmState::Suspended) => "it is not deleted",
         (_, VmState::Paused) => "unpause it first",
         (_, VmState::Suspended) => "resume it first",
         (Verb::Unpause, VmState::Active) => "its CPUs run",
@@ -231,6 +279,12 @@ const fn advice(verb: Verb, vm_state: VmState) -> &'static str {
         (Verb::Start, VmState::Active) => "it is started already",
         (Verb::Stop, VmState::Stopped) => "it is stopped already",
         (Verb::Start, VmState::Error) => "stop it first, or unrescue it if a rescue is in force",
+        (Verb::Restore, VmState::Deleted) => "it is gone",
+        (Verb::Restore, _) => "it is not deleted",
+        (Verb::SoftDelete, VmState::SoftDeleted) => {
+            "it is deleted already and goes when its time is over; restore it, or force its deletion"
+        }
+        (_, VmState::SoftDeleted) => "restore it first",
         (_, VmState::Building) => "wait until it is built, or delete it",
         (_, VmState::Error) => {
             "its fault says what is left on the host; unrescue it if a rescue is in force, else delete it"
@@ -252,13 +306,109 @@ pub fn busy(verb: Verb, server: &ServerRecord, operation: Uuid) -> Refusal {
     .about("operation", format!("operations/{operation}"))
 }
 
-/// May `verb` be done to this server now? Looks at the record only.
+/// May this caller ask for `verb` at all, be it of this server or to make one?
 ///
 /// # Errors
-/// A [`Refusal`] that says which state is in the way and what would help. An operation under way is a
-/// [`Reason::ServerBusy`] that names it, unless the verb overtakes.
-pub fn admit(verb: Verb, server: &ServerRecord) -> Result<(), Refusal> {
-    if let Some(operation) = server.operation
+/// [`Reason::PermissionDenied`].
+pub fn permit(verb: Verb, server: Option<&ServerRecord>, who: &Who) -> Result<(), Refusal> {
+    if who.is_admin() {
+        return Ok(());
+    }
+    if verb.is_for_admin() {
+        return Err(Refusal::new(
+            Reason::PermissionDenied,
+            format!("only the administrator may ask for {verb}"),
+        ));
+    }
+    match server {
+        Some(server) => of_own_project(server, who),
+        None => Ok(()),
+    }
+}
+
+/// A member changes the servers of its project only.
+fn of_own_project(server: &ServerRecord, who: &Who) -> Result<(), Refusal> {
+    if who.is_admin() || who.owns(server) {
+        return Ok(());
+    }
+    Err(Refusal::new(
+        Reason::PermissionDenied,
+        format!(
+            "server {} does not belong to project {}; its members and the administrator may change it",
+            server.id, who.project
+        ),
+    ))
+}
+
+/// Does a lock keep this caller from changing the server?
+fn unlocked(
+    verb: impl std::fmt::Display,
+    server: &ServerRecord,
+    who: &Who,
+    now_ms: i64,
+) -> Result<(), Refusal> {
+    let Some(lock) = server.lock_at(now_ms).filter(|_| !who.is_admin()) else {
+        return Ok(());
+    };
+    let by = match lock.by {
+        LockOwner::Owner => "its owner",
+        LockOwner::Admin => "an administrator",
+    };
+    let why = match &lock.reason {
+        Some(reason) => format!(" ({reason})"),
+        None => String::new(),
+    };
+    let who_can = match lock.by {
+        LockOwner::Owner => "unlock it first",
+        LockOwner::Admin => "only the administrator can unlock it",
+    };
+    Err(Refusal::new(
+        Reason::ServerLocked,
+        format!(
+            "cannot {verb} server {}: it was locked by {by}{why}; {who_can}",
+            server.id
+        ),
+    )
+    .about("locked_by", lock.by.name()))
+}
+
+/// May this caller cancel the operation that is under way on the server?
+///
+/// # Errors
+/// [`Reason::PermissionDenied`], or [`Reason::ServerLocked`].
+pub fn admit_cancel(server: &ServerRecord, who: &Who, now_ms: i64) -> Result<(), Refusal> {
+    of_own_project(server, who)?;
+    unlocked("cancel an operation on", server, who, now_ms)
+}
+
+/// May `verb` be done to this server now, if this caller asks for it? Looks at the record only, at the
+/// time `now_ms` (in milliseconds since the Unix epoch). First comes who asks, then the lock, then what
+/// is under way, then the state (Nova's order: policy, `check_instance_lock`, `check_instance_state`).
+///
+/// # Errors
+/// A [`Refusal`] that says what is in the way and what would help. An operation under way is a
+/// [`Reason::ServerBusy`] that names it, unless the verb overtakes or needs no lane.
+pub fn admit(verb: Verb, server: &ServerRecord, who: &Who, now_ms: i64) -> Result<(), Refusal> {
+    permit(verb, Some(server), who)?;
+    if verb.respects_lock() {
+        unlocked(verb, server, who, now_ms)?;
+    }
+    if verb == Verb::Unlock
+        && !who.is_admin()
+        && server
+            .lock_at(now_ms)
+            .is_some_and(|lock| lock.by == LockOwner::Admin)
+    {
+        return Err(Refusal::new(
+            Reason::PermissionDenied,
+            format!(
+                "server {} was locked by an administrator, so only an administrator can unlock it",
+                server.id
+            ),
+        ));
+    }
+    if verb.needs_lane()
+        && let Some(operation) = server.operation
         && !server
             .operation_verb
             .is_some_and(|under_way| verb.overtakes(under_way))

@@ -49,6 +49,7 @@ pub fn devices(domain: &Domain) -> Devices {
         disks,
         nics,
         guest_agent: domain.has_guest_agent_channel(),
+        flavor: None,
     }
 }
 
@@ -69,4 +70,11 @@ fn source_name(source: &DiskSource) -> String {
 #[must_use]
 pub fn may_follow(server: &ServerRecord) -> bool {
     server.operation.is_none() && server.rescue.is_none() && server.vm_state != VmState::Rescued
+}
+
+/// Is the definition another than the one that is known to be the server's own? Both are as libvirt
+/// prints them, so what libvirt adds is in both. Another name is no drift: records follow names.
+#[must_use]
+pub fn drifted(known: &str, current: &str) -> bool {
+    !salvor_domain_templates::same_but_for_the_name(known, current)
 }

@@ -6,7 +6,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use salvor_domain_templates::Domain;
 use uuid::Uuid;
 
-use super::{backing::References, image::ImageRecord, layout::Layout, state::PowerState};
+use super::{
+    backing::References, caller::Who, image::ImageRecord, layout::Layout, operation::HostReport,
+    record::Owner, state::PowerState,
+};
 
 /// The host.
 #[derive(Debug, Clone)]
@@ -23,6 +26,8 @@ pub struct HostFacts {
     pub reserve_bytes: u64,
     /// Rescues end by themselves after this time in milliseconds, if the request does not say; 0 never.
     pub rescue_timeout_ms: u64,
+    /// Soft-deleted servers are removed after this time in milliseconds; 0 if there is no soft delete.
+    pub reclaim_ms: u64,
     /// The time now, in milliseconds since the Unix epoch.
     pub now_ms: i64,
 }
@@ -106,6 +111,17 @@ pub fn live_only(persistent: &Domain, live: &Domain) -> Vec<String> {
     disks.chain(nics).collect()
 }
 
+impl Facts {
+    /// To whom a server belongs that is made for the caller.
+    #[must_use]
+    pub fn owner(&self) -> Owner {
+        Owner {
+            project_id: self.who.project.clone(),
+            user_id: self.who.user.clone(),
+        }
+    }
+}
+
 /// The room that committing an overlay may need.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CommitSpace {
@@ -166,6 +182,8 @@ pub struct Facts {
     pub image: Option<ImageFacts>,
     /// The saved definition, while a rescue is in force.
     pub saved_xml: Option<String>,
+    /// The definition that is known to be the server's own; only for verbs about that.
+    pub known_xml: Option<String>,
     /// For a commit of overlays onto files: the room for each, by the overlay's path.
     pub commit_space: BTreeMap<String, CommitSpace>,
     /// For a commit of overlays: the other files that the disk under each refers to now, or why that
@@ -175,4 +193,8 @@ pub struct Facts {
     pub save_room: Option<SaveRoom>,
     /// For a change of a password: does the guest agent answer?
     pub agent: Option<AgentLook>,
+    /// For whom the action is asked.
+    pub who: Who,
+    /// What the host shows of the server; only for a reset of its state.
+    pub host_report: Option<HostReport>,
 }

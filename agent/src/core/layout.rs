@@ -14,6 +14,7 @@
 //!                                                 nvram.fd
 //!                                                 <target>.overlay
 //!                                                 owners
+//! <state_dir>/console/<server>.json
 //! ```
 
 use uuid::Uuid;
@@ -89,6 +90,18 @@ impl Layout {
     #[must_use]
     pub fn console_log(&self, server: Uuid) -> String {
         format!("{}/console.log", self.server(server))
+    }
+
+    /// The folder of the notes about console logs.
+    #[must_use]
+    pub fn consoles(&self) -> String {
+        format!("{}/console", self.state_dir)
+    }
+
+    /// The note of where each boot of a server begins in its console log.
+    #[must_use]
+    pub fn console_boots(&self, server: Uuid) -> String {
+        format!("{}/{server}.json", self.consoles())
     }
 
     /// The folder of all rescues of a server.

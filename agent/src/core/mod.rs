@@ -12,11 +12,15 @@
 
 pub mod action;
 pub mod admission;
+pub mod autostart;
 pub mod backing;
+pub mod caller;
+pub mod change;
 pub mod devices;
 pub mod errors;
 pub mod facts;
 pub mod image;
+pub mod incident;
 pub mod layout;
 pub mod lookup;
 pub mod operation;

@@ -1,14 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Records of operations: how far a plan is, and how it ended.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::{
     action::Verb,
-    plan::Plan,
+    caller::Who,
+    change::RecordChange,
+    plan::{Outcome, Plan},
     reason::{Refusal, Warning},
-    state::named_states,
+    state::{PowerState, named_states},
 };
 
 named_states! {
@@ -91,6 +95,51 @@ pub struct StepRecord {
     pub untouched: bool,
 }
 
+/// What the host shows of a server, as it was looked at when its state was reset.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostReport {
+    /// Power state of the domain.
+    pub power: PowerState,
+    /// libvirt's reason for it.
+    pub power_reason: String,
+    /// There is a persistent definition.
+    pub defined: bool,
+    /// That is a rescue's.
+    pub rescue_domain: bool,
+    /// Saved memory waits for the next start.
+    pub saved_memory: bool,
+    /// Files and devices of disks that are not there, by target.
+    pub missing_disks: BTreeMap<String, String>,
+    /// What could not be looked at, and why; empty if all could.
+    pub unknown: String,
+    /// When it was looked at, in milliseconds since the Unix epoch.
+    pub at_ms: i64,
+}
+
+impl std::fmt::Display for HostReport {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match (self.power, self.defined) {
+            (PowerState::Unknown, _) => f.write_str("the domain's state cannot be told")?,
+            (PowerState::NoState, false) => f.write_str("there is no domain")?,
+            (power, true) => write!(f, "the domain is {power}")?,
+            (power, false) => write!(f, "the domain is {power} and has no persistent definition")?,
+        }
+        if self.rescue_domain {
+            f.write_str(", its definition is a rescue's")?;
+        }
+        if self.saved_memory {
+            f.write_str(", saved memory waits for its next start")?;
+        }
+        for (target, source) in &self.missing_disks {
+            write!(f, ", disk {target} ({source}) is missing")?;
+        }
+        if !self.unknown.is_empty() {
+            write!(f, "; {}", self.unknown)?;
+        }
+        Ok(())
+    }
+}
+
 /// An operation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OperationRecord {
@@ -125,19 +174,39 @@ pub struct OperationRecord {
     pub recoveries: u32,
     /// Warnings.
     pub warnings: Vec<Warning>,
+    /// The user for whom it was asked; empty if nobody said.
+    #[serde(default)]
+    pub user: String,
+    /// The project for which it was asked; empty if nobody said.
+    #[serde(default)]
+    pub project: String,
+    /// What the host really shows, if the state is reset.
+    #[serde(default)]
+    pub host: Option<HostReport>,
 }
 
 impl OperationRecord {
-    /// The record of an accepted plan.
+    /// The record of an accepted plan. One that changes the record alone has ended with that.
     #[must_use]
-    pub fn accepted(plan: &Plan, request_id: Option<String>, caller: String, now_ms: i64) -> Self {
+    pub fn accepted(
+        plan: &Plan,
+        request_id: Option<String>,
+        caller: String,
+        who: &Who,
+        now_ms: i64,
+    ) -> Self {
+        let changes_record = plan.record_change().is_some();
         Self {
             id: plan.id,
             server: plan.server,
             verb: plan.verb,
             request_id,
             caller,
-            state: OperationState::Running,
+            state: if changes_record {
+                OperationState::Done
+            } else {
+                OperationState::Running
+            },
             steps: plan
                 .steps
                 .iter()
@@ -153,13 +222,19 @@ impl OperationRecord {
                 })
                 .collect(),
             created_at_ms: now_ms,
-            ended_at_ms: None,
+            ended_at_ms: changes_record.then_some(now_ms),
             error: None,
             guest_stop: None,
             cancel_requested: false,
             server_goes: false,
             recoveries: 0,
             warnings: plan.warnings.clone(),
+            user: who.user.clone(),
+            project: who.project.clone(),
+            host: match &plan.outcome {
+                Outcome::Record(RecordChange::Reset { host, .. }) => Some(host.clone()),
+                _ => None,
+            },
         }
     }
 }

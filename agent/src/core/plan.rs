@@ -13,9 +13,10 @@ use uuid::Uuid;
 use super::{
     action::{Shutdown, Verb},
     backing::References,
+    change::RecordChange,
     password::CryptHash,
     reason::Warning,
-    record::{Devices, PasswordDelivery, RescueRecord, ServerRecord},
+    record::{Devices, Fault, PasswordDelivery, RescueRecord, ServerRecord},
     state::{PowerState, VmState, named_states},
 };
 
@@ -185,6 +186,9 @@ pub enum Step {
     UndefineDomain {
         /// The definition before.
         before: String,
+        /// The state of its TPM goes as well: it was made for this server, and nobody else wants it.
+        #[serde(default)]
+        tpm_goes: bool,
     },
     /// The guest is started.
     StartDomain {
@@ -245,6 +249,11 @@ pub enum Step {
         /// Memory of the guest in KiB.
         memory_kib: u64,
     },
+    /// This definition is known to be the server's own, once the outcome stands.
+    KnowDefinition {
+        /// As libvirt printed it, with security info.
+        xml: String,
+    },
 }
 
 impl Step {
@@ -291,6 +300,7 @@ impl Step {
             Self::SetGuestTime => "SetGuestTime",
             Self::InjectNmi => "InjectNmi",
             Self::DumpMemory { .. } => "DumpMemory",
+            Self::KnowDefinition { .. } => "KnowDefinition",
         }
     }
 
@@ -361,6 +371,7 @@ impl Step {
             Self::SetGuestTime => "have the guest agent set the guest's clock".to_owned(),
             Self::InjectNmi => "inject an NMI into the guest".to_owned(),
             Self::DumpMemory { path, .. } => format!("write the guest's memory to {path}"),
+            Self::KnowDefinition { .. } => "note the definition as the server's own".to_owned(),
         }
     }
 
@@ -380,7 +391,8 @@ impl Step {
             | Self::PutOwnersBack { .. }
             | Self::MarkCommitStarted
             | Self::ReleaseImage { .. }
-            | Self::DropSavedDefinition => 30_000,
+            | Self::DropSavedDefinition
+            | Self::KnowDefinition { .. } => 30_000,
             Self::CreateOverlay { .. }
             | Self::EmptyOverlay { .. }
             | Self::BuildConfigDrive { .. }
@@ -452,7 +464,8 @@ impl Step {
             | Self::DropSavedDefinition
             | Self::SetGuestTime
             | Self::InjectNmi
-            | Self::DumpMemory { .. } => None,
+            | Self::DumpMemory { .. }
+            | Self::KnowDefinition { .. } => None,
         }
     }
 
@@ -489,7 +502,8 @@ impl Step {
             | Self::SaveMemory { .. }
             | Self::RestoreMemory { .. }
             | Self::SetGuestTime
-            | Self::InjectNmi => Vec::new(),
+            | Self::InjectNmi
+            | Self::KnowDefinition { .. } => Vec::new(),
         }
     }
 }
@@ -539,6 +553,26 @@ pub enum Outcome {
     Remove,
     /// The record stays as it is, a fault included.
     Keep,
+    /// The record changes, and nothing else: there are no steps, and the lane is left to whom it belongs.
+    Record(RecordChange),
+    /// The server waits to be removed, and remembers what it was.
+    SoftDelete {
+        /// vm state before.
+        vm_state: VmState,
+        /// Power state before.
+        power: PowerState,
+        /// Why it was in ERROR, if it was.
+        fault: Option<Fault>,
+        /// It is removed after so many milliseconds.
+        reclaim_in_ms: u64,
+    },
+    /// A soft-deleted server is what it was.
+    Restore {
+        /// The vm state.
+        vm_state: VmState,
+        /// Why it is in ERROR, if it is.
+        fault: Option<Fault>,
+    },
 }
 
 /// A plan.
@@ -563,6 +597,15 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// The change of the record, if that is all there is to do.
+    #[must_use]
+    pub fn record_change(&self) -> Option<&RecordChange> {
+        match &self.outcome {
+            Outcome::Record(change) if self.steps.is_empty() => Some(change),
+            _ => None,
+        }
+    }
+
     /// How many steps come before the outcome.
     #[must_use]
     pub fn steps_before_commit(&self) -> usize {

@@ -103,6 +103,26 @@ named_states! {
         Draining = "DRAINING",
         /// See [`Reason::explanation`].
         Internal = "INTERNAL",
+        /// The server's serial port has no log, or it cannot be read.
+        ConsoleLogUnavailable = "CONSOLE_LOG_UNAVAILABLE",
+        /// The domain has no serial port.
+        NoConsole = "NO_CONSOLE",
+        /// The domain has no screen.
+        NoScreen = "NO_SCREEN",
+        /// Somebody else writes to the serial port.
+        ConsoleBusy = "CONSOLE_BUSY",
+        /// Too many consoles are open.
+        ConsoleLimit = "CONSOLE_LIMIT",
+        /// The guest does not run.
+        GuestNotRunning = "GUEST_NOT_RUNNING",
+        /// See [`Reason::explanation`].
+        ServerLocked = "SERVER_LOCKED",
+        /// See [`Reason::explanation`].
+        PermissionDenied = "PERMISSION_DENIED",
+        /// See [`Reason::explanation`].
+        StateReset = "STATE_RESET",
+        /// See [`Reason::explanation`].
+        Abandoned = "ABANDONED",
     }
 }
 
@@ -133,6 +153,8 @@ pub enum Code {
     Unimplemented,
     /// It is not known who calls.
     Unauthenticated,
+    /// Who calls may not do it.
+    PermissionDenied,
 }
 
 impl Code {
@@ -152,6 +174,7 @@ impl Code {
             Self::Internal => "INTERNAL",
             Self::Unimplemented => "UNIMPLEMENTED",
             Self::Unauthenticated => "UNAUTHENTICATED",
+            Self::PermissionDenied => "PERMISSION_DENIED",
         }
     }
 }
@@ -162,8 +185,8 @@ impl Reason {
     const fn table(self) -> (Code, u16, &'static str) {
         use Code::{
             Aborted, AlreadyExists, Cancelled, DeadlineExceeded, FailedPrecondition, Internal,
-            InvalidArgument, NotFound, ResourceExhausted, Unauthenticated, Unavailable,
-            Unimplemented,
+            InvalidArgument, NotFound, PermissionDenied, ResourceExhausted, Unauthenticated,
+            Unavailable, Unimplemented,
         };
         match self {
             Self::InvalidField => (
@@ -390,6 +413,56 @@ impl Reason {
                 Internal,
                 500,
                 "A fault of the agent. Its log has the details.",
+            ),
+            Self::ConsoleLogUnavailable => (
+                FailedPrecondition,
+                404,
+                "The domain's serial port has no log, or its file cannot be read. The message says which, and what to add to the domain.",
+            ),
+            Self::NoConsole => (
+                FailedPrecondition,
+                404,
+                "The domain has no serial port. Add <serial type='pty'/> to it, then stop and start the server.",
+            ),
+            Self::NoScreen => (
+                FailedPrecondition,
+                404,
+                "The domain has no video device, so there is no screen to take a picture of.",
+            ),
+            Self::ConsoleBusy => (
+                FailedPrecondition,
+                409,
+                "Another client writes to the serial port; the message says since when. Attach read-only, or take over with `force`.",
+            ),
+            Self::ConsoleLimit => (
+                ResourceExhausted,
+                429,
+                "So many consoles are open that no other is opened. Close one.",
+            ),
+            Self::GuestNotRunning => (
+                FailedPrecondition,
+                409,
+                "The guest does not run, so there is nothing to connect with. Start the server.",
+            ),
+            Self::ServerLocked => (
+                FailedPrecondition,
+                409,
+                "The server is locked. The message says by whom and why; the owner's lock its owner takes off, any other the administrator.",
+            ),
+            Self::PermissionDenied => (
+                PermissionDenied,
+                403,
+                "The role or the project that the call was made for may not do this. The message says who may.",
+            ),
+            Self::StateReset => (
+                FailedPrecondition,
+                409,
+                "Of a fault: the administrator said that the server is in ERROR. The message says what the host showed then.",
+            ),
+            Self::Abandoned => (
+                Internal,
+                500,
+                "The operation did not end when it was cancelled, and was given up. The server's fault says which step hung and what may be left.",
             ),
         }
     }

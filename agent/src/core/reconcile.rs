@@ -1,13 +1,81 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What an observation of the hypervisor means for a record.
 //!
-//! Observations are recorded, never fought: nothing is stopped because somebody else started it, and
-//! nothing started because it stopped.
+//! Observations are recorded, never fought: nothing is stopped because somebody else started it. Where
+//! a guest is not as it should be the record says so ([`Mismatch`]); whether something is done about it
+//! is the configuration's business.
+
+use serde::{Deserialize, Serialize};
 
 use super::{
     record::ServerRecord,
-    state::{PowerObservation, PowerState, VmState},
+    state::{PowerObservation, PowerState, VmState, named_states},
 };
+
+named_states! {
+    /// How a guest is not as it should be.
+    pub enum Mismatch {
+        /// It should run, and shut itself down (or somebody asked it to, past the agent).
+        StoppedByItself = "stopped-by-itself",
+        /// It should run, and its QEMU or its kernel crashed.
+        Crashed = "crashed",
+        /// It is halted because a disk could not be read or written.
+        IoError = "io-error",
+        /// It is halted for another reason of its own: a watchdog, a panic, a QEMU that failed.
+        Halted = "halted",
+        /// libvirt has no domain of it.
+        Vanished = "vanished",
+        /// It runs although it was deleted and waits to be reclaimed.
+        RunsAlthoughDeleted = "runs-although-deleted",
+    }
+}
+
+impl Mismatch {
+    /// What an operator can do.
+    #[must_use]
+    pub const fn advice(self) -> &'static str {
+        match self {
+            Self::StoppedByItself | Self::Crashed => {
+                "start it; [policy] of the configuration says whether the agent does"
+            }
+            Self::IoError => "make room or mend the disk, then unpause it",
+            Self::Halted => "look at its console, then unpause or reboot it",
+            Self::Vanished => {
+                "somebody removed its domain; have it defined again as it was known (server drift --restore), or delete the server"
+            }
+            Self::RunsAlthoughDeleted => {
+                "somebody started it; stop the domain, or restore the server"
+            }
+        }
+    }
+}
+
+/// A mismatch that the record shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mismatched {
+    /// What.
+    pub what: Mismatch,
+    /// Since when, in milliseconds since the Unix epoch.
+    pub since_ms: i64,
+}
+
+/// What was seen of a domain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seen {
+    /// Its power.
+    pub power: PowerObservation,
+    /// Whether the next start brings saved memory back; `None` if that was not asked.
+    pub saved_memory: Option<bool>,
+}
+
+impl From<PowerObservation> for Seen {
+    fn from(power: PowerObservation) -> Self {
+        Self {
+            power,
+            saved_memory: None,
+        }
+    }
+}
 
 /// What to change in the record.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,6 +86,164 @@ pub struct Reconciled {
     pub last_known_power: Option<PowerObservation>,
     /// The vm state that follows.
     pub vm_state: VmState,
+    /// How the guest is not as it should be.
+    pub mismatch: Option<Mismatched>,
+}
+
+/// What becomes of the mismatch that a record shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Told {
+    /// It stays, if there is one: the observation says nothing about it.
+    Keep,
+    /// The guest is off as before: why it went stays, anything else is over.
+    StillOff,
+    /// There is none any more.
+    Clear,
+    /// This is one.
+    Is(Mismatch),
+}
+
+/// libvirt's word for CPUs that are stopped because a disk failed.
+pub const IO_ERROR: &str = "ioerror";
+
+/// Why CPUs are stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Halt {
+    /// Somebody wanted it, and it stays so until somebody does not.
+    Asked,
+    /// A disk failed.
+    IoError,
+    /// Something else went wrong with the guest or its QEMU.
+    Fault,
+    /// libvirt is at something, and it passes.
+    Passing,
+}
+
+/// By libvirt's word (`virDomainPausedReason`).
+fn halt(reason: &str) -> Halt {
+    match reason {
+        "user" | "from-snapshot" => Halt::Asked,
+        "watchdog" | "crashed" | "postcopy-failed" | "api-error" => Halt::Fault,
+        "migration" | "save" | "dump" | "shutting-down" | "snapshot" | "starting-up"
+        | "postcopy" => Halt::Passing,
+        reason if reason.starts_with(IO_ERROR) => Halt::IoError,
+        // A word that is not known says nothing about what anybody wanted.
+        _ => Halt::Passing,
+    }
+}
+
+/// Why a guest is off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Off {
+    /// It went by itself, or was asked to.
+    ByItself,
+    /// It crashed.
+    Crashed,
+    /// Its memory was saved.
+    Saved,
+    /// Somebody ended it, moved it away, or nobody knows any more (libvirt itself was away).
+    Otherwise,
+}
+
+/// By libvirt's word (`virDomainShutoffReason`).
+fn off(reason: &str) -> Off {
+    match reason {
+        "shutdown" => Off::ByItself,
+        "crashed" | "failed" => Off::Crashed,
+        "saved" => Off::Saved,
+        _ => Off::Otherwise,
+    }
+}
+
+/// The table: what a settled server becomes when its domain is seen so. `saved_memory` as in [`Seen`].
+///
+/// Nova's table is `_sync_instance_power_state` of `nova/compute/manager.py`; `docs/STATES.md` has the
+/// differences.
+#[must_use]
+pub fn follow(
+    vm_state: VmState,
+    power: PowerState,
+    reason: &str,
+    saved_memory: Option<bool>,
+) -> (VmState, Told) {
+    use PowerState as P;
+    use Told::{Clear, Is, Keep};
+    use VmState as S;
+    match vm_state {
+        // No domain is expected, or its operation has not ended.
+        S::Building | S::Deleted | S::ShelvedOffloaded => (vm_state, Keep),
+        S::Active | S::Paused | S::Stopped | S::Suspended => match power {
+            P::Unknown => (vm_state, Keep),
+            P::NoState if reason == NO_DOMAIN => (vm_state, Is(Mismatch::Vanished)),
+            P::NoState => (vm_state, Keep),
+            // Asleep is as good as running: the guest wanted it.
+            P::Running | P::Suspended => (S::Active, Clear),
+            // What is left of it cannot go on (Nova stops it, too).
+            P::Crashed => (S::Stopped, Is(Mismatch::Crashed)),
+            P::Paused => match halt(reason) {
+                Halt::Asked => (S::Paused, Clear),
+                Halt::IoError => (unless_paused(vm_state), Is(Mismatch::IoError)),
+                Halt::Fault => (unless_paused(vm_state), Is(Mismatch::Halted)),
+                Halt::Passing => (vm_state, Keep),
+            },
+            P::Shutdown => when_off(vm_state, off(reason), saved_memory),
+        },
+        // The domain is not the server's own, or the state is not to be left by itself.
+        S::Rescued | S::Resized | S::Error | S::Shelved => match power {
+            P::Unknown => (vm_state, Keep),
+            P::NoState if reason == NO_DOMAIN => (vm_state, Is(Mismatch::Vanished)),
+            P::NoState => (vm_state, Keep),
+            P::Running | P::Suspended | P::Shutdown => (vm_state, Clear),
+            P::Crashed => (vm_state, Is(Mismatch::Halted)),
+            P::Paused => match halt(reason) {
+                Halt::Asked => (vm_state, Clear),
+                Halt::IoError => (vm_state, Is(Mismatch::IoError)),
+                Halt::Fault => (vm_state, Is(Mismatch::Halted)),
+                Halt::Passing => (vm_state, Keep),
+            },
+        },
+        S::SoftDeleted => match power {
+            P::Unknown => (vm_state, Keep),
+            P::NoState if reason == NO_DOMAIN => (vm_state, Is(Mismatch::Vanished)),
+            P::NoState => (vm_state, Keep),
+            P::Running | P::Suspended | P::Paused | P::Crashed => {
+                (vm_state, Is(Mismatch::RunsAlthoughDeleted))
+            }
+            P::Shutdown => (vm_state, Clear),
+        },
+    }
+}
+
+/// A guest that was paused on purpose and then failed is still to be unpaused.
+const fn unless_paused(vm_state: VmState) -> VmState {
+    match vm_state {
+        VmState::Paused => VmState::Paused,
+        _ => VmState::Active,
+    }
+}
+
+fn when_off(vm_state: VmState, off: Off, saved_memory: Option<bool>) -> (VmState, Told) {
+    match (vm_state, off, saved_memory) {
+        (VmState::Suspended, _, None | Some(true)) => (VmState::Suspended, Told::Clear),
+        // Its memory is gone: it would boot.
+        (VmState::Suspended, _, Some(false)) => (VmState::Stopped, Told::Clear),
+        (_, Off::Saved, Some(true)) => (VmState::Suspended, Told::Clear),
+        // It was off before, and why was told when it went.
+        (VmState::Stopped, _, _) => (VmState::Stopped, Told::StillOff),
+        (_, Off::ByItself, _) => (VmState::Stopped, Told::Is(Mismatch::StoppedByItself)),
+        (_, Off::Crashed, _) => (VmState::Stopped, Told::Is(Mismatch::Crashed)),
+        (_, Off::Saved | Off::Otherwise, _) => (VmState::Stopped, Told::Clear),
+    }
+}
+
+/// The reason of [`PowerState::NoState`] for a server whose domain is missing.
+pub const NO_DOMAIN: &str = "no domain";
+
+/// Is it worth asking whether memory was saved of a domain that is off?
+#[must_use]
+pub fn needs_saved_memory(server: &ServerRecord, power: PowerState, reason: &str) -> bool {
+    power == PowerState::Shutdown
+        && (server.vm_state == VmState::Suspended || off(reason) == Off::Saved)
 }
 
 /// No call to the hypervisor takes longer, in milliseconds. An observation that seems older than that
@@ -38,19 +264,40 @@ pub fn is_stale(server: &ServerRecord, seen: &PowerObservation) -> bool {
 
 /// Folds an observation into a record; `None` if it tells nothing new.
 ///
-/// While an operation is under way the vm state is the operation's business. Otherwise a server that
-/// should run but is off becomes STOPPED, so that it can be started (Nova: the power sync of
-/// `nova/compute/manager.py`), and a stopped one that runs becomes ACTIVE (Nova kills it; we do not).
+/// While an operation is under way the vm state is the operation's business; what [`follow`] says counts
+/// otherwise.
 #[must_use]
-pub fn reconcile(server: &ServerRecord, seen: PowerObservation) -> Option<Reconciled> {
+pub fn reconcile(server: &ServerRecord, seen: impl Into<Seen>) -> Option<Reconciled> {
+    let Seen {
+        power: mut seen,
+        saved_memory,
+    } = seen.into();
+    // Which disk failed and why is asked once; the next look shows libvirt's one word again.
+    if seen.state == server.power.state
+        && seen.reason == IO_ERROR
+        && server.power.reason.starts_with(IO_ERROR)
+    {
+        seen.reason.clone_from(&server.power.reason);
+    }
     // Seen before the last operation ended: what it saw may be that operation's own work.
     let settled = server.operation.is_none()
         && seen.observed_at_ms != server.settled_at_ms
         && !is_before(seen.observed_at_ms, server.settled_at_ms);
-    let vm_state = match (settled, server.vm_state, seen.state) {
-        (true, VmState::Active, PowerState::Shutdown | PowerState::Crashed) => VmState::Stopped,
-        (true, VmState::Stopped, PowerState::Running) => VmState::Active,
-        (_, state, _) => state,
+    let (vm_state, told) = if settled {
+        follow(server.vm_state, seen.state, &seen.reason, saved_memory)
+    } else {
+        (server.vm_state, Told::Keep)
+    };
+    let mismatch = match (told, server.mismatch) {
+        (Told::Keep, before) => before,
+        (Told::StillOff, before) => before
+            .filter(|before| matches!(before.what, Mismatch::StoppedByItself | Mismatch::Crashed)),
+        (Told::Clear, _) => None,
+        (Told::Is(what), Some(before)) if before.what == what => Some(before),
+        (Told::Is(what), _) => Some(Mismatched {
+            what,
+            since_ms: seen.observed_at_ms,
+        }),
     };
     let last_known_power = if seen.state == PowerState::Unknown {
         // An outage that goes on does not make the last observation older or newer.
@@ -63,12 +310,13 @@ pub fn reconcile(server: &ServerRecord, seen: PowerObservation) -> Option<Reconc
         None
     };
     let same = server.power.state == seen.state && server.power.reason == seen.reason;
-    if same && server.vm_state == vm_state {
+    if same && server.vm_state == vm_state && server.mismatch == mismatch {
         return None;
     }
     Some(Reconciled {
         power: seen,
         last_known_power,
         vm_state,
+        mismatch,
     })
 }

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Records of servers: what the agent remembers, and what it shows.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    net::{Ipv4Addr, Ipv6Addr},
+};
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -10,6 +13,7 @@ use super::{
     action::Verb,
     backing::References,
     reason::Reason,
+    reconcile::Mismatched,
     state::{PowerObservation, PowerState, Status, TaskState, VmState, named_states, status},
 };
 
@@ -236,6 +240,70 @@ pub struct Fault {
     pub at_ms: i64,
 }
 
+/// To whom a server belongs.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Owner {
+    /// Project; empty if nobody said.
+    pub project_id: String,
+    /// User who created or adopted it; empty if nobody said.
+    pub user_id: String,
+}
+
+named_states! {
+    /// Who locked a server (Nova: `locked_by`).
+    pub enum LockOwner {
+        /// Somebody of the server's own project.
+        Owner = "owner",
+        /// Somebody else: an administrator.
+        Admin = "admin",
+    }
+}
+
+/// A lock on a server.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lock {
+    /// Who locked it.
+    pub by: LockOwner,
+    /// Why.
+    pub reason: Option<String>,
+    /// When, in milliseconds since the Unix epoch.
+    pub at_ms: i64,
+    /// From when on it holds no longer.
+    pub expires_at_ms: Option<i64>,
+}
+
+/// A server that was soft-deleted: what it comes back to, and until when.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SoftDeletion {
+    /// vm state before.
+    pub vm_state: VmState,
+    /// Power state before.
+    pub power: PowerState,
+    /// Why it was in ERROR, if it was.
+    pub fault: Option<Fault>,
+    /// When it was deleted, in milliseconds since the Unix epoch.
+    pub at_ms: i64,
+    /// When it is removed for good.
+    pub reclaim_at_ms: i64,
+}
+
+impl SoftDeletion {
+    /// What it is when it is restored, and whether it is started. Memory that the hypervisor held went
+    /// when the guest was ended, so what was paused runs again.
+    #[must_use]
+    pub fn comes_back(&self) -> (VmState, bool) {
+        let state = match self.vm_state {
+            VmState::Paused => VmState::Active,
+            state => state,
+        };
+        (state, self.power.is_on())
+    }
+}
+
+const fn yes() -> bool {
+    true
+}
+
 /// The disks and interfaces of a server's own definition.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Devices {
@@ -246,6 +314,9 @@ pub struct Devices {
     /// It has a channel for a guest agent.
     #[serde(default)]
     pub guest_agent: bool,
+    /// Its size, where the record is to follow that as well.
+    #[serde(default)]
+    pub flavor: Option<Flavor>,
 }
 
 /// A server.
@@ -302,9 +373,54 @@ pub struct ServerRecord {
     /// Its own definition has a channel for a guest agent.
     #[serde(default)]
     pub guest_agent: bool,
+    /// How the guest is not as it should be.
+    #[serde(default)]
+    pub mismatch: Option<Mismatched>,
+    /// To whom it belongs.
+    #[serde(default)]
+    pub owner: Owner,
+    /// The lock on it. One whose time is over holds no longer; see [`ServerRecord::lock_at`].
+    #[serde(default)]
+    pub lock: Option<Lock>,
+    /// Description.
+    #[serde(default)]
+    pub description: Option<String>,
+    /// Tags.
+    #[serde(default)]
+    pub tags: Vec<String>,
+    /// IPv4 address by which people reach it.
+    #[serde(default)]
+    pub access_ipv4: Option<Ipv4Addr>,
+    /// IPv6 address by which people reach it.
+    #[serde(default)]
+    pub access_ipv6: Option<Ipv6Addr>,
+    /// How long its guest may take to shut down, in milliseconds; the host's time if `None`.
+    #[serde(default)]
+    pub shutdown_timeout_ms: Option<u64>,
+    /// Start it again after the host was rebooted, if it ran before.
+    #[serde(default = "yes")]
+    pub autostart: bool,
+    /// Its place when servers are started again: lower ones first, those without one last.
+    #[serde(default)]
+    pub autostart_order: Option<u32>,
+    /// What it comes back to, while it is soft-deleted.
+    #[serde(default)]
+    pub deletion: Option<SoftDeletion>,
+    /// Since when its definition is another than what is known to be its own, in milliseconds since the
+    /// Unix epoch.
+    #[serde(default)]
+    pub drift_since_ms: Option<i64>,
 }
 
 impl ServerRecord {
+    /// The lock that is in force at this time, in milliseconds since the Unix epoch.
+    #[must_use]
+    pub fn lock_at(&self, now_ms: i64) -> Option<&Lock> {
+        self.lock
+            .as_ref()
+            .filter(|lock| lock.expires_at_ms.is_none_or(|end| now_ms < end))
+    }
+
     /// The word that users read.
     #[must_use]
     pub fn status(&self) -> Status {
@@ -325,6 +441,9 @@ impl ServerRecord {
             self.disks.clone_from(&devices.disks);
             self.nics.clone_from(&devices.nics);
             self.guest_agent = devices.guest_agent;
+        }
+        if let Some(flavor) = devices.flavor {
+            self.flavor = flavor;
         }
         others
     }

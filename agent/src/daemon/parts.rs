@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Puts the agent's parts together: store, libvirt, steps, engine, dispatcher, observer, API.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{num::NonZeroUsize, path::Path, sync::Arc, time::Duration};
 
 use salvor_domain_templates::Templates;
 use tokio::sync::watch;
@@ -10,13 +10,14 @@ use uuid::Uuid;
 use super::{DaemonError, Drain, Services, Thoroughness, check_templates, load_templates};
 use crate::{
     api,
-    config::Config,
+    config::{Config, Reaction},
+    console::{BootNotes, Limits, Logs, Ports},
     core::{action::Shutdown, errors::chain, layout::Layout},
     dispatch::{Dispatcher, Settings},
     engine::{Engine, Probe, now_ms},
     hypervisor::Hypervisor,
     libvirt::{self, Libvirt},
-    observe::Observer,
+    observe::{Autostart, Observer, Policy},
     steps::{self, Steps},
     storage::{
         files::{self, DIR_MODE},
@@ -57,11 +58,23 @@ pub(super) async fn assemble(
         tracing::error!(error = %chain(&error), "the store has no room to spare");
     }
     tokio::spawn(try_to_write(store.clone()));
+    note_boot(&store, boot, config).await?;
     let hypervisor: Arc<dyn Hypervisor> = Arc::new(open_libvirt(config)?);
     let images = open_images(config, &layout)?;
     sweep(&store, &layout, &images).await?;
 
-    let engine = engine(config, &store, &hypervisor, &layout)?;
+    let limits = Limits {
+        boots: config.console.boots,
+        bytes: config.console.max_size.bytes(),
+    };
+    let boots = BootNotes::new(layout.clone(), limits.boots);
+    let logs = Logs::new(
+        Arc::clone(&hypervisor),
+        store.clone(),
+        layout.clone(),
+        limits,
+    );
+    let engine = engine(config, &store, &hypervisor, &layout, boots)?;
     let draining = draining(drain);
     let dispatcher = Dispatcher::new(
         store.clone(),
@@ -77,7 +90,15 @@ pub(super) async fn assemble(
         Arc::clone(&hypervisor),
         dispatcher.clone(),
         config.libvirt.resync_interval,
-    );
+    )
+    .with_policy(Policy {
+        start_crashed: config.policy.crashed == Reaction::Start,
+        start_stopped_by_itself: config.policy.stopped_by_itself == Reaction::Start,
+    });
+    let observer = match autostart(config) {
+        Some(autostart) => observer.with_autostart(autostart),
+        None => observer,
+    };
     tokio::spawn(observer.run(draining.clone()));
     tokio::spawn(forget_operations(
         store.clone(),
@@ -85,10 +106,13 @@ pub(super) async fn assemble(
         draining.clone(),
     ));
     tokio::spawn(save_observations(store.clone(), draining.clone()));
+    tokio::spawn(logs.clone().keep_within_limits(draining.clone()));
     services(api::Parts {
         dispatcher,
         engine,
         store,
+        ports: Ports::new(Arc::clone(&hypervisor)),
+        logs,
         hypervisor,
         images,
         host: api::HostSettings {
@@ -147,6 +171,26 @@ async fn open_store(config: &Config) -> Result<Store, DaemonError> {
     .map_err(|_| DaemonError::Panicked { part: "store" })?
 }
 
+/// Before anything is taken up: what ran when the host went down is what the records say now.
+async fn note_boot(store: &Store, boot: Uuid, config: &Config) -> Result<(), DaemonError> {
+    let ran = store.note_boot(boot, config.autostart.enabled).await?;
+    if ran > 0 {
+        tracing::info!(
+            servers = ran,
+            "the host was rebooted since the agent ran last"
+        );
+    }
+    Ok(())
+}
+
+fn autostart(config: &Config) -> Option<Autostart> {
+    let parallel = usize::try_from(config.autostart.parallel).unwrap_or(1);
+    config.autostart.enabled.then_some(Autostart {
+        parallel: NonZeroUsize::new(parallel).unwrap_or(NonZeroUsize::MIN),
+        delay: config.autostart.delay,
+    })
+}
+
 fn open_libvirt(config: &Config) -> Result<Libvirt, DaemonError> {
     let from = &config.libvirt;
     Ok(Libvirt::open(libvirt::Config {
@@ -195,6 +239,7 @@ fn engine(
     store: &Store,
     hypervisor: &Arc<dyn Hypervisor>,
     layout: &Layout,
+    boots: BootNotes,
 ) -> Result<Engine, DaemonError> {
     let qemu_img = QemuImg {
         limits: qemu_img::Limits {
@@ -208,7 +253,8 @@ fn engine(
         store.clone(),
         qemu_img,
         layout.clone(),
-    );
+    )
+    .with_boots(boots);
     Ok(Engine::new(store.clone(), Arc::new(steps), probe()?))
 }
 
@@ -255,6 +301,7 @@ fn settings(config: &Config, layout: Layout) -> Settings {
             retry_ms: millis(config.shutdown.retry_interval),
         },
         saved_memory: config.libvirt.saved_memory.clone(),
+        reclaim_ms: millis(config.delete.reclaim_interval),
     }
 }
 

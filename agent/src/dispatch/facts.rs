@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use salvor_domain_templates::{Disk, Domain, Firmware};
+use salvor_domain_templates::{Disk, Domain, Firmware, Role};
 use uuid::Uuid;
 
 use super::{Dispatcher, refused};
@@ -16,14 +16,17 @@ use crate::{
     core::{
         action::Action,
         backing::References,
+        caller::Who,
         errors::chain,
         facts::{
             AgentLook, CommitSpace, DomainFacts, Facts, HostFacts, ImageFacts, SaveRoom, live_only,
         },
         image::{ImageFormat, ImageRecord},
+        operation::HostReport,
         planners::{HostImage, choose_image, machine},
         reason::{Reason, Refusal},
         record::{OverlayDisposition, Protection, ServerRecord},
+        state::PowerState,
     },
     engine::now_ms,
     hypervisor::{Definition, HypervisorError},
@@ -46,6 +49,7 @@ impl Dispatcher {
         id: Uuid,
         server: Option<&ServerRecord>,
         action: &Action,
+        who: &Who,
     ) -> Result<Facts, Refusal> {
         let protection = match action {
             Action::Rescue(args) => Some(args.protection),
@@ -71,7 +75,17 @@ impl Dispatcher {
             | Action::Suspend
             | Action::Resume
             | Action::CrashDump
-            | Action::DumpMemory => None,
+            | Action::DumpMemory
+            | Action::Lock(_)
+            | Action::Unlock { .. }
+            | Action::ResetState(_)
+            | Action::SoftDelete
+            | Action::Restore
+            | Action::ForceDelete
+            | Action::Update(_)
+            | Action::AcceptDrift
+            | Action::RestoreDefinition
+            | Action::StartRescue => None,
             // Whose password it is, if the request does not say.
             Action::ChangePassword(args) => match (&args.user, server) {
                 (None, Some(server)) => server.image_id,
@@ -86,19 +100,29 @@ impl Dispatcher {
             Some(_) => self.store.saved_definition(id).await.map_err(refused)?,
             None => None,
         };
-        // Giving a domain back needs nothing of libvirt, and must work while it is away.
-        let domain = match action {
-            Action::Release => None,
+        // Giving a domain back needs nothing of libvirt, and must work while it is away; so does what
+        // changes the record alone.
+        let (domain, host_report) = match action {
+            Action::Release | Action::Lock(_) | Action::Unlock { .. } | Action::Update(_) => {
+                (None, None)
+            }
             // These do one thing to a running QEMU, and ask for nothing that would take longer than it does.
-            Action::Pause | Action::Unpause | Action::CrashDump => None,
-            _ => self.domain_facts(id, protection).await?,
+            Action::Pause | Action::Unpause | Action::CrashDump => (None, None),
+            Action::ResetState(_) => (None, Some(self.host_report(id).await)),
+            _ => (self.domain_facts(id, protection).await?, None),
         };
         let commit_begun =
             |server: &&ServerRecord| server.rescue.as_ref().is_some_and(|r| r.commit_started);
         let committed = match action {
             Action::Unrescue(args) if args.overlay == Some(OverlayDisposition::Commit) => server,
             // What has begun is carried to its end before the overlays go.
-            Action::Delete => server.filter(commit_begun),
+            Action::Delete | Action::ForceDelete => server.filter(commit_begun),
+            _ => None,
+        };
+        let known_xml = match action {
+            Action::RestoreDefinition | Action::HardReboot => {
+                self.store.known_definition(id).await.map_err(refused)?
+            }
             _ => None,
         };
         let host = match action {
@@ -119,6 +143,7 @@ impl Dispatcher {
             domain,
             image,
             saved_xml,
+            known_xml,
             commit_space: match committed {
                 Some(server) => commit_space(server).await,
                 None => BTreeMap::new(),
@@ -135,7 +160,53 @@ impl Dispatcher {
                 Action::ChangePassword(_) => Some(self.look_at_agent(id).await),
                 _ => None,
             },
+            who: who.clone(),
+            host_report,
         })
+    }
+
+    /// What the host shows of a server. What cannot be looked at is said in the report: a state is reset when
+    /// something is wrong.
+    async fn host_report(&self, id: Uuid) -> HostReport {
+        let mut report = HostReport {
+            power: PowerState::Unknown,
+            power_reason: String::new(),
+            defined: false,
+            rescue_domain: false,
+            saved_memory: false,
+            missing_disks: BTreeMap::new(),
+            unknown: String::new(),
+            at_ms: now_ms(),
+        };
+        let domain = match self.domain_facts(id, None).await {
+            Ok(Some(domain)) => domain,
+            Ok(None) => {
+                report.power = PowerState::NoState;
+                return report;
+            }
+            Err(refusal) => {
+                report.unknown = refusal.message;
+                return report;
+            }
+        };
+        report.power = domain.power;
+        report.power_reason = domain.power_reason;
+        report.defined = domain.persistent;
+        report.saved_memory = domain.managed_save;
+        let parsed = match Domain::parse(&domain.xml) {
+            Ok(parsed) => parsed,
+            Err(error) => {
+                report.unknown = format!("the definition cannot be read: {error}");
+                return report;
+            }
+        };
+        let mark = parsed.salvor_mark();
+        report.rescue_domain = mark.is_some_and(|mark| mark.role == Role::Rescue);
+        match missing(id, &parsed).await {
+            Ok(missing) => report.missing_disks = missing,
+            Err(refusal) => report.unknown = refusal.message,
+        }
+        report
     }
 
     /// What is free for servers' files: that may be on a file system of its own.
@@ -191,6 +262,7 @@ impl Dispatcher {
             free_bytes,
             reserve_bytes: settings.reserve_bytes,
             rescue_timeout_ms: settings.rescue_timeout_ms,
+            reclaim_ms: settings.reclaim_ms,
             now_ms: now_ms(),
         }
     }

@@ -5,6 +5,7 @@
 //! that each is admitted, planned and journaled alike. It knows no step and makes no change itself.
 
 mod agents;
+mod drift;
 mod facts;
 mod preview;
 
@@ -15,18 +16,21 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use agents::Agents;
-pub use preview::Preview;
+pub use drift::Drift;
+pub use preview::{Preview, shown};
 
 use crate::{
     core::{
         action::{Action, Shutdown, Verb},
-        admission::admit,
+        admission::{Allowed, admit, allowed, permit},
+        caller::Who,
         layout::Layout,
         operation::OperationRecord,
         plan::{Mark, Plan, Step},
         planners,
         reason::{Reason, Refusal},
         record::ServerRecord,
+        state::VmState,
     },
     engine::{Engine, now_ms},
     hypervisor::{Hypervisor, HypervisorError},
@@ -36,6 +40,9 @@ use crate::{
 /// An overtaking verb waits so long for the operation in flight to be taken back. Taking back is
 /// mostly a destroy and a start, which take about half a second each on a healthy host.
 const OVERTAKE_LIMIT: Duration = Duration::from_secs(300);
+
+/// What is to be abandoned is given so long to be taken back in good order, if nobody says how long.
+pub const ABANDON_AFTER: Duration = Duration::from_secs(60);
 
 /// What the configuration says about actions.
 #[derive(Debug, Clone)]
@@ -50,10 +57,25 @@ pub struct Settings {
     pub rescue_timeout_ms: u64,
     /// The host's rescue image: an id or a unique name.
     pub default_rescue_image: Option<String>,
-    /// How guests are shut down, if the request does not say.
+    /// How guests are shut down, if neither the request nor the server says.
     pub shutdown: Shutdown,
     /// Where libvirt saves the memory of guests.
     pub saved_memory: PathBuf,
+    /// Soft-deleted servers are removed after this time in milliseconds; 0: a delete removes at once.
+    pub reclaim_ms: u64,
+}
+
+impl Settings {
+    /// How this server's guest is shut down, if the request does not say.
+    #[must_use]
+    pub fn shutdown_of(&self, server: &ServerRecord) -> Shutdown {
+        Shutdown {
+            timeout_ms: server
+                .shutdown_timeout_ms
+                .unwrap_or(self.shutdown.timeout_ms),
+            ..self.shutdown
+        }
+    }
 }
 
 /// What an action is to be done to.
@@ -154,10 +176,14 @@ impl Dispatcher {
                 "the agent is stopping and takes no new work; retry when it is back",
             ));
         }
-        let mut server = self.admitted(target, &action)?;
-        if let Some(operation) = server.as_ref().and_then(|server| server.operation) {
+        let who = request.who.clone();
+        let action = self.meant(target, action);
+        let mut server = self.admitted(target, &action, &who)?;
+        if action.verb().needs_lane()
+            && let Some(operation) = server.as_ref().and_then(|server| server.operation)
+        {
             self.overtake(operation, action.verb()).await?;
-            server = self.admitted(target, &action).map_err(|refusal| {
+            server = self.admitted(target, &action, &who).map_err(|refusal| {
                 if refusal.reason == Reason::ServerNotFound {
                     let gone = format!(
                         "server {} is gone: operations/{operation}, which was to make it or to remove it, has ended",
@@ -168,7 +194,7 @@ impl Dispatcher {
                 refusal
             })?;
         }
-        let plan = self.plan(target, server.as_deref(), &action).await?;
+        let plan = self.plan(target, server.as_deref(), &action, &who).await?;
         self.validate(&plan).await?;
         let plan = Arc::new(plan);
         let accept = Accept {
@@ -189,21 +215,39 @@ impl Dispatcher {
         }
     }
 
+    /// What a delete means here: where there is a time in which it can be undone, the server waits. One that
+    /// was never built has nothing to come back to (Nova: `_delete` of
+    /// `nova/api/openstack/compute/servers.py`).
+    fn meant(&self, target: Target, action: Action) -> Action {
+        let waits = self.settings.reclaim_ms > 0;
+        match (&action, self.store.server(target.id())) {
+            (Action::Delete, Some(server))
+                if waits
+                    && (server.vm_state == VmState::SoftDeleted
+                        || allowed(Verb::SoftDelete, server.vm_state) != Allowed::No) =>
+            {
+                Action::SoftDelete
+            }
+            _ => action,
+        }
+    }
+
     /// The record, if the verb may be done to it now; `None` for verbs that make one.
     fn admitted(
         &self,
         target: Target,
         action: &Action,
+        who: &Who,
     ) -> Result<Option<Arc<ServerRecord>>, Refusal> {
         let id = target.id();
         match (target, self.store.server(id)) {
-            (Target::New(_), None) => Ok(None),
+            (Target::New(_), None) => permit(action.verb(), None, who).map(|()| None),
             (Target::New(_), Some(server)) => Err(Refusal::new(
                 Reason::ServerExists,
                 format!("{id} is a server already ({})", server.name),
             )),
             (Target::Server(_), Some(server)) => {
-                admit(action.verb(), &server)?;
+                admit(action.verb(), &server, who, now_ms())?;
                 Ok(Some(server))
             }
             (Target::Server(_), None) => Err(Refusal::new(
@@ -214,10 +258,15 @@ impl Dispatcher {
     }
 
     /// Cancels what is under way and waits until it has ended. Before a delete no guest is started
-    /// again, only to be ended.
+    /// again, only to be ended. A reset of the state waits for nothing that hangs.
     async fn overtake(&self, operation: Uuid, by: Verb) -> Result<(), Refusal> {
         let cancelled = match by {
-            Verb::Delete => self.engine.abandon(operation).await,
+            Verb::Delete | Verb::ForceDelete => self.engine.abandon(operation).await,
+            Verb::ResetState => self
+                .engine
+                .give_up(operation, ABANDON_AFTER)
+                .await
+                .map(|_| ()),
             _ => self.engine.cancel(operation).await,
         };
         match cancelled {
@@ -249,8 +298,9 @@ impl Dispatcher {
         target: Target,
         server: Option<&ServerRecord>,
         action: &Action,
+        who: &Who,
     ) -> Result<Plan, Refusal> {
-        let facts = self.gather(target.id(), server, action).await?;
+        let facts = self.gather(target.id(), server, action, who).await?;
         planners::plan(server, action, &facts, &self.templates)
     }
 

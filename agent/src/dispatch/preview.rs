@@ -7,6 +7,7 @@ use similar::TextDiff;
 use super::{Dispatcher, Target};
 use crate::core::{
     action::Action,
+    caller::Who,
     plan::{Plan, Step},
     reason::Refusal,
 };
@@ -27,9 +28,15 @@ impl Dispatcher {
     ///
     /// # Errors
     /// The [`Refusal`] that submitting it would end in, if there is no plan.
-    pub async fn preview(&self, target: Target, action: &Action) -> Result<Preview, Refusal> {
-        let server = self.admitted(target, action)?;
-        let plan = self.plan(target, server.as_deref(), action).await?;
+    pub async fn preview(
+        &self,
+        target: Target,
+        action: &Action,
+        who: &Who,
+    ) -> Result<Preview, Refusal> {
+        let action = self.meant(target, action.clone());
+        let server = self.admitted(target, &action, who)?;
+        let plan = self.plan(target, server.as_deref(), &action, who).await?;
         let refusal = self.validate(&plan).await.err();
         let domain_diff = domain_diff(&plan);
         Ok(Preview {
@@ -50,20 +57,24 @@ fn domain_diff(plan: &Plan) -> String {
             Step::UndefineDomain { before, .. } => (before.as_str(), ""),
             _ => continue,
         };
-        let (before, after) = (shown(before), shown(after));
-        diff.push_str(
-            &TextDiff::from_lines(&before, &after)
-                .unified_diff()
-                .context_radius(3)
-                .header("before", "after")
-                .to_string(),
-        );
+        diff.push_str(&unified(before, after));
     }
     diff
 }
 
+/// The difference of two definitions as a unified diff, without secrets. An empty one is none.
+pub(super) fn unified(before: &str, after: &str) -> String {
+    let (before, after) = (shown(before), shown(after));
+    TextDiff::from_lines(&before, &after)
+        .unified_diff()
+        .context_radius(3)
+        .header("before", "after")
+        .to_string()
+}
+
 /// A definition as it may be shown.
-fn shown(xml: &str) -> String {
+#[must_use]
+pub fn shown(xml: &str) -> String {
     if xml.is_empty() {
         return String::new();
     }

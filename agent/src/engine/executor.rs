@@ -64,6 +64,15 @@ pub(crate) fn now_ms() -> i64 {
     i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
 }
 
+/// Why an operation goes on without what is under way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum GiveUp {
+    /// It panicked there, again and again.
+    Panicked,
+    /// It hangs there, and the administrator does not want to wait.
+    Abandoned,
+}
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Direction {
     Apply,
@@ -82,11 +91,13 @@ pub(super) struct Execution {
 }
 
 impl Execution {
-    /// Carries the operation on until it has ended. With `give_up`, without what panics there.
-    pub(super) async fn run(mut self, give_up: bool) -> Result<(), Abandoned> {
+    /// Carries the operation on until it has ended. With `give_up`, without what panics or hangs there.
+    pub(super) async fn run(mut self, give_up: Option<GiveUp>) -> Result<(), Abandoned> {
         self.publish();
-        if give_up {
-            self.give_up().await?;
+        match give_up {
+            Some(GiveUp::Panicked) => self.give_up().await?,
+            Some(GiveUp::Abandoned) => self.abandon().await?,
+            None => {}
         }
         loop {
             match self.operation.state {
@@ -128,6 +139,52 @@ impl Execution {
             OperationState::CleaningUp => {
                 if let Some(index) = under_way {
                     self.leave_behind(index, &error);
+                }
+                Ok(())
+            }
+            OperationState::Done | OperationState::Failed | OperationState::Cancelled => Ok(()),
+        }
+    }
+
+    /// Ends the operation where it is. Nothing more is done to the host, not even to take something back: a
+    /// call that hangs would be in the way of that, or would undo it later.
+    async fn abandon(&mut self) -> Result<(), Abandoned> {
+        let hangs = self
+            .operation
+            .steps
+            .iter()
+            .rposition(|step| matches!(step.state, StepState::Running | StepState::Reverting));
+        let (state, index) = (self.operation.state, hangs.unwrap_or_default());
+        let what = match hangs {
+            Some(index) => format!("\"{}\" did not end", self.describe(index)),
+            None => "it did not get on".to_owned(),
+        };
+        let error = StepError::new(
+            Reason::Abandoned,
+            format!("given up by the administrator while {what}; it may still take effect"),
+        );
+        match state {
+            OperationState::Running | OperationState::Reverting => {
+                let ended = match state {
+                    OperationState::Reverting => StepState::RevertFailed,
+                    _ => StepState::Failed,
+                };
+                // What hangs may have been done, wholly or in part, so it counts as left.
+                self.end_step(index, ended, &error.message);
+                let mut fault = self.fault(index, &error);
+                fault.reason = Reason::Abandoned;
+                fault.message = format!("{}: {}", self.plan.verb, error.message);
+                if state == OperationState::Running {
+                    fault.revert_step = String::new();
+                }
+                self.end_reverted(Some(fault)).await
+            }
+            OperationState::CleaningUp => {
+                // Its outcome stands: what is not removed is swept at the next start.
+                for index in self.plan.steps_before_commit()..self.plan.steps.len() {
+                    if !matches!(self.step_state(index), StepState::Done | StepState::Failed) {
+                        self.leave_behind(index, &error);
+                    }
                 }
                 Ok(())
             }
@@ -335,8 +392,7 @@ impl Execution {
             OperationState::Failed
         };
         if let Some(fault) = &fault {
-            self.operation.error =
-                Some(Refusal::new(Reason::RollbackFailed, fault.message.clone()));
+            self.operation.error = Some(Refusal::new(fault.reason, fault.message.clone()));
         }
         self.operation.ended_at_ms = Some(now_ms());
         self.store

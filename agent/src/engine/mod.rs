@@ -21,6 +21,7 @@ use std::{
 use tokio::sync::watch;
 use uuid::Uuid;
 
+use executor::GiveUp;
 pub(crate) use executor::now_ms;
 #[cfg(feature = "failpoints")]
 pub use probe::EnvProbe;
@@ -48,12 +49,17 @@ pub struct View {
 /// The journal is tried again so long after it could not be written.
 const STORE_PAUSE: Duration = Duration::from_secs(2);
 
+/// Giving an operation up takes one transaction; the journal is not waited for longer.
+const GIVE_UP_LIMIT: Duration = Duration::from_secs(30);
+
 /// That it cannot be is said so often.
 const SAY_EVERY: Duration = Duration::from_secs(60);
 
 #[derive(Clone)]
 struct Active {
     cancel: watch::Sender<bool>,
+    /// It is no longer waited for.
+    given_up: watch::Sender<bool>,
     server_goes: watch::Sender<bool>,
     view: watch::Receiver<View>,
 }
@@ -62,6 +68,7 @@ struct Active {
 #[derive(Clone)]
 struct Handles {
     cancel: watch::Sender<bool>,
+    given_up: watch::Sender<bool>,
     server_goes: watch::Sender<bool>,
     view: watch::Sender<View>,
 }
@@ -123,15 +130,22 @@ impl Engine {
     async fn accept(&self, accept: Accept) -> StoreResult<Accepted> {
         let plan = Arc::clone(&accept.plan);
         let request = accept.request.clone();
-        let expected = OperationRecord::accepted(&plan, request.id, request.caller, accept.now_ms);
+        let expected = OperationRecord::accepted(
+            &plan,
+            request.id,
+            request.caller,
+            &request.who,
+            accept.now_ms,
+        );
         // Known before it is accepted: whoever finds it on the server's record can cancel it.
         let handles = self.register(&expected);
         let accepted = self.store.accept(accept).await;
         match &accepted {
-            Ok(Accepted::New(operation)) => {
+            // What changes the record alone has ended already.
+            Ok(Accepted::New(operation)) if !operation.state.is_final() => {
                 self.begin(OperationRecord::clone(operation), plan, handles);
             }
-            Ok(Accepted::Before(_)) | Err(_) => self.forget(plan.id),
+            Ok(Accepted::New(_) | Accepted::Before(_)) | Err(_) => self.forget(plan.id),
         }
         accepted
     }
@@ -189,6 +203,34 @@ impl Engine {
         self.stop(id, true).await
     }
 
+    /// Cancels an operation, waits so long for its end, and gives it up if it has not ended by then: the
+    /// step that hangs is left to itself, the operation is failed and its server in ERROR, with a fault that
+    /// says which step that is and what may be left. A call to the hypervisor that is given up so is waited
+    /// for when a later operation is taken back, as one that missed its deadline is. Says how it ended.
+    ///
+    /// # Errors
+    /// [`Reason::OperationNotFound`]; [`Reason::NotCancellable`] if it has ended.
+    pub async fn give_up(&self, id: Uuid, patience: Duration) -> StoreResult<Option<View>> {
+        match self.stop(id, false).await {
+            Ok(()) => {}
+            // What only cleans up can hang as well.
+            Err(StoreError::Refused(refusal))
+                if refusal.reason == Reason::NotCancellable && self.watch(id).is_some() => {}
+            Err(error) => return Err(error),
+        }
+        let view = self.wait(id, patience).await?;
+        if view
+            .as_ref()
+            .is_none_or(|view| view.operation.state.is_final())
+        {
+            return Ok(view);
+        }
+        if let Some(active) = self.active().get(&id) {
+            active.given_up.send_replace(true);
+        }
+        self.wait(id, GIVE_UP_LIMIT).await
+    }
+
     async fn stop(&self, id: Uuid, server_goes: bool) -> StoreResult<()> {
         let active = self.active().get(&id).cloned();
         if let Some(active) = active {
@@ -240,6 +282,7 @@ impl Engine {
     fn register(&self, operation: &OperationRecord) -> Handles {
         let cancel = watch::Sender::new(operation.cancel_requested);
         let server_goes = watch::Sender::new(operation.server_goes);
+        let given_up = watch::Sender::new(false);
         let view = watch::Sender::new(View {
             operation: Arc::new(operation.clone()),
             percent: None,
@@ -249,6 +292,7 @@ impl Engine {
             operation.id,
             Active {
                 cancel: cancel.clone(),
+                given_up: given_up.clone(),
                 server_goes: server_goes.clone(),
                 view: view.subscribe(),
             },
@@ -257,6 +301,7 @@ impl Engine {
         self.count.send_replace(active.len());
         Handles {
             cancel,
+            given_up,
             server_goes,
             view,
         }
@@ -283,7 +328,8 @@ impl Engine {
     async fn carry_on(&self, mut operation: OperationRecord, plan: Arc<Plan>, handles: Handles) {
         let id = operation.id;
         // In which states it has panicked, and whether the last one was there for the second time.
-        let (mut panicked_in, mut give_up) = (Vec::new(), false);
+        let (mut panicked_in, mut give_up) = (Vec::new(), None);
+        let mut given_up = handles.given_up.subscribe();
         let mut said: Option<Instant> = None;
         let mut may_say = || {
             let may = said.is_none_or(|at| at.elapsed() >= SAY_EVERY);
@@ -304,7 +350,28 @@ impl Engine {
                 server_goes: handles.server_goes.clone(),
             };
             let mut panicked = false;
-            match tokio::spawn(execution.run(give_up)).await {
+            let mut running = tokio::spawn(execution.run(give_up));
+            let abandoned = async {
+                let _ = given_up.wait_for(|given_up| *given_up).await;
+            };
+            let ended = tokio::select! {
+                ended = &mut running => Some(ended),
+                // Once is enough: what is left to be done then waits for nothing.
+                () = abandoned, if give_up != Some(GiveUp::Abandoned) => None,
+            };
+            let Some(ended) = ended else {
+                running.abort();
+                // It is gone when this returns, so nothing of it writes after what comes now.
+                let _ = running.await;
+                tracing::error!(operation = %id, "operation given up");
+                give_up = Some(GiveUp::Abandoned);
+                operation = match self.read_again(id, &mut may_say).await {
+                    Some(operation) => operation,
+                    None => return,
+                };
+                continue;
+            };
+            match ended {
                 Ok(Ok(())) => return,
                 Ok(Err(executor::Abandoned::Store(error))) => {
                     if may_say() {
@@ -324,23 +391,41 @@ impl Engine {
                     panicked = true;
                 }
             }
-            operation = loop {
-                tokio::time::sleep(STORE_PAUSE).await;
-                match self.store.operation(id).await {
-                    Ok(Some(operation)) => break operation,
-                    Ok(None) | Err(StoreError::Closed) => return,
-                    Err(error) => {
-                        if may_say() {
-                            tracing::error!(operation = %id, error = &error as &dyn std::error::Error,
-                                "the journal cannot be read; trying again");
-                        }
-                    }
-                }
+            tokio::time::sleep(STORE_PAUSE).await;
+            operation = match self.read_again(id, &mut may_say).await {
+                Some(operation) => operation,
+                None => return,
             };
-            give_up = panicked && panicked_in.contains(&operation.state);
+            if give_up != Some(GiveUp::Abandoned) {
+                let again = panicked && panicked_in.contains(&operation.state);
+                give_up = again.then_some(GiveUp::Panicked);
+            }
             if panicked {
                 panicked_in.push(operation.state);
             }
+        }
+    }
+}
+
+impl Engine {
+    /// What the journal says of an operation; `None` if it says nothing or is closed.
+    async fn read_again(
+        &self,
+        id: Uuid,
+        may_say: &mut impl FnMut() -> bool,
+    ) -> Option<OperationRecord> {
+        loop {
+            match self.store.operation(id).await {
+                Ok(operation) => return operation,
+                Err(StoreError::Closed) => return None,
+                Err(error) => {
+                    if may_say() {
+                        tracing::error!(operation = %id, error = &error as &dyn std::error::Error,
+                            "the journal cannot be read; trying again");
+                    }
+                }
+            }
+            tokio::time::sleep(STORE_PAUSE).await;
         }
     }
 }

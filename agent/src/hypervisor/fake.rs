@@ -11,6 +11,7 @@
 //! the process: a test lets a process die ([`FakeHypervisor::stop_after`]) and attaches the next one.
 //! Clones are the same process.
 
+mod guest;
 mod host;
 #[cfg(test)]
 mod tests;
@@ -19,13 +20,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use tokio::sync::{broadcast, watch};
+use tokio::sync::{broadcast, mpsc, watch};
 use uuid::Uuid;
 
 use self::host::{HostState, Planned, element, identity, refused};
 use super::{
-    Ask, Boot, CryptHash, Definition, DomainStatus, HostFacts, Hypervisor, HypervisorError,
-    HypervisorEvent, HypervisorResult, LinkState, PowerReading, StuckCall,
+    Ask, Boot, ConsoleSink, Control, Counters, CryptHash, Definition, DiskError, DomainStatus,
+    GuestInfo, HostFacts, Hypervisor, HypervisorError, HypervisorEvent, HypervisorResult,
+    LinkState, PowerReading, StuckCall,
 };
 use crate::core::{facts::Capacity, state::PowerState};
 
@@ -39,6 +41,8 @@ struct Host {
     link: watch::Sender<LinkState>,
     /// Calls of this name do not come back.
     hangs: watch::Sender<Option<&'static str>>,
+    /// What guests say on their serial ports.
+    said: broadcast::Sender<(Uuid, Vec<u8>)>,
 }
 
 /// What happens to a process.
@@ -108,6 +112,7 @@ impl FakeHypervisor {
                 events: broadcast::Sender::new(EVENT_BUFFER),
                 link: watch::Sender::new(LinkState::Up),
                 hangs: watch::Sender::new(None),
+                said: broadcast::Sender::new(EVENT_BUFFER),
             }),
             process: Arc::new(Process::new()),
         }
@@ -298,6 +303,19 @@ impl FakeHypervisor {
             id,
             what: "changed",
         });
+    }
+
+    /// An event of the hypervisor that changes nothing by itself.
+    pub fn tell(&self, event: HypervisorEvent) {
+        self.emit(event);
+    }
+
+    /// The disk `vda` fails, and the guest is paused for it.
+    pub fn disk_fails(&self, id: Uuid, error: &'static str) {
+        let mut state = lock(&self.host.state);
+        state.guests.entry(id).or_default().disk_error = Some(error);
+        drop(state);
+        self.set_power(id, PowerState::Paused, "ioerror");
     }
 
     /// Gives the domain a managed save image; it is off then.
@@ -518,6 +536,18 @@ impl Hypervisor for FakeHypervisor {
         .await
     }
 
+    async fn disk_errors(&self, id: Uuid) -> HypervisorResult<Vec<DiskError>> {
+        self.call("disk_errors", &id.to_string(), |_, state| {
+            let guest = state.guests.get(&id).copied().unwrap_or_default();
+            let error = guest.disk_error.map(|error| DiskError {
+                disk: "vda".to_owned(),
+                error,
+            });
+            Ok(error.into_iter().collect())
+        })
+        .await
+    }
+
     async fn domain_by_name(&self, name: &str) -> HypervisorResult<Option<DomainStatus>> {
         self.call("domain_by_name", name, |_, state| {
             let found = state.domains.iter().find(|(_, d)| d.name == name);
@@ -566,6 +596,11 @@ impl Hypervisor for FakeHypervisor {
             Ok(())
         })
         .await
+    }
+
+    async fn undefine_with_tpm(&self, id: Uuid) -> HypervisorResult<()> {
+        // No TPM here has a state.
+        self.undefine(id).await
     }
 
     async fn undefine(&self, id: Uuid) -> HypervisorResult<()> {
@@ -757,5 +792,58 @@ impl Hypervisor for FakeHypervisor {
 
     fn stuck_calls(&self) -> Vec<StuckCall> {
         lock(&self.host.state).stuck.clone()
+    }
+
+    async fn open_console(
+        &self,
+        id: Uuid,
+        _take_over: bool,
+        said: ConsoleSink,
+    ) -> HypervisorResult<mpsc::Sender<Vec<u8>>> {
+        self.call("open_console", &id.to_string(), |fake, state| {
+            state.running("open_console", id)?;
+            Ok(fake.line(id, said))
+        })
+        .await
+    }
+
+    async fn screenshot(&self, id: Uuid) -> HypervisorResult<Vec<u8>> {
+        self.call("screenshot", &id.to_string(), |_, state| {
+            state.running("screenshot", id)?;
+            Ok(b"P6\n2 1\n255\nabcdef".to_vec())
+        })
+        .await
+    }
+
+    async fn control(&self, id: Uuid) -> HypervisorResult<Control> {
+        self.call("control", &id.to_string(), |_, state| {
+            state.running("control", id)?;
+            Ok(guest::control())
+        })
+        .await
+    }
+
+    async fn counters(&self, id: Uuid) -> HypervisorResult<Counters> {
+        self.call("counters", &id.to_string(), |_, state| {
+            state.running("counters", id)?;
+            Ok(guest::counters())
+        })
+        .await
+    }
+
+    async fn domain_messages(&self, id: Uuid) -> HypervisorResult<Vec<String>> {
+        self.call("domain_messages", &id.to_string(), |_, state| {
+            state.known(id)?;
+            Ok(vec!["tainted: a test".to_owned()])
+        })
+        .await
+    }
+
+    async fn guest_info(&self, id: Uuid) -> HypervisorResult<GuestInfo> {
+        self.call("guest_info", &id.to_string(), |_, state| {
+            state.agent("guest_info", id)?;
+            Ok(guest::info())
+        })
+        .await
     }
 }

@@ -6,16 +6,23 @@
 //! [`HypervisorError::Deadline`] and is counted in [`Hypervisor::stuck_calls`].
 
 pub mod fake;
+mod guest;
 
 use std::time::Duration;
 
 use async_trait::async_trait;
-use tokio::sync::{broadcast, watch};
+use tokio::sync::{broadcast, mpsc, watch};
 use uuid::Uuid;
+
+pub use self::guest::{
+    ConsoleSaid, ConsoleSink, Control, Counters, DiskCounters, GuestInfo, InterfaceCounters,
+    MemoryCounters,
+};
 
 pub use crate::core::password::CryptHash;
 use crate::core::{
     facts::Capacity,
+    incident::Incident,
     reason::{Reason, Refusal},
     state::PowerState,
 };
@@ -71,6 +78,18 @@ pub enum HypervisorError {
         /// The system's message.
         message: String,
     },
+    /// Somebody else holds the serial port.
+    #[error("another client of libvirt is connected with the serial port of {domain}")]
+    ConsoleTaken {
+        /// The domain.
+        domain: Uuid,
+    },
+    /// No more serial ports are connected with at once.
+    #[error("the agent is connected with {limit} serial ports already, and with no more at once")]
+    TooManyConsoles {
+        /// So many.
+        limit: usize,
+    },
 }
 
 impl From<HypervisorError> for Refusal {
@@ -83,6 +102,8 @@ impl From<HypervisorError> for Refusal {
             HypervisorError::GuestAgentRefused { .. } => Reason::GuestAgentRefused,
             HypervisorError::Refused { .. } => Reason::LibvirtRefused,
             HypervisorError::NotSynced { .. } => Reason::StorageFailed,
+            HypervisorError::ConsoleTaken { .. } => Reason::ConsoleBusy,
+            HypervisorError::TooManyConsoles { .. } => Reason::ConsoleLimit,
         };
         Refusal::new(reason, error.to_string())
     }
@@ -116,6 +137,15 @@ pub struct PowerReading {
     pub power: PowerState,
     /// As in [`DomainStatus::reason`].
     pub reason: String,
+}
+
+/// A disk of a running domain that could not be read or written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskError {
+    /// Target of the disk (`vda`).
+    pub disk: String,
+    /// What is wrong, in words (`no space`, `failed`).
+    pub error: &'static str,
 }
 
 /// Which of a domain's two definitions is meant.
@@ -182,6 +212,36 @@ pub enum HypervisorEvent {
         id: Uuid,
         /// Is it there now?
         connected: bool,
+    },
+    /// Something happened in or to a guest besides its power.
+    Guest {
+        /// Which domain.
+        id: Uuid,
+        /// What happened.
+        incident: Incident,
+    },
+    /// A job on a domain's disk ended, or waits to be told to end.
+    BlockJob {
+        /// Which domain.
+        id: Uuid,
+        /// Target of the disk (`vda`).
+        disk: String,
+        /// libvirt's word (`completed`, `failed`, `canceled`, `ready`).
+        state: &'static str,
+    },
+    /// A device of a running domain is gone.
+    DeviceRemoved {
+        /// Which domain.
+        id: Uuid,
+        /// libvirt's alias of the device.
+        device: String,
+    },
+    /// A guest has more or less memory than before.
+    Balloon {
+        /// Which domain.
+        id: Uuid,
+        /// How much, in KiB.
+        memory_kib: u64,
     },
     /// The connection was lost or is back; after it is back everything has to be looked at anew.
     Link(LinkState),
@@ -271,6 +331,9 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// definition may come back. No such domain is success.
     async fn undefine(&self, id: Uuid) -> HypervisorResult<()>;
 
+    /// The same, and the state of its TPM goes as well.
+    async fn undefine_with_tpm(&self, id: Uuid) -> HypervisorResult<()>;
+
     /// When this returns, all that was defined and undefined before outlives a power cut. libvirt syncs
     /// the file of a definition, but not the folder that says which file it is.
     async fn sync_definitions(&self) -> HypervisorResult<()>;
@@ -337,4 +400,33 @@ pub trait Hypervisor: Send + Sync + 'static {
 
     /// Calls that were given up on but have not come back.
     fn stuck_calls(&self) -> Vec<StuckCall>;
+
+    /// Connects with the running guest's serial port, over a connection and a thread of its own. What
+    /// it says goes to `said` from now on, until that was told of the end; bytes for it go into the
+    /// channel. Dropping the channel's sender ends the connection. Only one client at a time can be
+    /// connected; `take_over` ends the other's connection.
+    async fn open_console(
+        &self,
+        id: Uuid,
+        take_over: bool,
+        said: ConsoleSink,
+    ) -> HypervisorResult<mpsc::Sender<Vec<u8>>>;
+
+    /// A picture of the running guest's screen, as QEMU gives it: PNG or PPM.
+    async fn screenshot(&self, id: Uuid) -> HypervisorResult<Vec<u8>>;
+
+    /// How libvirt stands with the running guest's QEMU. That is not asked.
+    async fn control(&self, id: Uuid) -> HypervisorResult<Control>;
+
+    /// Counters of the running guest. Its QEMU is asked.
+    async fn counters(&self, id: Uuid) -> HypervisorResult<Counters>;
+
+    /// The disks that the running guest was stopped for, each with the error's word. Its QEMU is asked.
+    async fn disk_errors(&self, id: Uuid) -> HypervisorResult<Vec<DiskError>>;
+
+    /// What libvirt has to say about a domain.
+    async fn domain_messages(&self, id: Uuid) -> HypervisorResult<Vec<String>>;
+
+    /// What the guest agent says of itself and its system.
+    async fn guest_info(&self, id: Uuid) -> HypervisorResult<GuestInfo>;
 }

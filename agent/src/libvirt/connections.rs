@@ -5,6 +5,8 @@
 //!   callers ──> pool Read ──────> threads, a connection each
 //!           ──> pool Mutate ────> threads, a connection each
 //!           ──> pool Emergency ─> threads, a connection each
+//!           ──> pool Probe ─────> threads, a connection each
+//!           ──> console ────────> a thread and a connection for each serial port
 //!
 //!   event loop thread <── the connection for events ── keepalive, close callback
 //!                                  ^                            │
@@ -25,10 +27,12 @@ use virt::enumutil::Enum;
 use virt::error::{Error, ErrorNumber};
 
 use super::Config;
-use super::ffi::{CloseWatch, DomainEvents, Sink, Told};
+use super::ffi::{CloseWatch, DomainEvents, EventKind, Sink, Told};
 use super::link::{Do, Happened, Link};
 use super::threads::{Job, Pool, Source, StuckCalls, Ticket};
 use super::words;
+use crate::core::incident::{Incident, IncidentKind};
+use crate::core::text;
 use crate::hypervisor::{HypervisorEvent, LinkState};
 
 /// How often the connection for events is asked whether it is alive, for drivers without a close
@@ -44,6 +48,8 @@ pub(super) enum Class {
     Mutate,
     /// Destroy, and nothing else.
     Emergency,
+    /// Questions to a guest or its QEMU that nothing depends on.
+    Probe,
 }
 
 impl Class {
@@ -53,17 +59,19 @@ impl Class {
             Self::Read => "lv-read",
             Self::Mutate => "lv-change",
             Self::Emergency => "lv-destroy",
+            Self::Probe => "lv-probe",
         }
     }
 
     /// How many calls may be under way at once, those that hang included. Together they are not more
     /// than libvirtd has workers by default (`max_workers = 20`), and those that can hang for long
-    /// leave it some.
+    /// leave it some. (Probes come on top of that, and are few.)
     pub(super) const fn limit(self) -> usize {
         match self {
             Self::Read => 6,
             Self::Mutate => 10,
             Self::Emergency => 8,
+            Self::Probe => 3,
         }
     }
 }
@@ -89,7 +97,8 @@ pub(super) fn is_alive(connect: &Connect) -> bool {
     connect.is_alive().unwrap_or(false)
 }
 
-fn open(config: &Config) -> Result<Connect, Error> {
+/// Opens a connection. It may block for as long as libvirt likes.
+pub(super) fn open(config: &Config) -> Result<Connect, Error> {
     let connect = Connect::open(Some(&config.uri))?;
     let seconds = i32::try_from(config.keepalive_interval.as_secs()).unwrap_or(i32::MAX);
     optional(connect.set_keep_alive(seconds, config.keepalive_count))?;
@@ -130,6 +139,7 @@ pub(super) struct Connections {
     read: Pool<CallConnections>,
     mutate: Pool<CallConnections>,
     emergency: Pool<CallConnections>,
+    probe: Pool<CallConnections>,
     pub(super) stuck: StuckCalls,
     pub(super) link: watch::Sender<LinkState>,
     pub(super) events: broadcast::Sender<HypervisorEvent>,
@@ -151,6 +161,7 @@ impl Connections {
             read: pool(Class::Read),
             mutate: pool(Class::Mutate),
             emergency: pool(Class::Emergency),
+            probe: pool(Class::Probe),
             stuck: StuckCalls::default(),
             link: watch::Sender::new(Link::new().published().clone()),
             events,
@@ -171,6 +182,7 @@ impl Connections {
             Class::Read => self.read.submit(job),
             Class::Mutate => self.mutate.submit(job),
             Class::Emergency => self.emergency.submit(job),
+            Class::Probe => self.probe.submit(job),
         }
     }
 
@@ -195,8 +207,11 @@ impl Connections {
                 }
             }),
         );
-        let mut events = vec![DomainEvents::lifecycle(&connect, self.sink())?];
-        events.extend(optional(DomainEvents::guest_agents(&connect, self.sink()))?);
+        let register = |kind| DomainEvents::register(&connect, kind, self.sink());
+        let mut events = vec![register(EventKind::Lifecycle)?];
+        for kind in EventKind::OPTIONAL {
+            events.extend(optional(register(*kind))?);
+        }
         Ok(EventConnection {
             _events: events,
             _close: optional(close)?,
@@ -207,21 +222,67 @@ impl Connections {
     fn sink(&self) -> Sink {
         let events = self.events.clone();
         Box::new(move |told| {
-            let event = match told {
-                Told::Lifecycle { id, event } => HypervisorEvent::Domain {
-                    id,
-                    what: words::lifecycle(event),
-                },
-                Told::GuestAgent { id, state } => HypervisorEvent::GuestAgent {
-                    id,
-                    connected: words::agent_connected(state),
-                },
-                Told::Closed { .. } => return,
-            };
-            // Nobody listening is no error.
-            let _ = events.send(event);
+            for event in heard(told) {
+                // Nobody listening is no error.
+                let _ = events.send(event);
+            }
         })
     }
+}
+
+/// What was told, in our words.
+fn heard(told: Told) -> Vec<HypervisorEvent> {
+    let guest = |id, incident| HypervisorEvent::Guest { id, incident };
+    let event = match told {
+        Told::Lifecycle { id, event } => {
+            let mut events = vec![HypervisorEvent::Domain {
+                id,
+                what: words::lifecycle(event),
+            }];
+            if words::is_panic(event) {
+                events.push(guest(id, Incident::new(IncidentKind::Panicked)));
+            }
+            return events;
+        }
+        Told::GuestAgent { id, state } => HypervisorEvent::GuestAgent {
+            id,
+            connected: words::agent_connected(state),
+        },
+        Told::Reboot { id } => guest(id, Incident::new(IncidentKind::Rebooted)),
+        Told::Watchdog { id, action } => {
+            let action = words::watchdog(action);
+            guest(
+                id,
+                Incident::told(IncidentKind::Watchdog, "", "", "", action),
+            )
+        }
+        Told::IoError {
+            id,
+            source,
+            device,
+            action,
+            reason,
+        } => {
+            let (reason, action) = (
+                words::io_error_reason(&reason),
+                words::io_error_action(action),
+            );
+            let kind = IncidentKind::IoError;
+            guest(id, Incident::told(kind, &device, &source, reason, action))
+        }
+        Told::BlockJob { id, disk, status } => HypervisorEvent::BlockJob {
+            id,
+            disk: text::echo(&disk),
+            state: words::block_job(status),
+        },
+        Told::DeviceRemoved { id, device } => HypervisorEvent::DeviceRemoved {
+            id,
+            device: text::echo(&device),
+        },
+        Told::Balloon { id, memory_kib } => HypervisorEvent::Balloon { id, memory_kib },
+        Told::Closed { .. } => return Vec::new(),
+    };
+    vec![event]
 }
 
 /// The thread that keeps the link up.

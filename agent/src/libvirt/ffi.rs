@@ -7,7 +7,8 @@
 //! the socket: they do nothing but send on a channel, and a panic never crosses into C.
 #![allow(unsafe_code)]
 
-use std::ffi::{CStr, c_int, c_void};
+use std::collections::HashMap;
+use std::ffi::{CStr, c_char, c_int, c_uint, c_ulonglong, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
 
@@ -35,12 +36,34 @@ pub(super) struct ListedDomain {
 }
 
 /// What libvirt tells through a callback.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Told {
     /// A `virDomainEventType` of a domain.
     Lifecycle { id: Uuid, event: c_int },
     /// A `virConnectDomainEventAgentLifecycleState` of a domain.
     GuestAgent { id: Uuid, state: c_int },
+    /// A guest was reset.
+    Reboot { id: Uuid },
+    /// A guest's watchdog fired, with this `virDomainEventWatchdogAction`.
+    Watchdog { id: Uuid, action: c_int },
+    /// A disk failed, with this `virDomainEventIOErrorAction`.
+    IoError {
+        id: Uuid,
+        source: String,
+        device: String,
+        action: c_int,
+        reason: String,
+    },
+    /// A job on a disk has this `virConnectDomainEventBlockJobStatus`.
+    BlockJob {
+        id: Uuid,
+        disk: String,
+        status: c_int,
+    },
+    /// A device is gone.
+    DeviceRemoved { id: Uuid, device: String },
+    /// A guest has so much memory now.
+    Balloon { id: Uuid, memory_kib: u64 },
     /// The connection has ended, for this `virConnectCloseReason`.
     Closed { reason: c_int },
 }
@@ -142,6 +165,31 @@ impl StatsRecords {
         Ok(Self { list, count })
     }
 
+    /// Of one domain: counters. What cannot be had at once is left out.
+    fn counters(domain: &Domain) -> Result<Self, Error> {
+        let mut list = ptr::null_mut();
+        // SAFETY: the handle is used only in this function, which `domain` outlives.
+        let handle = unsafe { domain.as_ptr() };
+        let mut domains = [handle, ptr::null_mut()];
+        let wanted = sys::VIR_DOMAIN_STATS_CPU_TOTAL
+            | sys::VIR_DOMAIN_STATS_BALLOON
+            | sys::VIR_DOMAIN_STATS_VCPU
+            | sys::VIR_DOMAIN_STATS_INTERFACE
+            | sys::VIR_DOMAIN_STATS_BLOCK;
+        // SAFETY: `domains` is an array of live handles that a null pointer ends, and `list` is a
+        // valid out pointer.
+        let count = unsafe {
+            sys::virDomainListGetStats(
+                domains.as_mut_ptr(),
+                wanted,
+                &raw mut list,
+                sys::VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT,
+            )
+        };
+        let count = usize::try_from(count).map_err(|_| Error::last_error())?;
+        Ok(Self { list, count })
+    }
+
     fn records(&self) -> impl Iterator<Item = &sys::virDomainStatsRecord> {
         (0..self.count).filter_map(|at| {
             // SAFETY: libvirt returned `count` pointers to records that live until the list is
@@ -185,6 +233,143 @@ fn int_parameter(record: &sys::virDomainStatsRecord, field: &CStr) -> Option<c_i
     })
 }
 
+/// The value of a statistic, as far as we look at it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Stat {
+    /// Not negative.
+    Number(u64),
+    Text(String),
+}
+
+/// Counters of a domain, by libvirt's names. Its monitor is asked.
+pub(super) fn domain_stats(domain: &Domain) -> Result<HashMap<String, Stat>, Error> {
+    let records = StatsRecords::counters(domain)?;
+    Ok(records.records().flat_map(stats_of).collect())
+}
+
+/// The parameters of a record that are numbers or text.
+fn stats_of(record: &sys::virDomainStatsRecord) -> impl Iterator<Item = (String, Stat)> {
+    let count = usize::try_from(record.nparams).unwrap_or(0);
+    (0..count).filter_map(|at| {
+        // SAFETY: libvirt returned `nparams` parameters that live as long as the record.
+        let parameter = unsafe { record.params.add(at).as_ref() }?;
+        // SAFETY: libvirt ends the name of a parameter with a NUL inside its array.
+        let name = unsafe { CStr::from_ptr(parameter.field.as_ptr()) };
+        let kind = u32::try_from(parameter.type_).ok()?;
+        let value = match kind {
+            sys::VIR_TYPED_PARAM_INT => {
+                // SAFETY: the type says that `i` is the member of the union that was written.
+                Stat::Number(u64::try_from(unsafe { parameter.value.i }).ok()?)
+            }
+            sys::VIR_TYPED_PARAM_UINT => {
+                // SAFETY: the type says that `ui` is the member of the union that was written.
+                Stat::Number(u64::from(unsafe { parameter.value.ui }))
+            }
+            sys::VIR_TYPED_PARAM_LLONG => {
+                // SAFETY: the type says that `l` is the member of the union that was written.
+                Stat::Number(u64::try_from(unsafe { parameter.value.l }).ok()?)
+            }
+            sys::VIR_TYPED_PARAM_ULLONG => {
+                // SAFETY: the type says that `ul` is the member of the union that was written.
+                Stat::Number(unsafe { parameter.value.ul })
+            }
+            sys::VIR_TYPED_PARAM_STRING => {
+                // SAFETY: the type says that `s` is the member of the union that was written.
+                let text = unsafe { parameter.value.s };
+                if text.is_null() {
+                    return None;
+                }
+                // SAFETY: it is a C string that belongs to the record.
+                let text = unsafe { CStr::from_ptr(text) };
+                Stat::Text(text.to_string_lossy().into_owned())
+            }
+            _ => return None,
+        };
+        Some((name.to_string_lossy().into_owned(), value))
+    })
+}
+
+/// How libvirt stands with a domain's QEMU, as libvirt numbers it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct RawControl {
+    /// One of `VIR_DOMAIN_CONTROL_OK`, ….
+    pub(super) state: c_uint,
+    /// One of `VIR_DOMAIN_CONTROL_ERROR_REASON_NONE`, ….
+    pub(super) details: c_uint,
+    /// For how long, in milliseconds.
+    pub(super) since_ms: u64,
+}
+
+/// `virDomainGetControlInfo`, which asks no monitor.
+pub(super) fn control_info(domain: &Domain) -> Result<RawControl, Error> {
+    let mut info = sys::virDomainControlInfo {
+        state: 0,
+        details: 0,
+        stateTime: 0,
+    };
+    // SAFETY: `domain` keeps its handle alive for the call, and `info` is a valid out pointer.
+    let answer = unsafe { sys::virDomainGetControlInfo(domain.as_ptr(), &raw mut info, 0) };
+    if answer < 0 {
+        return Err(Error::last_error());
+    }
+    Ok(RawControl {
+        state: info.state,
+        details: info.details,
+        since_ms: info.stateTime,
+    })
+}
+
+/// A C string that libvirt allocated for us, freed here. Null gives an empty one.
+fn owned_text(text: *mut c_char) -> String {
+    if text.is_null() {
+        return String::new();
+    }
+    // SAFETY: libvirt gives a C string, which nobody else has.
+    let copy = unsafe { CStr::from_ptr(text) }
+        .to_string_lossy()
+        .into_owned();
+    // SAFETY: libvirt allocates with malloc, and hands this string over to us.
+    unsafe { nix::libc::free(text.cast()) };
+    copy
+}
+
+/// `virDomainGetDiskErrors` of up to `most` disks: target name and `virDomainDiskErrorCode`.
+pub(super) fn disk_errors(domain: &Domain, most: usize) -> Result<Vec<(String, c_int)>, Error> {
+    let empty = || sys::virDomainDiskError {
+        disk: ptr::null_mut(),
+        error: 0,
+    };
+    let mut errors: Vec<_> = std::iter::repeat_with(empty).take(most).collect();
+    let room = c_uint::try_from(most).unwrap_or(0);
+    // SAFETY: `domain` keeps its handle alive for the call, and `errors` has `room` elements.
+    let count =
+        unsafe { sys::virDomainGetDiskErrors(domain.as_ptr(), errors.as_mut_ptr(), room, 0) };
+    let count = usize::try_from(count).map_err(|_| Error::last_error())?;
+    errors.truncate(count);
+    let told = errors.into_iter();
+    Ok(told
+        .map(|error| (owned_text(error.disk), error.error))
+        .collect())
+}
+
+/// `virDomainGetMessages`: deprecations and taints. It asks no monitor.
+pub(super) fn messages(domain: &Domain) -> Result<Vec<String>, Error> {
+    let mut list: *mut *mut c_char = ptr::null_mut();
+    // SAFETY: `domain` keeps its handle alive for the call, and `list` is a valid out pointer.
+    let count = unsafe { sys::virDomainGetMessages(domain.as_ptr(), &raw mut list, 0) };
+    let count = usize::try_from(count).map_err(|_| Error::last_error())?;
+    if list.is_null() {
+        return Ok(Vec::new());
+    }
+    let messages = (0..count)
+        // SAFETY: libvirt returned `count` strings, each of which is read, and freed, once.
+        .map(|at| owned_text(unsafe { *list.add(at) }))
+        .collect();
+    // SAFETY: libvirt allocates with malloc, and hands the list over to us.
+    unsafe { nix::libc::free(list.cast()) };
+    Ok(messages)
+}
+
 /// Uuid and name of a domain handle that somebody else owns. Both are fields of the handle: neither
 /// asks the daemon.
 fn identity(domain: sys::virDomainPtr) -> Result<(Uuid, String), Error> {
@@ -213,39 +398,90 @@ pub(super) struct DomainEvents {
     callback: c_int,
 }
 
+/// What can be registered for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum EventKind {
+    /// [`Told::Lifecycle`]
+    Lifecycle,
+    /// [`Told::GuestAgent`]
+    GuestAgent,
+    /// [`Told::Reboot`]
+    Reboot,
+    /// [`Told::Watchdog`]
+    Watchdog,
+    /// [`Told::IoError`]
+    IoError,
+    /// [`Told::BlockJob`]
+    BlockJob,
+    /// [`Told::DeviceRemoved`]
+    DeviceRemoved,
+    /// [`Told::Balloon`]
+    Balloon,
+}
+
+impl EventKind {
+    /// Those that a driver need not have.
+    pub(super) const OPTIONAL: &'static [Self] = &[
+        Self::GuestAgent,
+        Self::Reboot,
+        Self::Watchdog,
+        Self::IoError,
+        Self::BlockJob,
+        Self::DeviceRemoved,
+        Self::Balloon,
+    ];
+
+    /// libvirt's number of the event, and the function that it is to call.
+    fn callback(self) -> (sys::virDomainEventID, GenericCallback) {
+        use std::mem::transmute;
+        // SAFETY: libvirt calls the function with the arguments that belong to the event of the number,
+        // and converts it in the same way (VIR_DOMAIN_EVENT_CALLBACK). Each function here has those of
+        // the type that libvirt-domain.h names for its number.
+        unsafe {
+            match self {
+                Self::Lifecycle => (
+                    sys::VIR_DOMAIN_EVENT_ID_LIFECYCLE,
+                    transmute::<LifecycleCallback, GenericCallback>(on_lifecycle),
+                ),
+                Self::GuestAgent => (
+                    sys::VIR_DOMAIN_EVENT_ID_AGENT_LIFECYCLE,
+                    transmute::<AgentCallback, GenericCallback>(on_guest_agent),
+                ),
+                Self::Reboot => (
+                    sys::VIR_DOMAIN_EVENT_ID_REBOOT,
+                    on_reboot as GenericCallback,
+                ),
+                Self::Watchdog => (
+                    sys::VIR_DOMAIN_EVENT_ID_WATCHDOG,
+                    transmute::<WatchdogCallback, GenericCallback>(on_watchdog),
+                ),
+                Self::IoError => (
+                    sys::VIR_DOMAIN_EVENT_ID_IO_ERROR_REASON,
+                    transmute::<IoErrorCallback, GenericCallback>(on_io_error),
+                ),
+                Self::BlockJob => (
+                    sys::VIR_DOMAIN_EVENT_ID_BLOCK_JOB_2,
+                    transmute::<BlockJobCallback, GenericCallback>(on_block_job),
+                ),
+                Self::DeviceRemoved => (
+                    sys::VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED,
+                    transmute::<DeviceCallback, GenericCallback>(on_device_removed),
+                ),
+                Self::Balloon => (
+                    sys::VIR_DOMAIN_EVENT_ID_BALLOON_CHANGE,
+                    transmute::<BalloonCallback, GenericCallback>(on_balloon),
+                ),
+            }
+        }
+    }
+}
+
 impl DomainEvents {
-    /// Registers for the lifecycle of every domain.
-    pub(super) fn lifecycle(connect: &Connect, sink: Sink) -> Result<Self, Error> {
-        // SAFETY: for VIR_DOMAIN_EVENT_ID_LIFECYCLE libvirt calls the function with the arguments
-        // of virConnectDomainEventCallback, which `on_lifecycle` has; C converts it in the same way
-        // (VIR_DOMAIN_EVENT_CALLBACK).
-        let callback =
-            unsafe { std::mem::transmute::<LifecycleCallback, GenericCallback>(on_lifecycle) };
-        Self::register(connect, sys::VIR_DOMAIN_EVENT_ID_LIFECYCLE, callback, sink)
-    }
-
-    /// Registers for the coming and going of every domain's guest agent.
-    pub(super) fn guest_agents(connect: &Connect, sink: Sink) -> Result<Self, Error> {
-        // SAFETY: for VIR_DOMAIN_EVENT_ID_AGENT_LIFECYCLE libvirt calls the function with the
-        // arguments of virConnectDomainEventAgentLifecycleCallback, which `on_guest_agent` has.
-        let callback =
-            unsafe { std::mem::transmute::<AgentCallback, GenericCallback>(on_guest_agent) };
-        Self::register(
-            connect,
-            sys::VIR_DOMAIN_EVENT_ID_AGENT_LIFECYCLE,
-            callback,
-            sink,
-        )
-    }
-
-    fn register(
-        connect: &Connect,
-        event: sys::virDomainEventID,
-        callback: GenericCallback,
-        sink: Sink,
-    ) -> Result<Self, Error> {
+    /// Registers for events of every domain.
+    pub(super) fn register(connect: &Connect, kind: EventKind, sink: Sink) -> Result<Self, Error> {
+        let (event, callback) = kind.callback();
         let opaque = Box::into_raw(Box::new(sink)).cast::<c_void>();
-        // SAFETY: the connection is alive, the callback fits the event (see the callers), and
+        // SAFETY: the connection is alive, the callback fits the event (see EventKind), and
         // `opaque` is a boxed sink that libvirt hands to `free_sink` when it needs it no more.
         let callback = unsafe {
             sys::virConnectDomainEventRegisterAny(
@@ -355,6 +591,29 @@ type LifecycleCallback =
     unsafe extern "C" fn(sys::virConnectPtr, sys::virDomainPtr, c_int, c_int, *mut c_void) -> c_int;
 type AgentCallback =
     unsafe extern "C" fn(sys::virConnectPtr, sys::virDomainPtr, c_int, c_int, *mut c_void);
+type WatchdogCallback =
+    unsafe extern "C" fn(sys::virConnectPtr, sys::virDomainPtr, c_int, *mut c_void);
+type IoErrorCallback = unsafe extern "C" fn(
+    sys::virConnectPtr,
+    sys::virDomainPtr,
+    *const c_char,
+    *const c_char,
+    c_int,
+    *const c_char,
+    *mut c_void,
+);
+type BlockJobCallback = unsafe extern "C" fn(
+    sys::virConnectPtr,
+    sys::virDomainPtr,
+    *const c_char,
+    c_int,
+    c_int,
+    *mut c_void,
+);
+type DeviceCallback =
+    unsafe extern "C" fn(sys::virConnectPtr, sys::virDomainPtr, *const c_char, *mut c_void);
+type BalloonCallback =
+    unsafe extern "C" fn(sys::virConnectPtr, sys::virDomainPtr, c_ulonglong, *mut c_void);
 
 unsafe extern "C" fn on_lifecycle(
     _connect: sys::virConnectPtr,
@@ -391,6 +650,129 @@ unsafe extern "C" fn on_guest_agent(
             })
         })
     };
+}
+
+unsafe extern "C" fn on_reboot(
+    _connect: sys::virConnectPtr,
+    domain: sys::virDomainPtr,
+    opaque: *mut c_void,
+) {
+    // SAFETY: libvirt passes the sink that was registered, and frees it only after the last call.
+    unsafe {
+        deliver(opaque, || {
+            Some(Told::Reboot {
+                id: domain_uuid(domain)?,
+            })
+        })
+    };
+}
+
+unsafe extern "C" fn on_watchdog(
+    _connect: sys::virConnectPtr,
+    domain: sys::virDomainPtr,
+    action: c_int,
+    opaque: *mut c_void,
+) {
+    // SAFETY: libvirt passes the sink that was registered, and frees it only after the last call.
+    unsafe {
+        deliver(opaque, || {
+            Some(Told::Watchdog {
+                id: domain_uuid(domain)?,
+                action,
+            })
+        })
+    };
+}
+
+unsafe extern "C" fn on_io_error(
+    _connect: sys::virConnectPtr,
+    domain: sys::virDomainPtr,
+    source: *const c_char,
+    device: *const c_char,
+    action: c_int,
+    reason: *const c_char,
+    opaque: *mut c_void,
+) {
+    // SAFETY: libvirt passes the sink that was registered, and frees it only after the last call; its
+    // texts are C strings or null, and live as long as this call.
+    unsafe {
+        deliver(opaque, || {
+            Some(Told::IoError {
+                id: domain_uuid(domain)?,
+                source: text(source),
+                device: text(device),
+                action,
+                reason: text(reason),
+            })
+        })
+    };
+}
+
+unsafe extern "C" fn on_block_job(
+    _connect: sys::virConnectPtr,
+    domain: sys::virDomainPtr,
+    disk: *const c_char,
+    _kind: c_int,
+    status: c_int,
+    opaque: *mut c_void,
+) {
+    // SAFETY: as in `on_io_error`.
+    unsafe {
+        deliver(opaque, || {
+            Some(Told::BlockJob {
+                id: domain_uuid(domain)?,
+                disk: text(disk),
+                status,
+            })
+        })
+    };
+}
+
+unsafe extern "C" fn on_device_removed(
+    _connect: sys::virConnectPtr,
+    domain: sys::virDomainPtr,
+    device: *const c_char,
+    opaque: *mut c_void,
+) {
+    // SAFETY: as in `on_io_error`.
+    unsafe {
+        deliver(opaque, || {
+            Some(Told::DeviceRemoved {
+                id: domain_uuid(domain)?,
+                device: text(device),
+            })
+        })
+    };
+}
+
+unsafe extern "C" fn on_balloon(
+    _connect: sys::virConnectPtr,
+    domain: sys::virDomainPtr,
+    memory_kib: c_ulonglong,
+    opaque: *mut c_void,
+) {
+    // SAFETY: libvirt passes the sink that was registered, and frees it only after the last call.
+    unsafe {
+        deliver(opaque, || {
+            Some(Told::Balloon {
+                id: domain_uuid(domain)?,
+                memory_kib,
+            })
+        })
+    };
+}
+
+/// A text of libvirt's; empty if there is none.
+///
+/// # Safety
+/// `text` must be null or a C string that lives as long as the call.
+unsafe fn text(text: *const c_char) -> String {
+    if text.is_null() {
+        return String::new();
+    }
+    // SAFETY: see above.
+    let text = unsafe { CStr::from_ptr(text) };
+    text.to_string_lossy().into_owned()
 }
 
 unsafe extern "C" fn on_close(_connect: sys::virConnectPtr, reason: c_int, opaque: *mut c_void) {

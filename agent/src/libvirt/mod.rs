@@ -17,9 +17,11 @@
 //!   otherwise hold a thread for as long as it likes.
 
 mod connections;
+mod console;
 mod errors;
 mod ffi;
 mod link;
+mod probes;
 mod reads;
 mod schema;
 #[cfg(test)]
@@ -38,7 +40,7 @@ use async_trait::async_trait;
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use nix::errno::Errno;
-use tokio::sync::{Semaphore, SemaphorePermit, broadcast, oneshot, watch};
+use tokio::sync::{Semaphore, SemaphorePermit, broadcast, mpsc as channel, oneshot, watch};
 use uuid::Uuid;
 use virt::connect::Connect;
 use virt::domain::Domain;
@@ -55,8 +57,9 @@ use self::threads::{Job, Ticket};
 use self::turns::Turns;
 use crate::core::{facts::Capacity, state::PowerState};
 use crate::hypervisor::{
-    Ask, Boot, CryptHash, Definition, DomainStatus, HostFacts, Hypervisor, HypervisorError,
-    HypervisorEvent, HypervisorResult, LinkState, PowerReading, StuckCall,
+    Ask, Boot, ConsoleSink, Control, Counters, CryptHash, Definition, DiskError, DomainStatus,
+    GuestInfo, HostFacts, Hypervisor, HypervisorError, HypervisorEvent, HypervisorResult,
+    LinkState, PowerReading, StuckCall,
 };
 
 /// How many events a receiver may be behind before it has to look at everything anew.
@@ -64,6 +67,15 @@ const EVENT_BUFFER: usize = 4096;
 
 /// How long libvirt waits for a guest agent.
 const AGENT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a question that nothing depends on may take.
+const PROBE: Duration = Duration::from_secs(4);
+
+/// How long a picture of a screen may take: QEMU writes it to a file first.
+const PICTURE: Duration = Duration::from_secs(20);
+
+/// How long libvirt waits for each answer of a guest agent that nothing depends on.
+const PROBE_AGENT_SECONDS: i32 = 2;
 
 /// How to talk to libvirt.
 #[derive(Debug, Clone)]
@@ -131,6 +143,8 @@ pub struct Libvirt {
     turns: Turns,
     schema: Arc<SchemaChecks>,
     long_jobs: Semaphore,
+    /// One for each line to a serial port that may still be opened.
+    lines: Arc<Semaphore>,
 }
 
 /// So many memories are saved, brought back or dumped at once: disks are no faster with more.
@@ -164,6 +178,7 @@ impl Libvirt {
             turns,
             schema: Arc::default(),
             long_jobs: Semaphore::new(LONG_JOBS),
+            lines: Arc::new(Semaphore::new(console::LINES)),
         })
     }
 
@@ -269,6 +284,19 @@ impl Libvirt {
             // It is never closed.
             Ok(Err(_)) | Err(_) => Err(call.too_late()),
         }
+    }
+
+    /// Like [`Self::call`], for questions that nothing depends on: they have few threads, and while one
+    /// about the domain hangs no other is asked.
+    async fn probe<T, F>(&self, id: Uuid, call: Call, work: F) -> HypervisorResult<T>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Connect, &Domain) -> Result<T, Failure> + Send + 'static,
+    {
+        self.call(Class::Probe, call.about(id), move |connect| {
+            work(connect, &connect.lookup_domain_by_uuid(id)?)
+        })
+        .await
     }
 
     /// Does a call that was given up on hang? One whose caller just went away may be about to come back.
@@ -392,6 +420,13 @@ const UNDEFINE_FLAGS: [sys::virDomainUndefineFlagsValues; 3] = {
     [files | sys::VIR_DOMAIN_UNDEFINE_KEEP_TPM, files, saved]
 };
 
+/// The same for a domain whose TPM goes with it. A libvirt that does not know the flag (before 8.9) removes
+/// the state of a TPM with every definition.
+const UNDEFINE_FLAGS_WITH_TPM: [sys::virDomainUndefineFlagsValues; 3] = {
+    let [_, files, saved] = UNDEFINE_FLAGS;
+    [files | sys::VIR_DOMAIN_UNDEFINE_TPM, files, saved]
+};
+
 /// Syncs a folder, or everything if that cannot be done for this one.
 fn sync_folder(folder: &Path) -> io::Result<()> {
     match File::open(folder).and_then(|folder| folder.sync_all()) {
@@ -419,6 +454,36 @@ fn percent(processed: u64, total: u64) -> Option<u8> {
 fn uuid_of(xml: &str) -> Option<Uuid> {
     let domain = salvor_domain_templates::Domain::parse(xml).ok()?;
     Uuid::parse_str(&domain.uuid()?).ok()
+}
+
+impl Libvirt {
+    /// Removes a definition with the first flags that this libvirt knows.
+    async fn undefine_with(
+        &self,
+        id: Uuid,
+        flags: &'static [sys::virDomainUndefineFlagsValues],
+    ) -> HypervisorResult<()> {
+        let call = self.call_named("virDomainUndefineFlags").about(id);
+        self.call(Class::Mutate, call, move |connect| {
+            let Some(domain) = find(connect, id)? else {
+                return Ok(());
+            };
+            if !domain.is_persistent()? {
+                return Ok(());
+            }
+            let mut answer = Ok(());
+            for &flags in flags {
+                answer = domain.undefine_flags(flags);
+                match &answer {
+                    Err(error) if is(error, ErrorNumber::InvalidArg) => {}
+                    Err(error) if is(error, ErrorNumber::NoDomain) => return Ok(()),
+                    _ => break,
+                }
+            }
+            Ok(answer?)
+        })
+        .await
+    }
 }
 
 #[async_trait]
@@ -524,26 +589,11 @@ impl Hypervisor for Libvirt {
     }
 
     async fn undefine(&self, id: Uuid) -> HypervisorResult<()> {
-        let call = self.call_named("virDomainUndefineFlags").about(id);
-        self.call(Class::Mutate, call, move |connect| {
-            let Some(domain) = find(connect, id)? else {
-                return Ok(());
-            };
-            if !domain.is_persistent()? {
-                return Ok(());
-            }
-            let mut answer = Ok(());
-            for flags in UNDEFINE_FLAGS {
-                answer = domain.undefine_flags(flags);
-                match &answer {
-                    Err(error) if is(error, ErrorNumber::InvalidArg) => {}
-                    Err(error) if is(error, ErrorNumber::NoDomain) => return Ok(()),
-                    _ => break,
-                }
-            }
-            Ok(answer?)
-        })
-        .await
+        self.undefine_with(id, &UNDEFINE_FLAGS).await
+    }
+
+    async fn undefine_with_tpm(&self, id: Uuid) -> HypervisorResult<()> {
+        self.undefine_with(id, &UNDEFINE_FLAGS_WITH_TPM).await
     }
 
     async fn sync_definitions(&self) -> HypervisorResult<()> {
@@ -763,5 +813,60 @@ impl Hypervisor for Libvirt {
 
     fn stuck_calls(&self) -> Vec<StuckCall> {
         self.shared.stuck.list()
+    }
+
+    async fn open_console(
+        &self,
+        id: Uuid,
+        take_over: bool,
+        said: ConsoleSink,
+    ) -> HypervisorResult<channel::Sender<Vec<u8>>> {
+        if let LinkState::Down { reason } = &*self.shared.link.borrow() {
+            let reason = reason.clone();
+            return Err(HypervisorError::LinkDown { reason });
+        }
+        console::open(&self.shared.config, &self.lines, id, take_over, said).await
+    }
+
+    async fn screenshot(&self, id: Uuid) -> HypervisorResult<Vec<u8>> {
+        let call = Call::new("virDomainScreenshot", PICTURE);
+        self.probe(id, call, probes::screenshot).await
+    }
+
+    async fn control(&self, id: Uuid) -> HypervisorResult<Control> {
+        let call = Call::new("virDomainGetControlInfo", PROBE).about(id);
+        self.read(&id.to_string(), call, move |connect| {
+            probes::control(&connect.lookup_domain_by_uuid(id)?)
+        })
+        .await
+    }
+
+    async fn counters(&self, id: Uuid) -> HypervisorResult<Counters> {
+        let call = Call::new("virDomainListGetStats", PROBE);
+        self.probe(id, call, |_, domain| probes::counters(domain))
+            .await
+    }
+
+    async fn disk_errors(&self, id: Uuid) -> HypervisorResult<Vec<DiskError>> {
+        let call = Call::new("virDomainGetDiskErrors", PROBE);
+        self.probe(id, call, |_, domain| probes::disk_errors(domain))
+            .await
+    }
+
+    async fn domain_messages(&self, id: Uuid) -> HypervisorResult<Vec<String>> {
+        let call = Call::new("virDomainGetMessages", PROBE).about(id);
+        self.read(&id.to_string(), call, move |connect| {
+            Ok(ffi::messages(&connect.lookup_domain_by_uuid(id)?)?)
+        })
+        .await
+    }
+
+    async fn guest_info(&self, id: Uuid) -> HypervisorResult<GuestInfo> {
+        let each = Duration::from_secs(u64::from(PROBE_AGENT_SECONDS.unsigned_abs()));
+        let call = Call::new("virDomainQemuAgentCommand", 4 * each);
+        self.probe(id, call, |_, domain| {
+            probes::guest_info(domain, PROBE_AGENT_SECONDS)
+        })
+        .await
     }
 }

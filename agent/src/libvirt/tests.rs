@@ -248,7 +248,7 @@ async fn calls_that_hang_hold_up_their_own_domain_only_and_are_listed_until_they
         libvirt.define(&xml(id)).await.unwrap();
         libvirt.start(id, Boot::Resume).await.unwrap();
     }
-    for class in [Class::Mutate, Class::Read, Class::Emergency] {
+    for class in [Class::Mutate, Class::Read, Class::Emergency, Class::Probe] {
         let count = class.limit() - 1;
         let end = hang(&libvirt, class, count, sick).await;
         assert_eq!(libvirt.stuck_calls().len(), count);
@@ -267,6 +267,7 @@ async fn calls_that_hang_hold_up_their_own_domain_only_and_are_listed_until_they
             Class::Mutate => libvirt.start(sick, Boot::Fresh).await,
             Class::Read => libvirt.power(sick).await.map(drop),
             Class::Emergency => libvirt.destroy(sick).await,
+            Class::Probe => libvirt.counters(sick).await.map(drop),
         };
         assert!(
             matches!(again, Err(HypervisorError::Deadline { call: "hangs", .. })),
@@ -410,6 +411,9 @@ fn an_undefine_without_flags_for_nvram_is_the_last_resort() {
     ] {
         assert_eq!((best & kept, oldest & kept), (kept, 0));
     }
+    let [wholly, _, _] = UNDEFINE_FLAGS_WITH_TPM;
+    let tpm = sys::VIR_DOMAIN_UNDEFINE_TPM | sys::VIR_DOMAIN_UNDEFINE_KEEP_TPM;
+    assert_eq!(wholly & tpm, sys::VIR_DOMAIN_UNDEFINE_TPM);
     let noted = sys::VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA;
     assert_eq!(older & noted, noted);
     for removed in [sys::VIR_DOMAIN_UNDEFINE_NVRAM, sys::VIR_DOMAIN_UNDEFINE_TPM] {

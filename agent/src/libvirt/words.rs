@@ -99,6 +99,26 @@ const LIFECYCLE: &[&str] = &[
     "crashed",
 ];
 
+/// `virDomainEventWatchdogAction`.
+const WATCHDOG: &[&str] = &[
+    "",
+    "pause",
+    "reset",
+    "poweroff",
+    "shutdown",
+    "debug",
+    "inject-nmi",
+];
+
+/// `virDomainEventIOErrorAction`.
+const IO_ERROR_ACTION: &[&str] = &["", "pause", "report"];
+
+/// `virDomainDiskErrorCode`.
+const DISK_ERROR: &[&str] = &["", "failed", "no space"];
+
+/// `virConnectDomainEventBlockJobStatus`.
+const BLOCK_JOB: &[&str] = &["completed", "failed", "canceled", "ready"];
+
 /// `virConnectCloseReason`.
 const CLOSED: &[&str] = &[
     "the connection broke",
@@ -118,6 +138,39 @@ pub(super) fn lifecycle(event: c_int) -> &'static str {
         UNKNOWN => "changed",
         word => word,
     }
+}
+
+/// Is it the event of a guest whose kernel panicked?
+pub(super) fn is_panic(event: c_int) -> bool {
+    event.cast_unsigned() == sys::VIR_DOMAIN_EVENT_CRASHED
+}
+
+/// What a watchdog does when it fires.
+pub(super) fn watchdog(action: c_int) -> &'static str {
+    word(WATCHDOG, action)
+}
+
+/// What QEMU does about a disk that fails.
+pub(super) fn io_error_action(action: c_int) -> &'static str {
+    word(IO_ERROR_ACTION, action)
+}
+
+/// Why a disk failed, by what an event says: libvirt knows but one word (`qemuMonitorJSONHandleIOError`).
+pub(super) fn io_error_reason(reason: &str) -> &str {
+    match reason {
+        "enospc" => "no space",
+        reason => reason,
+    }
+}
+
+/// What is wrong with a disk.
+pub(super) fn disk_error(error: c_int) -> &'static str {
+    word(DISK_ERROR, error)
+}
+
+/// What became of a job on a disk.
+pub(super) fn block_job(status: c_int) -> &'static str {
+    word(BLOCK_JOB, status)
 }
 
 /// Why a connection ended, as a sentence.
@@ -191,6 +244,15 @@ mod tests {
         }
         let crashed = sys::VIR_DOMAIN_EVENT_CRASHED.cast_signed();
         assert_eq!(lifecycle(crashed), "crashed");
+        assert!(is_panic(crashed) && !is_panic(crashed - 1));
+        let nmi = sys::VIR_DOMAIN_EVENT_WATCHDOG_INJECTNMI.cast_signed();
+        assert_eq!(watchdog(nmi), "inject-nmi");
+        let report = sys::VIR_DOMAIN_EVENT_IO_ERROR_REPORT.cast_signed();
+        assert_eq!(io_error_action(report), "report");
+        let no_space = sys::VIR_DOMAIN_DISK_ERROR_NO_SPACE.cast_signed();
+        assert_eq!(disk_error(no_space), "no space");
+        let ready = sys::VIR_DOMAIN_BLOCK_JOB_READY.cast_signed();
+        assert_eq!(block_job(ready), "ready");
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //! An event is only a hint: the domain is asked for its state, and that is what is recorded. Whatever
 //! is missed is found by the next look at everything.
 
+mod autostart;
 mod due;
 
 use std::{
@@ -27,8 +28,11 @@ use crate::{
     core::{
         action::Verb,
         devices::{may_follow, own_devices},
+        incident::{IncidentReport, Incidents},
+        reconcile::{IO_ERROR, NO_DOMAIN, Seen, needs_saved_memory},
         record::ServerRecord,
         state::{ObservationSource, PowerObservation, PowerState, VmState},
+        text,
     },
     dispatch::Dispatcher,
     engine::now_ms,
@@ -37,6 +41,7 @@ use crate::{
     },
     store::{Store, StoreResult},
 };
+pub use autostart::Autostart;
 use due::Tried;
 
 /// So many due actions are submitted at a time. Each may wait for a domain that is slow to answer.
@@ -71,6 +76,9 @@ struct Questions {
     under_way: HashMap<tokio::task::Id, Question>,
     /// To be asked once more: something happened after the question was put.
     again: HashSet<Question>,
+    /// Looked at while an operation was under way, from which nothing may be concluded: to be looked at
+    /// after it.
+    unsettled: HashSet<Uuid>,
 }
 
 /// An observation that is lost is made again.
@@ -80,6 +88,15 @@ fn recorded<T>(server: Uuid, outcome: StoreResult<T>) {
     }
 }
 
+/// What is done about a guest that should run and is off.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Policy {
+    /// One that crashed is started again.
+    pub start_crashed: bool,
+    /// One that shut itself down is started again.
+    pub start_stopped_by_itself: bool,
+}
+
 /// The observer.
 pub struct Observer {
     store: Store,
@@ -87,6 +104,8 @@ pub struct Observer {
     dispatcher: Dispatcher,
     /// Everything is looked at so often, whatever events say.
     resync_interval: Duration,
+    policy: Policy,
+    autostart: Option<Autostart>,
     /// Who may submit an action that is due.
     acts: Arc<Semaphore>,
     /// Who may read a definition.
@@ -107,8 +126,25 @@ impl Observer {
             hypervisor,
             dispatcher,
             resync_interval,
+            policy: Policy::default(),
+            autostart: None,
             acts: Arc::new(Semaphore::new(ACTS)),
             reads: Arc::new(Semaphore::new(READS)),
+        }
+    }
+
+    /// The same with another policy than that of recording and doing nothing.
+    #[must_use]
+    pub fn with_policy(self, policy: Policy) -> Self {
+        Self { policy, ..self }
+    }
+
+    /// The same, and servers that are to come back ([`Store::note_boot`]) do.
+    #[must_use]
+    pub fn with_autostart(self, autostart: Autostart) -> Self {
+        Self {
+            autostart: Some(autostart),
+            ..self
         }
     }
 
@@ -118,6 +154,9 @@ impl Observer {
     }
 
     async fn observe(self: Arc<Self>, mut stop: watch::Receiver<bool>) {
+        if let Some(how) = self.autostart {
+            tokio::spawn(Arc::clone(&self).bring_back(how, stop.clone()));
+        }
         let mut questions = Questions::default();
         let mut events = self.hypervisor.events();
         let mut revision = self.store.revision();
@@ -132,8 +171,11 @@ impl Observer {
         self.look_at_defined(&mut questions, &mut defined);
         // Whose definition was read last of those that are read in turn.
         let mut turn = i64::MIN;
+        let mut incidents = Incidents::default();
         loop {
             let at = due.unwrap_or_else(|| Instant::now() + self.resync_interval);
+            let tell = incidents.next();
+            let tell_at = tell.map_or(at, Instant::from_std);
             tokio::select! {
                 () = stopped(&mut stop) => return,
                 event = events.recv() => match event {
@@ -154,6 +196,28 @@ impl Observer {
                     }
                     Ok(HypervisorEvent::GuestAgent { id, connected: false }) => {
                         agents.remove(&id);
+                    }
+                    Ok(HypervisorEvent::Guest { id, incident }) => {
+                        // Of domains that are not ours nothing is told.
+                        if self.store.server(id).is_some()
+                            && let Some(report) = incidents.happened(id, incident, Instant::now().into_std(), now_ms())
+                        {
+                            self.tell(id, report);
+                        }
+                    }
+                    Ok(HypervisorEvent::BlockJob { id, disk, state }) => {
+                        tracing::debug!(server = %id, disk, state, "a job on a disk");
+                        // A disk may have another file now.
+                        defined.insert(id);
+                        self.look_at_defined(&mut questions, &mut defined);
+                    }
+                    Ok(HypervisorEvent::DeviceRemoved { id, device }) => {
+                        tracing::debug!(server = %id, device, "a device is gone");
+                        defined.insert(id);
+                        self.look_at_defined(&mut questions, &mut defined);
+                    }
+                    Ok(HypervisorEvent::Balloon { id, memory_kib }) => {
+                        tracing::debug!(server = %id, memory_kib, "the guest has another size of memory");
                     }
                     Ok(HypervisorEvent::Link(LinkState::Down { reason })) => self.lost(&reason).await,
                     Ok(HypervisorEvent::Link(LinkState::Up) | HypervisorEvent::Resync) | Err(RecvError::Lagged(_)) => {
@@ -178,6 +242,9 @@ impl Observer {
                         Question::All => {
                             for (_, server) in self.store.servers_after(i64::MIN) {
                                 self.offer_password(&mut questions, server.id, &tried);
+                                if lacks_disk_errors(&server) {
+                                    self.ask(&mut questions, Question::Power(server.id));
+                                }
                             }
                         }
                         Question::GuestAgent(id) if answered => self.deliver_password(id, &mut tried),
@@ -195,9 +262,18 @@ impl Observer {
                 // An operation or a rescue may have begun or ended.
                 _ = revision.changed() => {
                     self.look_at_defined(&mut questions, &mut defined);
+                    let ended = questions.unsettled.extract_if(|id| !self.is_busy(*id));
+                    for id in ended.collect::<Vec<_>>() {
+                        self.ask(&mut questions, Question::Power(id));
+                    }
                     due = self.next_due(&tried);
                     for id in &agents {
                         self.offer_password(&mut questions, *id, &tried);
+                    }
+                }
+                () = tokio::time::sleep_until(tell_at), if tell.is_some() => {
+                    for (id, report) in incidents.due(Instant::now().into_std()) {
+                        self.tell(id, report);
                     }
                 }
                 () = tokio::time::sleep_until(at), if due.is_some() => due = self.act_on_due(&mut tried),
@@ -222,11 +298,11 @@ impl Observer {
                             power: domain.power,
                             reason: domain.reason,
                         };
-                        self.record(
-                            &server,
-                            observation(Some(reading), ObservationSource::Poll, asked_at),
-                        )
-                        .await;
+                        let seen = Seen {
+                            power: observation(Some(reading), ObservationSource::Poll, asked_at),
+                            saved_memory: Some(domain.managed_save),
+                        };
+                        self.record(&server, seen).await;
                     }
                 }
                 for (_, server) in self.store.servers_after(i64::MIN) {
@@ -247,6 +323,11 @@ impl Observer {
     /// Asks; what is being asked already is asked again after the answer, which may be older than what
     /// is to be seen now.
     fn ask(self: &Arc<Self>, questions: &mut Questions, question: Question) {
+        if let Question::Power(id) = question
+            && self.is_busy(id)
+        {
+            questions.unsettled.insert(id);
+        }
         if questions.under_way.values().any(|asked| *asked == question) {
             questions.again.insert(question);
             return;
@@ -273,12 +354,56 @@ impl Observer {
         let asked_at = now_ms();
         match self.hypervisor.power(id).await {
             Ok(reading) => {
-                self.record(&server, observation(reading, source, asked_at))
-                    .await
+                let seen = self
+                    .in_detail(&server, observation(reading, source, asked_at))
+                    .await;
+                self.record(&server, seen).await;
             }
             Err(HypervisorError::LinkDown { .. }) => {}
             Err(error) => tracing::warn!(server = %id, %error, "the domain cannot be looked at"),
         }
+    }
+
+    /// What a look at the power alone does not show: whether memory was saved of a guest that is off, and
+    /// which disk failed of one that is paused for that.
+    async fn in_detail(&self, server: &ServerRecord, mut power: PowerObservation) -> Seen {
+        let id = server.id;
+        if needs_saved_memory(server, power.state, &power.reason) {
+            return match self.hypervisor.domain(id).await {
+                Ok(Some(status)) if status.power == power.state => Seen {
+                    power,
+                    saved_memory: Some(status.managed_save),
+                },
+                // It is something else by now, which an event tells; or it cannot be asked.
+                Ok(_) | Err(_) => power.into(),
+            };
+        }
+        if power.state == PowerState::Paused && power.reason == IO_ERROR {
+            // First of all that it is paused is known: this one asks a QEMU that may hang.
+            self.record(server, power.clone()).await;
+            match self.hypervisor.disk_errors(id).await {
+                Ok(errors) => {
+                    let errors = errors
+                        .iter()
+                        .map(|failed| format!("{} on {}", failed.error, text::echo(&failed.disk)));
+                    let errors = errors.collect::<Vec<_>>().join(", ");
+                    if !errors.is_empty() {
+                        power.reason = format!("{IO_ERROR}: {errors}");
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(server = %id, %error, "which disk failed cannot be told")
+                }
+            }
+        }
+        power.into()
+    }
+
+    /// Tells the watchers of an incident. In a task of its own: the store may be slow.
+    fn tell(self: &Arc<Self>, id: Uuid, report: IncidentReport) {
+        let observer = Arc::clone(self);
+        tracing::info!(server = %id, kind = %report.incident.kind, device = report.incident.device, reason = report.incident.reason, count = report.count, "something happened to a guest");
+        tokio::spawn(async move { recorded(id, observer.store.tell(id, report).await) });
     }
 
     fn servers(&self) -> impl Iterator<Item = Uuid> {
@@ -312,7 +437,12 @@ impl Observer {
         });
     }
 
-    /// Has the record show what the definition has, unless that is an operation's or a rescue's business.
+    fn is_busy(&self, id: Uuid) -> bool {
+        let server = self.store.server(id);
+        server.is_some_and(|server| server.operation.is_some())
+    }
+
+    /// Has the record show what the definition has, and whether it is still the server's own, unless that is an operation's or a rescue's business.
     async fn look_at_definition(&self, id: Uuid) {
         if !self
             .store
@@ -323,18 +453,21 @@ impl Observer {
         }
         // It is never closed.
         let _turn = self.reads.acquire().await;
+        let asked_at = now_ms();
         let seen = match self.hypervisor.domain_xml(id, Definition::Inactive).await {
-            Ok(xml) => own_devices(&xml),
+            Ok(xml) => own_devices(&xml).map(|devices| (xml, devices)),
             Err(HypervisorError::LinkDown { .. } | HypervisorError::NoDomain { .. }) => None,
             Err(error) => {
                 tracing::warn!(server = %id, %error, "the definition cannot be looked at");
                 None
             }
         };
-        let Some(devices) = seen else { return };
-        if let Err(error) = self.store.observe_devices(id, devices, now_ms()).await {
-            tracing::error!(server = %id, error = &error as &dyn std::error::Error, "the devices of a server cannot be recorded");
-        }
+        let Some((xml, devices)) = seen else { return };
+        let noted = self
+            .store
+            .observe_definition(id, xml, devices, asked_at)
+            .await;
+        recorded(id, noted);
     }
 
     /// The link is lost: nothing is known of any server until it is back.
@@ -350,7 +483,7 @@ impl Observer {
         }
     }
 
-    async fn record(&self, server: &ServerRecord, seen: PowerObservation) {
+    async fn record(&self, server: &ServerRecord, seen: impl Into<Seen>) {
         recorded(server.id, self.store.observe(server.id, seen).await);
     }
 
@@ -388,6 +521,11 @@ fn waits_for_agent(server: &ServerRecord) -> bool {
         && server.power.state == PowerState::Running
 }
 
+/// Is it known that a disk failed, and not which?
+fn lacks_disk_errors(server: &ServerRecord) -> bool {
+    server.power.state == PowerState::Paused && server.power.reason == IO_ERROR
+}
+
 /// `asked_at_ms`: when the hypervisor was asked. What it answered may be older than its answer.
 fn observation(
     reading: Option<PowerReading>,
@@ -396,7 +534,7 @@ fn observation(
 ) -> PowerObservation {
     let reading = reading.unwrap_or_else(|| PowerReading {
         power: PowerState::NoState,
-        reason: "no domain".to_owned(),
+        reason: NO_DOMAIN.to_owned(),
     });
     PowerObservation {
         state: reading.power,

@@ -225,6 +225,7 @@ impl Steps {
         let current = self.is_unchanged(plan.server, xml, mark, before).await?;
         let xml = named_like(xml, current.as_deref());
         self.hypervisor.define(&xml).await?;
+        self.know_own(plan, &xml, mark).await?;
         // Where a guest waits to be started, that comes first: the outcome relies on the definition, the
         // guest does not.
         let starts = |step: &PlannedStep| matches!(step.step, Step::StartDomain { .. });
@@ -278,19 +279,33 @@ impl Steps {
         Ok(current)
     }
 
+    /// Notes how libvirt prints what the plan has just defined, if that is the server's own domain: what
+    /// is found later is held against it. One that is restored is known.
+    async fn know_own(&self, plan: &Plan, xml: &str, mark: Mark) -> Result<(), StepError> {
+        let own = matches!(mark, Mark::Plan(_)) && carries(xml, Mark::Own);
+        if own && let Some(printed) = self.xml(plan.server, Definition::Inactive).await? {
+            self.store
+                .know_definition(plan.server, plan.id, printed)
+                .await?;
+        }
+        Ok(())
+    }
+
     pub(super) async fn is_defined(
         &self,
-        id: Uuid,
+        plan: &Plan,
         xml: &str,
         mark: Mark,
     ) -> Result<bool, StepError> {
+        let id = plan.server;
         let Some(current) = self.xml(id, Definition::Inactive).await? else {
             return Ok(false);
         };
         if !is_of(&current, xml, mark) {
             return Ok(false);
         }
-        // It may have been defined by an agent that died before it synced.
+        // It may have been defined by an agent that died before it noted that, or synced it.
+        self.know_own(plan, xml, mark).await?;
         self.hypervisor.sync_definitions().await?;
         Ok(true)
     }
@@ -327,8 +342,12 @@ impl Steps {
         Ok(self.hypervisor.sync_definitions().await?)
     }
 
-    pub(super) async fn undefine(&self, id: Uuid) -> Applied {
-        self.hypervisor.undefine(id).await?;
+    pub(super) async fn undefine(&self, id: Uuid, tpm_goes: bool) -> Applied {
+        if tpm_goes {
+            self.hypervisor.undefine_with_tpm(id).await?;
+        } else {
+            self.hypervisor.undefine(id).await?;
+        }
         self.hypervisor.sync_definitions().await?;
         Ok(None)
     }
@@ -373,6 +392,9 @@ impl Steps {
                     ),
                 ));
             }
+        }
+        if let Some(definition) = self.xml(id, Definition::Inactive).await? {
+            self.boots.begins(id, &definition).await;
         }
         match self.hypervisor.start(id, boot).await {
             Ok(()) => {}
@@ -483,7 +505,14 @@ async fn news_of(events: &mut tokio::sync::broadcast::Receiver<HypervisorEvent>,
             Ok(HypervisorEvent::Link(_) | HypervisorEvent::Resync) | Err(RecvError::Lagged(_)) => {
                 return;
             }
-            Ok(HypervisorEvent::Domain { .. } | HypervisorEvent::GuestAgent { .. }) => {}
+            Ok(
+                HypervisorEvent::Domain { .. }
+                | HypervisorEvent::GuestAgent { .. }
+                | HypervisorEvent::Guest { .. }
+                | HypervisorEvent::BlockJob { .. }
+                | HypervisorEvent::DeviceRemoved { .. }
+                | HypervisorEvent::Balloon { .. },
+            ) => {}
             // Nobody will tell: the caller's own look has to do.
             Err(RecvError::Closed) => std::future::pending().await,
         }

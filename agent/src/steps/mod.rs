@@ -23,6 +23,7 @@ pub use sweep::sweep;
 use work::{FileJob, FileWork};
 
 use crate::{
+    console::BootNotes,
     core::{
         layout::Layout,
         plan::{PlannedStep, Step},
@@ -38,6 +39,9 @@ use crate::{
 /// How often it is looked whether a call that was given up on has come back.
 const STUCK_PAUSE: Duration = Duration::from_millis(100);
 
+/// So many boots of a server are told apart unless it is said otherwise (see `console`).
+const BOOTS: u32 = 10;
+
 /// The host that steps work on.
 pub struct Steps {
     hypervisor: Arc<dyn Hypervisor>,
@@ -45,6 +49,7 @@ pub struct Steps {
     qemu_img: QemuImg,
     layout: Layout,
     files: FileWork,
+    boots: BootNotes,
 }
 
 impl Steps {
@@ -57,12 +62,20 @@ impl Steps {
         layout: Layout,
     ) -> Self {
         Self {
+            boots: BootNotes::new(layout.clone(), BOOTS),
             hypervisor,
             store,
             qemu_img,
             layout,
             files: FileWork::default(),
         }
+    }
+
+    /// Where guests' boots are noted, if not as many of them as usual are kept.
+    #[must_use]
+    pub fn with_boots(mut self, boots: BootNotes) -> Self {
+        self.boots = boots;
+        self
     }
 }
 
@@ -133,7 +146,7 @@ impl StepRunner for Steps {
                 self.define(context.plan, xml, *mark, before.as_deref())
                     .await
             }
-            Step::UndefineDomain { .. } => self.undefine(server).await,
+            Step::UndefineDomain { tpm_goes, .. } => self.undefine(server, *tpm_goes).await,
             Step::StartDomain { mark, fresh } => {
                 let started = self.start(context.plan, *mark, boot(*fresh)).await?;
                 self.sync_defined(context.plan).await?;
@@ -153,6 +166,7 @@ impl StepRunner for Steps {
             Step::SetGuestTime => self.set_guest_time(server).await,
             Step::InjectNmi => self.inject_nmi(server).await,
             Step::DumpMemory { path, .. } => self.dump_memory(&context, step, path).await,
+            Step::KnowDefinition { xml } => self.know_definition(server, plan, xml).await,
         }
         .map(|report| report.unwrap_or_default())
     }
@@ -194,12 +208,14 @@ impl StepRunner for Steps {
                 self.define_again(server, xml, *mark, before.as_deref())
                     .await
             }
-            Step::UndefineDomain { before } => self.define_removed(server, before).await,
+            Step::UndefineDomain { before, .. } => self.define_removed(server, before).await,
             Step::StartDomain { mark, .. } => self.stop_started(server, *mark).await,
             // Where there was some, the guest boots again instead of going on.
             Step::DropSavedMemory => Ok(()),
             // The password before is not known, and a rescue guest that takes another one is no worse.
             Step::SetUserPassword { .. } => Ok(()),
+            // It goes with the operation.
+            Step::KnowDefinition { .. } => Ok(()),
             // Clean-up is never taken back.
             Step::RemoveFolder { .. } | Step::ReleaseImage { .. } | Step::DropSavedDefinition => {
                 Ok(())
@@ -220,7 +236,7 @@ impl StepRunner for Steps {
         let server = context.plan.server;
         match step {
             Step::PowerOff { .. } => self.is_off(server).await,
-            Step::DefineDomain { xml, mark, .. } => self.is_defined(server, xml, *mark).await,
+            Step::DefineDomain { xml, mark, .. } => self.is_defined(context.plan, xml, *mark).await,
             Step::UndefineDomain { .. } => self.is_undefined(server).await,
             Step::StartDomain { mark, .. } => {
                 let started = self.is_started(server, *mark).await?;
@@ -254,7 +270,8 @@ impl StepRunner for Steps {
             | Step::ReleaseImage { .. }
             | Step::DropSavedDefinition
             | Step::SetGuestTime
-            | Step::DumpMemory { .. } => Ok(false),
+            | Step::DumpMemory { .. }
+            | Step::KnowDefinition { .. } => Ok(false),
         }
     }
 

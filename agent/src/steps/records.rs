@@ -104,6 +104,13 @@ impl Steps {
         Ok(None)
     }
 
+    pub(super) async fn know_definition(&self, server: Uuid, plan: Uuid, xml: &str) -> Applied {
+        self.store
+            .know_definition(server, plan, xml.to_owned())
+            .await?;
+        Ok(None)
+    }
+
     pub(super) async fn mark_commit_started(&self, server: Uuid) -> Applied {
         self.store.mark_commit_started(server, now_ms()).await?;
         Ok(None)

@@ -10,7 +10,9 @@ use super::{
     Publish, Store, StoreResult,
     documents::{self, column},
 };
-use crate::core::{action::Verb, operation::OperationRecord, record::ServerRecord};
+use crate::core::{
+    action::Verb, incident::IncidentReport, operation::OperationRecord, record::ServerRecord,
+};
 
 /// What changed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -21,6 +23,8 @@ pub enum Change {
     Removed(Verb),
     /// An operation began, turned round or ended.
     Operation(Box<OperationRecord>),
+    /// Something happened in or to a server's guest.
+    Guest(IncidentReport),
 }
 
 /// An event of the log.

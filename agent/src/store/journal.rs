@@ -11,16 +11,17 @@ use super::{
     definitions::saved_by,
     documents::{self, two_texts},
     events::{self, Change},
-    images, observations, room,
+    images, known, observations, room,
 };
 use crate::core::{
     action::Verb,
     admission::busy,
+    caller::Who,
     operation::{OperationRecord, OperationState},
     plan::{Outcome, Plan, RescueChange},
     reason::{Reason, Refusal},
     reconcile::is_stale,
-    record::{Fault, RescueRecord, ServerRecord},
+    record::{Fault, RescueRecord, ServerRecord, SoftDeletion},
     state::{ObservationSource, PowerObservation, VmState},
 };
 
@@ -33,6 +34,8 @@ pub struct Request {
     pub body_hash: String,
     /// Who asks.
     pub caller: String,
+    /// For whom.
+    pub who: Who,
 }
 
 /// A plan to be accepted.
@@ -125,6 +128,7 @@ fn remove_server(
         "DELETE FROM servers WHERE id = ?1",
         [operation.server.to_string()],
     )?;
+    known::forget(tx, operation.server)?;
     publish.remove.push(operation.server);
     events::append(
         tx,
@@ -179,7 +183,8 @@ impl Store {
     }
 
     /// Accepts a plan: writes it to the journal and takes the server's lane, in one transaction that
-    /// survives a power cut.
+    /// survives a power cut. What a plan without steps changes in the record is changed in the same
+    /// transaction, and the operation has ended with it: the lane stays with whom it belongs to.
     ///
     /// # Errors
     /// [`Reason::ServerBusy`] if the lane is taken or the server changed since it was planned for;
@@ -201,15 +206,18 @@ impl Store {
                 planned_for.as_deref(),
                 current.as_ref().map(|(_, record)| record),
             )?;
-            check_no_remains(&db.connection, plan.server)?;
-            if db.keeps_room {
-                room::check(&db.connection, plan.verb)?;
+            let change = plan.record_change();
+            if change.is_none() {
+                check_no_remains(&db.connection, plan.server)?;
+                if db.keeps_room {
+                    room::check(&db.connection, plan.verb)?;
+                }
             }
-            let operation = OperationRecord::accepted(&plan, request.id.clone(), request.caller.clone(), now_ms);
+            let operation = OperationRecord::accepted(&plan, request.id.clone(), request.caller.clone(), &request.who, now_ms);
             db.change(durability(&plan), |tx, publish| {
                 tx.execute(
                     "INSERT INTO operations (id, server, request_id, body_hash, final, created_at, plan, doc)
-                     VALUES (?1, ?2, ?3, ?4, 0, ?5, ?6, ?7)",
+                     VALUES (?1, ?2, ?3, ?4, ?8, ?5, ?6, ?7)",
                     params![
                         operation.id.to_string(),
                         operation.server.to_string(),
@@ -217,10 +225,17 @@ impl Store {
                         request.body_hash,
                         now_ms,
                         documents::write(plan.as_ref())?,
-                        documents::write(&operation)?
+                        documents::write(&operation)?,
+                        operation.state.is_final()
                     ],
                 )?;
-                if let Some(initial) = &plan.initial {
+                if let (Some(change), Some((order, record))) = (change, &current) {
+                    let mut changed = record.clone();
+                    change.apply(&mut changed, now_ms);
+                    if changed != *record {
+                        put_server(tx, publish, *order, changed, now_ms)?;
+                    }
+                } else if let Some(initial) = &plan.initial {
                     let mut record = ServerRecord::clone(initial);
                     record.task_state = plan.verb.task_state();
                     record.give_lane(Some((plan.id, plan.verb)));
@@ -280,6 +295,7 @@ impl Store {
                     (Outcome::Insert(record), None) => {
                         let mut record = ServerRecord::clone(record);
                         record.give_lane(lane);
+                        known::stands(tx, plan.server, plan.id)?;
                         insert_server(tx, publish, record, now_ms)?;
                     }
                     (Outcome::Remove, Some(_)) => remove_server(tx, publish, &operation, now_ms)?,
@@ -293,11 +309,13 @@ impl Store {
                         },
                         Some((order, mut record)),
                     ) => {
-                        record.vm_state = *vm_state;
-                        record.task_state = None;
-                        record.give_lane(lane);
-                        record.fault = None;
-                        record.settled_at_ms = now_ms;
+                        stands(&mut record, *vm_state, None, lane, now_ms);
+                        if known::stands(tx, plan.server, plan.id)? {
+                            record.drift_since_ms = None;
+                        }
+                        if plan.power_after().is_some() {
+                            record.mismatch = None;
+                        }
                         infer_power(&mut record, &plan, &operation, now_ms);
                         change_rescue(&mut record, rescue, now_ms);
                         if let Some(devices) = devices {
@@ -311,8 +329,44 @@ impl Store {
                         record.settled_at_ms = now_ms;
                         put_server(tx, publish, order, record, now_ms)?;
                     }
+                    (
+                        Outcome::SoftDelete {
+                            vm_state,
+                            power,
+                            fault,
+                            reclaim_in_ms,
+                        },
+                        Some((order, mut record)),
+                    ) => {
+                        let after = i64::try_from(*reclaim_in_ms).unwrap_or(i64::MAX);
+                        record.deletion = Some(SoftDeletion {
+                            vm_state: *vm_state,
+                            power: *power,
+                            fault: fault.clone(),
+                            at_ms: now_ms,
+                            reclaim_at_ms: now_ms.saturating_add(after),
+                        });
+                        stands(&mut record, VmState::SoftDeleted, None, lane, now_ms);
+                        infer_power(&mut record, &plan, &operation, now_ms);
+                        put_server(tx, publish, order, record, now_ms)?;
+                    }
+                    (Outcome::Restore { vm_state, fault }, Some((order, mut record))) => {
+                        record.deletion = None;
+                        stands(&mut record, *vm_state, fault.clone(), lane, now_ms);
+                        infer_power(&mut record, &plan, &operation, now_ms);
+                        put_server(tx, publish, order, record, now_ms)?;
+                    }
+                    // Made when it was accepted.
+                    (Outcome::Record(_), Some(_)) => {}
                     // Nothing is left to be changed; the operation has to end all the same.
-                    (Outcome::Change { .. } | Outcome::Keep, None) => {}
+                    (
+                        Outcome::Change { .. }
+                        | Outcome::Keep
+                        | Outcome::SoftDelete { .. }
+                        | Outcome::Restore { .. }
+                        | Outcome::Record(_),
+                        None,
+                    ) => {}
                 }
                 put_operation(tx, &operation)?;
                 announce(tx, publish, &operation, now_ms)
@@ -362,6 +416,7 @@ impl Store {
                 .server(operation.server)
                 .filter(|(_, record)| record.operation == Some(operation.id));
             db.change(durability, |tx, publish| {
+                known::taken_back(tx, operation.server, operation.id)?;
                 if let Some((order, mut record)) = current {
                     if remove {
                         remove_server(tx, publish, &operation, now_ms)?;
@@ -379,6 +434,8 @@ impl Store {
                         if let Some((fault, plan)) = fault {
                             record.vm_state = VmState::Error;
                             record.fault = Some(fault);
+                            // What is half removed or half restored waits for nobody.
+                            record.deletion = None;
                             // A rescue that is half there, with the way back saved: unrescue takes it.
                             if let Outcome::Change { rescue, .. } = &plan.outcome
                                 && saved_by(tx, plan.server)? == Some(plan.id)
@@ -572,6 +629,21 @@ fn check_no_remains(connection: &Connection, server: Uuid) -> StoreResult<()> {
     }
 }
 
+/// The outcome of an operation stands: this is what the server is now.
+fn stands(
+    record: &mut ServerRecord,
+    vm_state: VmState,
+    fault: Option<Fault>,
+    lane: Option<(Uuid, Verb)>,
+    now_ms: i64,
+) {
+    record.vm_state = vm_state;
+    record.fault = fault;
+    record.task_state = None;
+    record.give_lane(lane);
+    record.settled_at_ms = now_ms;
+}
+
 /// Notes the power state that the plan left the guest in, unless the guest was looked at since.
 fn infer_power(record: &mut ServerRecord, plan: &Plan, operation: &OperationRecord, now_ms: i64) {
     let Some((index, state)) = plan.power_after() else {
@@ -640,14 +712,16 @@ fn check_lane(
             format!("server {} was removed meanwhile", plan.server),
         )),
         (Some(planned), Some(current)) => {
-            if let Some(operation) = current.operation {
+            let needs_lane = plan.verb.needs_lane();
+            if let Some(operation) = current.operation.filter(|_| needs_lane) {
                 return Err(busy(plan.verb, current, operation));
             }
             let plan_of = |record: &ServerRecord| record.rescue.as_ref().map(|rescue| rescue.plan);
-            if planned.vm_state != current.vm_state
+            let changed = planned.vm_state != current.vm_state
                 || planned.settled_at_ms != current.settled_at_ms
-                || plan_of(planned) != plan_of(current)
-            {
+                || plan_of(planned) != plan_of(current);
+            // Whether a lock allows it was asked before.
+            if (changed && needs_lane) || planned.lock != current.lock {
                 return Err(Refusal::new(
                     Reason::ServerBusy,
                     format!(

@@ -9,11 +9,13 @@
 //! a power cut is synced before the call returns, the progress of steps is not. Progress that a power
 //! cut takes away costs nothing, for a step may be applied again.
 
+mod autostart;
 mod definitions;
 mod documents;
 mod events;
 mod images;
 mod journal;
+mod known;
 mod observations;
 mod room;
 mod schema;

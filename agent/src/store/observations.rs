@@ -8,12 +8,16 @@ use std::collections::HashMap;
 use rusqlite::{Connection, params};
 use uuid::Uuid;
 
-use super::{Durability, Publish, Store, StoreResult, journal::put_server};
+use super::{
+    Durability, Publish, Store, StoreResult,
+    events::{self, Change},
+    journal::put_server,
+};
 use crate::core::{
-    devices::may_follow,
-    reconcile::{is_stale, reconcile},
-    record::{Devices, ServerRecord},
-    state::{ObservationSource, PowerObservation},
+    incident::IncidentReport,
+    reconcile::{Seen, is_stale, reconcile},
+    record::ServerRecord,
+    state::ObservationSource,
 };
 
 /// When a server was seen last as its record says.
@@ -84,18 +88,19 @@ impl Store {
     ///
     /// # Errors
     /// If the store fails.
-    pub async fn observe(&self, server: Uuid, seen: PowerObservation) -> StoreResult<bool> {
+    pub async fn observe(&self, server: Uuid, seen: impl Into<Seen>) -> StoreResult<bool> {
+        let seen = seen.into();
         self.run(move |db| {
             let Some((order, mut record)) = db.server(server) else {
                 return Ok(false);
             };
-            if is_stale(&record, &seen) {
+            if is_stale(&record, &seen.power) {
                 return Ok(false);
             }
-            let now_ms = seen.observed_at_ms;
+            let now_ms = seen.power.observed_at_ms;
             let Some(reconciled) = reconcile(&record, seen.clone()) else {
-                record.power.observed_at_ms = seen.observed_at_ms;
-                record.power.source = seen.source;
+                record.power.observed_at_ms = now_ms;
+                record.power.source = seen.power.source;
                 db.publish(Publish {
                     put: vec![(order, record)],
                     ..Publish::default()
@@ -106,10 +111,28 @@ impl Store {
             record.power = reconciled.power;
             record.last_known_power = reconciled.last_known_power;
             record.vm_state = reconciled.vm_state;
+            record.mismatch = reconciled.mismatch;
             db.change(Durability::Process, |tx, publish| {
                 put_server(tx, publish, order, record, now_ms).map(|_| ())
             })?;
             Ok(true)
+        })
+        .await
+    }
+
+    /// Tells the watchers what happened in or to a server's guest.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn tell(&self, server: Uuid, report: IncidentReport) -> StoreResult<()> {
+        self.run(move |db| {
+            if db.server(server).is_none() {
+                return Ok(());
+            }
+            let at_ms = report.last_at_ms;
+            db.change(Durability::Process, |tx, publish| {
+                events::append(tx, publish, at_ms, server, &Change::Guest(report)).map(|_| ())
+            })
         })
         .await
     }
@@ -140,32 +163,6 @@ impl Store {
             }
             db.seen_again.clear();
             Ok(seen_again.len())
-        })
-        .await
-    }
-
-    /// Has a server's record show the devices that were read from its definition, unless an operation or
-    /// a rescue has begun since; says whether they were others.
-    ///
-    /// # Errors
-    /// If the store fails.
-    pub async fn observe_devices(
-        &self,
-        server: Uuid,
-        devices: Devices,
-        now_ms: i64,
-    ) -> StoreResult<bool> {
-        self.run(move |db| {
-            let Some((order, mut record)) = db.server(server) else {
-                return Ok(false);
-            };
-            if !may_follow(&record) || !record.show(&devices) {
-                return Ok(false);
-            }
-            db.change(Durability::Process, |tx, publish| {
-                put_server(tx, publish, order, record, now_ms).map(|_| ())
-            })?;
-            Ok(true)
         })
         .await
     }

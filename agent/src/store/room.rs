@@ -45,7 +45,7 @@ pub(super) fn check(connection: &Connection, verb: Verb) -> StoreResult<()> {
     }
     match make(connection) {
         Ok(()) => Ok(()),
-        Err(error) if verb == Verb::Delete => {
+        Err(error) if matches!(verb, Verb::Delete | Verb::ForceDelete) => {
             tracing::warn!(
                 error = &error as &dyn std::error::Error,
                 "the store has no room to spare; a delete is begun all the same"

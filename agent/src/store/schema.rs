@@ -62,6 +62,21 @@ const MIGRATIONS: &[&str] = &["
         doc TEXT
     ) STRICT;
     CREATE TABLE room (filler BLOB NOT NULL) STRICT;
+    CREATE TABLE known_definitions (
+        server TEXT NOT NULL,
+        plan TEXT NOT NULL,
+        xml TEXT NOT NULL,
+        in_force INTEGER NOT NULL,
+        PRIMARY KEY (server, plan)
+    ) STRICT;
+    CREATE TABLE autostart (
+        server TEXT PRIMARY KEY,
+        ord INTEGER NOT NULL,
+        was TEXT NOT NULL,
+        tries INTEGER NOT NULL,
+        outcome TEXT NOT NULL,
+        message TEXT NOT NULL
+    ) STRICT;
 "];
 
 /// Opens the store and brings it to the newest version.

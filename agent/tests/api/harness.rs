@@ -5,6 +5,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use salvor_agent::{
     api::{self, HostSettings, Parts},
+    console::{Limits as ConsoleLimits, Logs, Ports},
     core::{action::Shutdown, layout::Layout, plan::Step},
     dispatch::{Dispatcher, Settings},
     engine::{Engine, NoProbe, StepContext, StepError, StepReport, StepRunner},
@@ -16,8 +17,9 @@ use salvor_domain_templates::Templates;
 use salvor_proto::{
     google::longrunning::{Operation, WaitOperationRequest, operations_client::OperationsClient},
     v1::{
-        self, host_service_client::HostServiceClient, image_service_client::ImageServiceClient,
-        server_service_client::ServerServiceClient, watch_service_client::WatchServiceClient,
+        self, console_service_client::ConsoleServiceClient, host_service_client::HostServiceClient,
+        image_service_client::ImageServiceClient, server_service_client::ServerServiceClient,
+        watch_service_client::WatchServiceClient,
     },
 };
 use tokio::{net::UnixListener, sync::watch, task::JoinHandle};
@@ -131,6 +133,7 @@ impl Agent {
                     retry_ms: 10_000,
                 },
                 saved_memory: dir.path().to_owned(),
+                reclaim_ms: 0,
             },
             drains.clone(),
         );
@@ -138,6 +141,16 @@ impl Agent {
             dispatcher,
             engine,
             store: store.clone(),
+            logs: Logs::new(
+                Arc::clone(&shared),
+                store.clone(),
+                layout.clone(),
+                ConsoleLimits {
+                    boots: 10,
+                    bytes: 1 << 20,
+                },
+            ),
+            ports: Ports::new(Arc::clone(&shared)),
             hypervisor: shared,
             images: ImageFiles::new(layout.images().into(), Limits::default(), 0).unwrap(),
             host: HostSettings {
@@ -193,6 +206,10 @@ impl Agent {
 
     pub fn images(&self) -> ImageServiceClient<Channel> {
         ImageServiceClient::new(self.channel())
+    }
+
+    pub fn consoles(&self) -> ConsoleServiceClient<Channel> {
+        ConsoleServiceClient::new(self.channel())
     }
 
     pub fn host(&self) -> HostServiceClient<Channel> {

@@ -131,6 +131,29 @@ async fn no_text_in_any_field_does_harm() {
             rescue_server(with!(RescueServerRequest { server: server(), image: Some(t()) })),
             rescue_server(with!(RescueServerRequest { server: server(), admin_pass: Some(t()) })),
             unrescue_server(with!(UnrescueServerRequest { server: t() })),
+            lock_server(with!(LockServerRequest { server: t() })),
+            lock_server(with!(LockServerRequest { server: "none".to_owned(), reason: Some(t()) })),
+            unlock_server(with!(UnlockServerRequest { server: t() })),
+            update_server(with!(UpdateServerRequest {
+                server: server(),
+                update_mask: Some(prost_types::FieldMask { paths: vec![t()] })
+            })),
+            update_server(with!(UpdateServerRequest {
+                server: "none".to_owned(),
+                name: t(),
+                update_mask: Some(prost_types::FieldMask { paths: vec!["name".to_owned()] })
+            })),
+            update_server(with!(UpdateServerRequest {
+                server: "none".to_owned(),
+                tags: vec![t()],
+                update_mask: Some(prost_types::FieldMask { paths: vec!["tags".to_owned()] })
+            })),
+            reset_server_state(with!(ResetServerStateRequest { server: t() })),
+            restore_server(with!(RestoreServerRequest { server: t() })),
+            force_delete_server(with!(ForceDeleteServerRequest { server: t() })),
+            abandon_operation(with!(AbandonOperationRequest { name: t() })),
+            list_servers(with!(ListServersRequest { tags: vec![t()] })),
+            list_servers(with!(ListServersRequest { project_id: t() })),
             list_servers(with!(ListServersRequest { page_token: t() })),
             list_servers(with!(ListServersRequest { name_contains: t() })),
             list_servers(with!(ListServersRequest { statuses: vec![t()] })),
@@ -168,6 +191,22 @@ async fn no_text_in_any_field_does_harm() {
         if text != "cirros" {
             try_all!(images; delete_image(v1::DeleteImageRequest { image: t(), ..Default::default() }));
         }
+        let mut consoles = agent.consoles().max_encoding_message_size(usize::MAX);
+        let cursor = || Some(v1::get_console_log_request::From::Cursor(t()));
+        try_all!(consoles;
+            get_console_log(with!(GetConsoleLogRequest { server: t() })),
+            get_console_log(with!(GetConsoleLogRequest { server: server(), from: cursor() })),
+            follow_console_log(with!(FollowConsoleLogRequest { server: t() })),
+            get_screenshot(with!(GetScreenshotRequest { server: t() })),
+            attach_console(tokio_stream::once(v1::AttachConsoleRequest {
+                item: Some(v1::attach_console_request::Item::Open(v1::ConsoleOpen {
+                    server: t(), force: true, ..Default::default()
+                })),
+            })),
+        );
+        try_all!(servers;
+            get_server_diagnostics(with!(GetServerDiagnosticsRequest { server: t() })),
+        );
         let mut watch = agent.watch().max_encoding_message_size(usize::MAX);
         try_all!(watch; watch_events(v1::WatchEventsRequest { after_revision: None, servers: vec![t()] }));
     }

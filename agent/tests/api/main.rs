@@ -11,6 +11,8 @@
     unreachable_pub
 )]
 
+mod console;
+mod diagnostics;
 mod error_info;
 mod harness;
 mod host;
@@ -20,5 +22,6 @@ mod images;
 mod lists;
 mod operations;
 mod reasons;
+mod record;
 mod servers;
 mod watch;

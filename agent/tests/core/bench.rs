@@ -9,13 +9,14 @@ use std::{
 use salvor_agent::core::{
     action::{Action, CreateArgs, NicArgs, NicConnection, RescueArgs, Shutdown, UnrescueArgs},
     backing::References,
+    caller::Who,
     facts::{DiskLook, DomainFacts, Facts, HostFacts, ImageFacts},
     image::{ImageFormat, ImageRecord},
     layout::Layout,
     password::CryptHash,
     plan::{Outcome, Plan, RescueChange, Step},
     planners::plan,
-    record::{Flavor, Origin, Overlay, Protection, RescueRecord, ServerRecord},
+    record::{Flavor, Origin, Overlay, Owner, Protection, RescueRecord, ServerRecord},
     state::{ObservationSource, PowerObservation, PowerState, VmState},
 };
 use salvor_domain_templates::{Templates, fixtures::ORIGINALS};
@@ -79,6 +80,18 @@ pub(crate) fn record(origin: Origin, vm_state: VmState) -> ServerRecord {
         hostname: String::new(),
         public_keys: BTreeMap::new(),
         guest_agent: false,
+        mismatch: None,
+        owner: Owner::default(),
+        lock: None,
+        description: None,
+        tags: Vec::new(),
+        access_ipv4: None,
+        access_ipv6: None,
+        shutdown_timeout_ms: None,
+        autostart: true,
+        autostart_order: None,
+        deletion: None,
+        drift_since_ms: None,
     }
 }
 
@@ -147,16 +160,20 @@ pub(crate) fn facts(domain: Option<DomainFacts>, image: Option<ImageFacts>) -> F
             free_bytes: 100 << 30,
             reserve_bytes: 1 << 30,
             rescue_timeout_ms: 0,
+            reclaim_ms: 0,
             now_ms: NOW,
         },
         capacity: None,
         domain,
         image,
         saved_xml: None,
+        known_xml: None,
         commit_space: BTreeMap::new(),
         commit_references: BTreeMap::new(),
         save_room: None,
         agent: None,
+        who: Who::default(),
+        host_report: None,
     }
 }
 

@@ -25,7 +25,7 @@ use crate::bench::{
 };
 
 /// Compares a text with the file of that name.
-fn check(name: &str, text: &str) {
+pub(crate) fn check(name: &str, text: &str) {
     let path = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/plans"));
     let path = path.join(name);
     if std::env::var_os("UPDATE_GOLDEN").is_some() {
@@ -108,7 +108,12 @@ fn listing(plan: &Plan) -> String {
                     before.as_deref().map_or("none".to_owned(), short)
                 ));
             }
-            Step::UndefineDomain { before } => detail(format!("before: {}", short(before))),
+            Step::UndefineDomain { before, tpm_goes } => {
+                detail(format!("before: {}", short(before)));
+                if *tpm_goes {
+                    detail("the TPM's state goes".to_owned());
+                }
+            }
             Step::StartDomain { mark, fresh } => {
                 detail(format!("{mark:?}{}", if *fresh { ", fresh" } else { "" }))
             }
@@ -131,6 +136,7 @@ fn listing(plan: &Plan) -> String {
             | Step::EmptyOverlay { .. }
             | Step::RemoveFolder { .. }
             | Step::DropSavedDefinition => {}
+            Step::KnowDefinition { xml } => detail(short(xml)),
         }
         for (path, what) in step.files() {
             detail(format!("{what} {path}"));
@@ -155,6 +161,17 @@ fn outcome(outcome: &Outcome) -> String {
     match outcome {
         Outcome::Remove => "the record goes".to_owned(),
         Outcome::Keep => "the record stays".to_owned(),
+        Outcome::Record(change) => format!("the record alone: {change:?}"),
+        Outcome::SoftDelete {
+            vm_state,
+            power,
+            reclaim_in_ms,
+            ..
+        } => format!("soft-deleted, was {vm_state} {power}, goes after {reclaim_in_ms} ms"),
+        Outcome::Restore { vm_state, fault } => {
+            let fault = fault.as_ref().map_or("", |_| " with its fault");
+            format!("restored: {vm_state}{fault}")
+        }
         Outcome::Insert(record) => {
             let mut text = format!(
                 "a record: {} {} {}",
@@ -213,14 +230,20 @@ fn made(server: Option<&ServerRecord>, action: &Action, facts: &Facts) -> Result
 }
 
 /// Plans of one file, each under its name.
-struct Book(String);
+pub(crate) struct Book(pub(crate) String);
 
 impl Book {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self(String::new())
     }
 
-    fn add(&mut self, title: &str, server: Option<&ServerRecord>, action: &Action, facts: &Facts) {
+    pub(crate) fn add(
+        &mut self,
+        title: &str,
+        server: Option<&ServerRecord>,
+        action: &Action,
+        facts: &Facts,
+    ) {
         let text = match made(server, action, facts) {
             Ok(plan) => listing(&plan),
             Err(refusal) => format!("  refused   {}: {}\n", refusal.reason, refusal.message),
@@ -282,6 +305,34 @@ fn plans_of_create_and_adopt() {
 }
 
 #[test]
+fn plans_of_drift() {
+    let mut book = Book::new();
+    let known = created_xml(false).to_string();
+    let device = "<input type='tablet' bus='usb'/></devices>";
+    let changed = known.replace("</devices>", device);
+    let server = record(Origin::Created, VmState::Active);
+    let with = |xml: Option<&str>| {
+        let mut facts = facts(xml.map(|xml| domain(xml, PowerState::Running)), None);
+        facts.known_xml = Some(known.clone());
+        facts
+    };
+    for (name, xml) in [
+        ("changed", Some(changed.as_str())),
+        ("as it was", Some(known.as_str())),
+        ("gone", None),
+    ] {
+        let facts = with(xml);
+        if xml.is_some() {
+            let accept = format!("accept, {name}");
+            book.add(&accept, Some(&server), &Action::AcceptDrift, &facts);
+        }
+        let restore = format!("restore, {name}");
+        book.add(&restore, Some(&server), &Action::RestoreDefinition, &facts);
+    }
+    check("drift.txt", &book.0);
+}
+
+#[test]
 fn plans_of_power_and_end() {
     let mut book = Book::new();
     let xml = created_xml(false);
@@ -337,6 +388,16 @@ fn plans_of_power_and_end() {
         Some(&server),
         &Action::Delete,
         &in_rescue,
+    );
+    let mut somebody_off = in_rescue.clone();
+    if let Some(domain) = &mut somebody_off.domain {
+        domain.power = PowerState::Shutdown;
+    }
+    book.add(
+        "start of a rescue guest that went down with its host",
+        Some(&server),
+        &Action::StartRescue,
+        &somebody_off,
     );
     check("power-and-end.txt", &book.0);
 }
@@ -394,6 +455,22 @@ fn plans_of_memory_and_reboots() {
         &suspended,
         Action::HardReboot,
         &saved,
+    );
+    let mut drifted = running.clone();
+    drifted.known_xml = Some(xml.replace("<vcpu>1</vcpu>", "<vcpu>2</vcpu>"));
+    add(
+        "hard reboot, drifted",
+        &active,
+        Action::HardReboot,
+        &drifted,
+    );
+    let mut adopted = active.clone();
+    adopted.origin = Origin::Adopted;
+    add(
+        "hard reboot, adopted, drifted",
+        &adopted,
+        Action::HardReboot,
+        &drifted,
     );
     add("pause", &active, Action::Pause, &running);
     add(

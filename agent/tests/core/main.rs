@@ -10,7 +10,9 @@
 mod admission;
 mod bench;
 mod golden;
+mod golden_record;
 mod model;
 mod overlays;
+mod reconcile;
 mod refusals;
 mod states;

@@ -6,15 +6,22 @@ use std::collections::BTreeSet;
 
 use proptest::prelude::*;
 use salvor_agent::core::{
-    action::{Action, AdoptArgs, ChangePasswordArgs, RebootArgs, UnrescueArgs, Verb},
-    admission::admit,
+    action::{
+        Action, AdoptArgs, ChangePasswordArgs, LockArgs, RebootArgs, ResetTo, UnrescueArgs, Verb,
+    },
+    admission::{admit as admit_for, permit},
+    caller::{Role as AskerRole, Who},
+    change::FieldChange,
     facts::{DomainFacts, Facts},
     image::ImageFormat,
+    operation::HostReport,
     plan::{Mark, Outcome, Phase, Plan, PlannedStep, RescueChange, Step},
     planners::plan,
-    reason::Reason,
+    reason::{Reason, Refusal},
     reconcile::reconcile,
-    record::{Fault, Origin, OverlayDisposition, Protection, RescueMode, ServerRecord},
+    record::{
+        Fault, Origin, OverlayDisposition, Protection, RescueMode, ServerRecord, SoftDeletion,
+    },
     state::{ObservationSource, PowerObservation, PowerState, VmState},
 };
 use salvor_domain_templates::{Domain, Role};
@@ -131,6 +138,9 @@ impl Host {
                 self.holders.remove(holder);
             }
             Step::DropSavedDefinition => self.saved = None,
+            Step::KnowDefinition { xml } => {
+                assert!(!is_rescue(xml), "what is known is the server's own");
+            }
         }
     }
 
@@ -179,13 +189,28 @@ impl Host {
             | Step::ReleaseImage { .. }
             | Step::SetGuestTime
             | Step::InjectNmi
-            | Step::DropSavedDefinition => {}
+            | Step::DropSavedDefinition
+            | Step::KnowDefinition { .. } => {}
         }
     }
 
     fn end(&mut self) {
         self.running = None;
         self.paused = false;
+    }
+}
+
+/// As the administrator.
+fn admit(verb: Verb, server: &ServerRecord) -> Result<(), Refusal> {
+    admit_for(verb, server, &Who::default(), 0)
+}
+
+/// The administrator, or a member of the project that servers are made for.
+fn asker(choice: u8) -> Who {
+    Who {
+        role: AskerRole::ALL[usize::from(choice / 64 % 2)],
+        user: "u".to_owned(),
+        project: "p".to_owned(),
     }
 }
 
@@ -301,6 +326,21 @@ impl World {
                 user: None,
                 password: hash(),
             }),
+            Verb::Lock => Action::Lock(LockArgs {
+                reason: Some(choice.to_string()),
+                expires_in_ms: choice.is_multiple_of(3).then_some(20),
+            }),
+            Verb::Unlock => Action::Unlock {
+                only_expired: choice.is_multiple_of(4),
+            },
+            Verb::ResetState => Action::ResetState(ResetTo::ALL[usize::from(choice % 2)]),
+            Verb::SoftDelete => Action::SoftDelete,
+            Verb::Restore => Action::Restore,
+            Verb::ForceDelete => Action::ForceDelete,
+            Verb::Update => Action::Update(vec![FieldChange::Name(format!("web-{choice}"))]),
+            Verb::AcceptDrift => Action::AcceptDrift,
+            Verb::RestoreDefinition => Action::RestoreDefinition,
+            Verb::StartRescue => Action::StartRescue,
         }
     }
 
@@ -325,7 +365,7 @@ impl World {
         }
     }
 
-    fn facts(&self, verb: Verb) -> Facts {
+    fn facts(&self, verb: Verb, choice: u8) -> Facts {
         let image = match verb {
             Verb::Create => Some(image(BASE, "base", ImageFormat::Qcow2)),
             Verb::Rescue => Some(image(RESCUE, "rescue", ImageFormat::Qcow2)),
@@ -339,12 +379,27 @@ impl World {
         let mut facts = facts(domain, image);
         facts.plan = Uuid::from_u128(0x1000 + self.plans);
         facts.host.now_ms = self.clock;
+        facts.known_xml.clone_from(&self.own);
         facts.saved_xml = self.host.saved.as_ref().map(|(_, xml)| xml.clone());
         let rescue = self
             .record
             .as_ref()
             .and_then(|record| record.rescue.as_ref());
         facts.commit_references = rescue.map(same_references).unwrap_or_default();
+        facts.who = asker(choice);
+        facts.host.reclaim_ms = 1_000;
+        if verb == Verb::ResetState {
+            facts.host_report = Some(HostReport {
+                power,
+                power_reason: String::new(),
+                defined: self.host.defined.is_some(),
+                rescue_domain: self.host.defined.as_deref().is_some_and(is_rescue),
+                saved_memory: false,
+                missing_disks: [].into(),
+                unknown: String::new(),
+                at_ms: self.clock,
+            });
+        }
         facts
     }
 
@@ -354,11 +409,12 @@ impl World {
         match &self.record {
             None if !matches!(verb, Verb::Create | Verb::Adopt) => return,
             Some(_) if matches!(verb, Verb::Create | Verb::Adopt) => return,
-            Some(server) if admit(verb, server).is_err() => return,
+            Some(server) if admit_for(verb, server, &asker(choice), self.clock).is_err() => return,
+            None if permit(verb, None, &asker(choice)).is_err() => return,
             None | Some(_) => {}
         }
         self.plans += 1;
-        let facts = self.facts(verb);
+        let facts = self.facts(verb, choice);
         let plan = match plan(self.record.as_ref(), &action, &facts, templates()) {
             Ok(plan) => plan,
             Err(refusal) => {
@@ -405,6 +461,10 @@ impl World {
                 | Verb::ChangePassword
         );
         if needs_guest && self.host.running.is_none() {
+            return;
+        }
+        // Only what is off is started.
+        if verb == Verb::StartRescue && self.host.running.is_some() {
             return;
         }
         self.carry_out(&plan, end);
@@ -459,6 +519,13 @@ impl World {
             self.host.apply(plan, &planned.step, &mut self.record);
         }
         self.clock += 10;
+        // What changes the record alone has ended when it is accepted.
+        let end = if plan.record_change().is_some() {
+            assert!(plan.steps.is_empty());
+            End::Succeeds
+        } else {
+            end
+        };
         match end {
             End::Succeeds => {
                 self.commit(plan);
@@ -545,6 +612,34 @@ impl World {
                     }
                 }
             }
+            Outcome::Record(change) => {
+                change.apply(self.record.as_mut().unwrap(), self.clock);
+                return;
+            }
+            Outcome::SoftDelete {
+                vm_state,
+                power,
+                fault,
+                reclaim_in_ms,
+            } => {
+                let record = self.record.as_mut().unwrap();
+                let after = i64::try_from(*reclaim_in_ms).unwrap();
+                record.deletion = Some(SoftDeletion {
+                    vm_state: *vm_state,
+                    power: *power,
+                    fault: fault.clone(),
+                    at_ms: self.clock,
+                    reclaim_at_ms: self.clock + after,
+                });
+                record.vm_state = VmState::SoftDeleted;
+                record.fault = None;
+            }
+            Outcome::Restore { vm_state, fault } => {
+                let record = self.record.as_mut().unwrap();
+                record.deletion = None;
+                record.vm_state = *vm_state;
+                record.fault.clone_from(fault);
+            }
         }
         if let (Some(record), Some((_, power))) = (&mut self.record, plan.power_after()) {
             record.power.state = power;
@@ -563,6 +658,7 @@ impl World {
             return;
         };
         record.vm_state = VmState::Error;
+        record.deletion = None;
         record.fault = Some(Fault {
             reason: Reason::RollbackFailed,
             message: String::new(),
@@ -597,6 +693,7 @@ impl World {
             record.power = reconciled.power;
             record.last_known_power = reconciled.last_known_power;
             record.vm_state = reconciled.vm_state;
+            record.mismatch = reconciled.mismatch;
         }
         self.check();
     }
@@ -630,11 +727,14 @@ impl World {
             self.own.clone_from(&self.host.defined);
         }
         assert_eq!(admit(Verb::Delete, server), Ok(()), "{server:?}");
+        let waits = server.vm_state == VmState::SoftDeleted;
+        assert_eq!(server.deletion.is_some(), waits, "{server:?}");
         // In force, or half-way in: the definition to go back to is there, and nothing overwrote it.
         if server.rescue.is_some() {
             let saved = self.host.saved.as_ref().map(|(_, xml)| xml.clone());
             assert_eq!(saved, self.own, "{server:?}");
-            assert_eq!(admit(Verb::Unrescue, server), Ok(()), "{server:?}");
+            // It waits with the server, if that was deleted.
+            assert_eq!(admit(Verb::Unrescue, server).is_ok(), !waits, "{server:?}");
             assert!(admit(Verb::Rescue, server).is_err());
         }
         if server.vm_state == VmState::Rescued {
@@ -644,7 +744,7 @@ impl World {
             return;
         }
         // There is a way on that is not the end: something that is admitted, and then planned.
-        let way = [
+        let ways = [
             Verb::Start,
             Verb::Stop,
             Verb::Rescue,
@@ -652,15 +752,15 @@ impl World {
             Verb::Resume,
             Verb::Unpause,
             Verb::HardReboot,
-        ]
-        .into_iter()
-        .find(|verb| {
+            Verb::Restore,
+        ];
+        let way = ways.into_iter().find(|verb| {
             admit(*verb, server).is_ok() && {
                 let action = match verb {
                     Verb::Unrescue => Action::Unrescue(self.sane_unrescue(0)),
                     verb => self.action(*verb, 0),
                 };
-                let facts = self.facts(*verb);
+                let facts = self.facts(*verb, 0);
                 plan(Some(server), &action, &facts, templates()).is_ok()
             }
         });
@@ -674,8 +774,15 @@ impl World {
             .as_ref()
             .is_some_and(|server| server.rescue.is_some())
         {
+            if self
+                .record
+                .as_ref()
+                .is_some_and(|server| server.deletion.is_some())
+            {
+                self.act(Verb::Restore, 0, End::Succeeds);
+            }
             let args = self.sane_unrescue(0);
-            let facts = self.facts(Verb::Unrescue);
+            let facts = self.facts(Verb::Unrescue, 0);
             self.plans += 1;
             let unrescue = Action::Unrescue(args);
             let back = plan(self.record.as_ref(), &unrescue, &facts, templates()).unwrap();
@@ -685,7 +792,9 @@ impl World {
             assert_eq!(self.host.saved, None);
         }
         if let Some(server) = self.record.clone() {
-            self.act(Verb::Delete, 0, End::Succeeds);
+            let delete =
+                [Verb::Delete, Verb::ForceDelete][usize::from(self.plans.is_multiple_of(2))];
+            self.act(delete, 0, End::Succeeds);
             assert_eq!(self.record, None);
             assert_eq!((&self.host.defined, &self.host.running), (&None, &None));
             assert_eq!(self.host.saved, None);

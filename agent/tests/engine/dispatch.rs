@@ -7,6 +7,7 @@ use std::{sync::Arc, time::Duration};
 use salvor_agent::{
     core::{
         action::{Action, Shutdown, Verb},
+        caller::Who,
         operation::OperationState,
         plan::{PlannedStep, Step},
         reason::Reason,
@@ -233,7 +234,11 @@ async fn a_dry_run_changes_nothing() {
     let revision = *agent.store.revision().borrow();
     host.fake.clear_calls();
     for action in [Action::Unrescue(unrescue()), Action::Delete] {
-        let preview = agent.dispatcher.preview(ON, &action).await.unwrap();
+        let preview = agent
+            .dispatcher
+            .preview(ON, &action, &Who::default())
+            .await
+            .unwrap();
         assert!(!preview.plan.steps.is_empty());
         assert!(
             preview.domain_diff.contains("--- before"),
@@ -251,6 +256,7 @@ async fn a_dry_run_changes_nothing() {
         .preview(
             salvor_agent::dispatch::Target::New(new),
             &Action::Create(args),
+            &Who::default(),
         )
         .await
         .unwrap();

@@ -8,17 +8,23 @@
     clippy::indexing_slicing
 )]
 
+mod autostart;
 mod crash;
 mod disks;
 mod dispatch;
 mod documents;
+mod drift;
 mod gate;
+mod give_up;
 mod host;
 mod observe;
 mod overtake;
 mod owners;
 mod panics;
+mod policy;
 mod power_off;
+mod record;
+mod soft_delete;
 mod store;
 mod switch;
 mod variants;

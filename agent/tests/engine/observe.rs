@@ -10,12 +10,12 @@ use salvor_agent::{
         record::{OverlayDisposition, PASSWORD_OFFERS, PasswordDelivery, Protection},
         state::{ObservationSource, PowerState, VmState},
     },
-    dispatch::Target,
+    dispatch::{Settings, Target},
     engine::NoProbe,
     hypervisor::{
         Boot, Definition, Hypervisor as _, HypervisorError, LinkState, fake::FakeHypervisor,
     },
-    observe::Observer,
+    observe::{Observer, Policy},
 };
 use tokio::{sync::watch, task::JoinHandle};
 use uuid::Uuid;
@@ -26,30 +26,56 @@ use crate::{
 };
 
 /// A host with an adopted server that runs, an agent, and its observer.
-struct Watched {
-    host: Host,
-    agent: Agent,
+pub(crate) struct Watched {
+    pub(crate) host: Host,
+    pub(crate) agent: Agent,
     stop: watch::Sender<bool>,
     observer: JoinHandle<()>,
 }
 
+/// An observer for an agent, and what ends it.
+pub(crate) fn observe(agent: &Agent) -> (watch::Sender<bool>, JoinHandle<()>) {
+    observe_under(agent, Policy::default())
+}
+
+fn observe_under(agent: &Agent, policy: Policy) -> (watch::Sender<bool>, JoinHandle<()>) {
+    // Events have to do: the interval is far longer than any test.
+    let observer = Observer::new(
+        agent.store.clone(),
+        Arc::new(agent.fake.clone()),
+        agent.dispatcher.clone(),
+        Duration::from_secs(600),
+    )
+    .with_policy(policy);
+    let (stop, stopped) = watch::channel(false);
+    (stop, tokio::spawn(observer.run(stopped)))
+}
+
 impl Watched {
-    async fn new() -> Self {
+    pub(crate) async fn new() -> Self {
+        Self::with(|_| {}).await
+    }
+
+    /// With other settings.
+    pub(crate) async fn with(change: impl FnOnce(&mut Settings)) -> Self {
+        Self::made(change, Policy::default()).await
+    }
+
+    /// With a policy.
+    pub(crate) async fn under(policy: Policy) -> Self {
+        Self::made(|_| {}, policy).await
+    }
+
+    async fn made(change: impl FnOnce(&mut Settings), policy: Policy) -> Self {
         let host = Host::new();
-        let agent = host.agent(Arc::new(NoProbe)).await;
+        let mut settings = host.settings();
+        change(&mut settings);
+        let agent = Agent::start(&host, settings, Arc::new(NoProbe)).await;
         host.add_images(&agent.store).await;
         host.define(&host.foreign_domain(false)).await;
         host.fake.start(SERVER, Boot::Resume).await.unwrap();
         agent.succeed(NEW, adopt()).await;
-        // Events have to do: the interval is far longer than any test.
-        let observer = Observer::new(
-            agent.store.clone(),
-            Arc::new(agent.fake.clone()),
-            agent.dispatcher.clone(),
-            Duration::from_secs(600),
-        );
-        let (stop, stopped) = watch::channel(false);
-        let observer = tokio::spawn(observer.run(stopped));
+        let (stop, observer) = observe_under(&agent, policy);
         let watched = Self {
             host,
             agent,
@@ -70,12 +96,12 @@ impl Watched {
         watched
     }
 
-    async fn sees(&self, power: PowerState) {
+    pub(crate) async fn sees(&self, power: PowerState) {
         let seen = || self.agent.record().power.state == power;
         until(&format!("{power} is seen"), seen).await;
     }
 
-    async fn becomes(&self, vm_state: VmState) {
+    pub(crate) async fn becomes(&self, vm_state: VmState) {
         let is_so = || self.agent.record().vm_state == vm_state;
         until(&format!("the server is {vm_state}"), is_so).await;
     }
@@ -86,7 +112,7 @@ impl Watched {
         self.agent.succeed(ON, Action::Rescue(Box::new(args))).await;
     }
 
-    async fn operations(&self, verb: Verb) -> usize {
+    pub(crate) async fn operations(&self, verb: Verb) -> usize {
         let all = self
             .agent
             .store
@@ -98,7 +124,13 @@ impl Watched {
             .count()
     }
 
-    async fn end(self) {
+    /// Ends the observer; its agent goes on.
+    pub(crate) async fn stop(&self) {
+        self.stop.send_replace(true);
+        until("the observer has ended", || self.observer.is_finished()).await;
+    }
+
+    pub(crate) async fn end(self) {
         self.stop.send_replace(true);
         tokio::time::timeout(Duration::from_secs(10), self.observer)
             .await

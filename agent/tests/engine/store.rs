@@ -7,11 +7,12 @@ use proptest::prelude::*;
 use salvor_agent::{
     core::{
         action::Verb,
+        caller::Who,
         image::ImageFormat,
         operation::{OperationRecord, OperationState},
         plan::{Outcome, Plan, RescueChange},
         reason::Reason,
-        record::{Flavor, Origin, ServerRecord},
+        record::{Flavor, Origin, Owner, ServerRecord},
         state::{ObservationSource, PowerObservation, PowerState, VmState},
     },
     store::{Accept, Accepted, Change, Request, Store, StoreError, StoredEvent},
@@ -59,6 +60,18 @@ fn server(id: Uuid) -> ServerRecord {
         hostname: String::new(),
         public_keys: BTreeMap::new(),
         guest_agent: false,
+        mismatch: None,
+        owner: Owner::default(),
+        lock: None,
+        description: None,
+        tags: Vec::new(),
+        access_ipv4: None,
+        access_ipv6: None,
+        shutdown_timeout_ms: None,
+        autostart: true,
+        autostart_order: None,
+        deletion: None,
+        drift_since_ms: None,
     }
 }
 
@@ -97,6 +110,7 @@ fn request(id: Option<&str>, body: &str) -> Request {
         id: id.map(str::to_owned),
         body_hash: body.to_owned(),
         caller: "test".to_owned(),
+        who: Who::default(),
     }
 }
 
@@ -517,7 +531,7 @@ fn replay(events: &[StoredEvent]) -> BTreeMap<Uuid, ServerRecord> {
             Change::Removed(_) => {
                 servers.remove(&event.server);
             }
-            Change::Operation(_) => {}
+            Change::Operation(_) | Change::Guest(_) => {}
         }
     }
     servers

@@ -5,13 +5,14 @@ use std::{path::Path, sync::Arc};
 
 use salvor_agent::{
     core::{
-        action::{Action, ChangePasswordArgs, RebootArgs},
+        action::{Action, ChangePasswordArgs, LockArgs, RebootArgs, ResetTo},
+        change::FieldChange,
         operation::OperationState,
         record::{OverlayDisposition, Protection, RescueMode},
     },
     dispatch::Target,
     engine::{NoProbe, Point},
-    hypervisor::{Boot, Hypervisor as _},
+    hypervisor::{Boot, Definition, Hypervisor as _},
 };
 
 use crate::{
@@ -40,6 +41,10 @@ pub(crate) enum Prior {
     Writes,
     /// Somebody removes the domain.
     Undefined,
+    /// Somebody changes the definition.
+    Changed,
+    /// The host goes down, and comes up with everything off.
+    HostRebooted,
 }
 
 /// A plan to be tried.
@@ -219,8 +224,119 @@ pub(crate) fn variants() -> Vec<Variant> {
         ON,
         Action::DeliverPassword,
     ));
+    let update = vec![FieldChange::Name("db".to_owned())];
+    all.extend([
+        variant("lock", &running, ON, lock()),
+        variant(
+            "unlock",
+            &after(&running, &[Prior::Done(ON, lock())]),
+            ON,
+            Action::Unlock {
+                only_expired: false,
+            },
+        ),
+        variant("update", &running, ON, Action::Update(update)),
+        variant(
+            "reset to active, rescued",
+            &in_rescue(&running, &plain),
+            ON,
+            Action::ResetState(ResetTo::Active),
+        ),
+        variant(
+            "reset to error",
+            &running,
+            ON,
+            Action::ResetState(ResetTo::Error),
+        ),
+        variant("soft delete, running", &running, ON, Action::SoftDelete),
+        variant(
+            "soft delete, off",
+            &foreign(true, false),
+            ON,
+            Action::SoftDelete,
+        ),
+        variant(
+            "soft delete, rescued",
+            &in_rescue(&running, &plain),
+            ON,
+            Action::SoftDelete,
+        ),
+        variant(
+            "soft delete, domain gone",
+            &after(&running, &[Prior::Undefined]),
+            ON,
+            Action::SoftDelete,
+        ),
+        variant(
+            "restore, it ran",
+            &in_rescue(&running, &Action::SoftDelete),
+            ON,
+            Action::Restore,
+        ),
+        variant(
+            "restore, it was off",
+            &in_rescue(&foreign(true, false), &Action::SoftDelete),
+            ON,
+            Action::Restore,
+        ),
+        variant(
+            "restore, rescued",
+            &in_rescue(&in_rescue(&running, &plain), &Action::SoftDelete),
+            ON,
+            Action::Restore,
+        ),
+        variant(
+            "restore, in error",
+            &after(
+                &running,
+                &[
+                    Prior::Fault(Action::Stop(AT_ONCE)),
+                    Prior::Done(ON, Action::SoftDelete),
+                ],
+            ),
+            ON,
+            Action::Restore,
+        ),
+        variant(
+            "force delete",
+            &foreign(true, true),
+            ON,
+            Action::ForceDelete,
+        ),
+        variant(
+            "force delete, soft-deleted",
+            &in_rescue(&running, &Action::SoftDelete),
+            ON,
+            Action::ForceDelete,
+        ),
+    ]);
     all.extend(power());
+    let drifted = after(&running, &[Prior::Changed]);
+    let restore = || Action::RestoreDefinition;
+    all.extend([
+        variant("accept drift", &drifted, ON, Action::AcceptDrift),
+        variant("restore definition", &drifted, ON, restore()),
+        variant(
+            "restore definition, domain gone",
+            &after(&foreign(true, false), &[Prior::Undefined]),
+            ON,
+            restore(),
+        ),
+        variant(
+            "start rescue",
+            &after(&in_rescue(&running, &plain), &[Prior::HostRebooted]),
+            ON,
+            Action::StartRescue,
+        ),
+    ]);
     all
+}
+
+fn lock() -> Action {
+    Action::Lock(LockArgs {
+        reason: Some("audit".to_owned()),
+        expires_in_ms: None,
+    })
 }
 
 /// The plans of power and memory.
@@ -263,6 +379,12 @@ fn power() -> Vec<Variant> {
             soft(true),
         ),
         variant("hard reboot", &running, ON, Action::HardReboot),
+        variant(
+            "hard reboot, drifted",
+            &after(&[Prior::Changed]),
+            ON,
+            Action::HardReboot,
+        ),
         variant(
             "hard reboot, suspended",
             &after(&suspended),
@@ -334,6 +456,15 @@ pub(crate) async fn prepare(host: &Host, prior: &[Prior]) {
                     qemu_io(Path::new(&overlay.path), "qcow2", "write -q -P 0x77 64k 4k");
                 }
             }
+            Prior::Changed => {
+                let xml = host.fake.domain_xml(SERVER, Definition::Inactive).await;
+                let changed = xml
+                    .unwrap()
+                    .replace("</devices>", "<input type='tablet' bus='usb'/></devices>");
+                host.define(&changed).await;
+                host.fake.sync_definitions().await.unwrap();
+            }
+            Prior::HostRebooted => host.fake.host_reboot(),
             Prior::Undefined => {
                 host.fake.destroy(SERVER).await.unwrap();
                 host.fake.undefine(SERVER).await.unwrap();

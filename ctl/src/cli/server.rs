@@ -3,14 +3,15 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use clap::{Args, Subcommand};
+use clap::{ArgAction, Args, Subcommand};
 use uuid::Uuid;
 
 use super::{
     How,
+    console::{ConsoleArgs, ConsoleLogArgs, DiagnosticsArgs, ScreenshotArgs},
     values::{
-        BusArg, DeviceArg, DisksArg, FirmwareArg, Interfaces, ModeArg, OnTimeoutArg, OriginArg,
-        OverlayArg, PowerArg, PowerStateArg, VmStateArg, key_value,
+        BusArg, ClearArg, DeviceArg, DisksArg, FirmwareArg, Interfaces, ModeArg, OnTimeoutArg,
+        OriginArg, OverlayArg, PowerArg, PowerStateArg, ResetArg, VmStateArg, key_value,
     },
 };
 use crate::units;
@@ -126,7 +127,17 @@ pub(crate) enum ServerCommand {
         #[command(flatten)]
         how: How,
     },
-    /// Remove a server at once. The disks of a created server go, those of an adopted one stay.
+    /// Show what somebody changed in a server's definition past the agent, and deal with it.
+    Drift {
+        #[command(flatten)]
+        args: DriftArgs,
+        #[command(flatten)]
+        how: How,
+    },
+    /// Remove a server. The disks of a created server go, those of an adopted one stay.
+    ///
+    /// Where the agent has a reclaim interval, the server is powered off at once and removed when that time
+    /// is over; until then it can be restored.
     #[command(visible_alias = "rm")]
     Delete {
         #[command(flatten)]
@@ -134,6 +145,133 @@ pub(crate) enum ServerCommand {
         #[command(flatten)]
         how: How,
     },
+    /// Show what the guest has said on its serial port, over several boots.
+    #[command(visible_alias = "log")]
+    ConsoleLog(ConsoleLogArgs),
+    /// Attach the terminal to the guest's serial port. Ctrl-] leaves it.
+    ///
+    /// One client writes, others may look on. What the guest says goes to the terminal as it is.
+    /// Standard input may also be a pipe: what is in it is sent, and the answer shown for a while.
+    Console(ConsoleArgs),
+    /// Take a picture of the guest's screen.
+    Screenshot(ScreenshotArgs),
+    /// Tell everything that can be read of a server and its guest now.
+    ///
+    /// What cannot be read is named with the reason; a guest that hangs holds nothing else up.
+    Diagnostics(DiagnosticsArgs),
+    /// Keep everybody but the administrator from changing a server.
+    Lock {
+        #[command(flatten)]
+        args: LockArgs,
+        #[command(flatten)]
+        how: How,
+    },
+    /// Take a lock off.
+    Unlock {
+        #[command(flatten)]
+        args: ServerArg,
+        #[command(flatten)]
+        how: How,
+    },
+    /// Change what the record says of a server. The guest is not touched.
+    Update {
+        #[command(flatten)]
+        args: UpdateArgs,
+        #[command(flatten)]
+        how: How,
+    },
+    /// Say that a server is active or in error, whatever was under way; for the administrator.
+    ///
+    /// An operation that is under way is abandoned. Nothing on the host is changed: the answer says what it
+    /// really shows.
+    ResetState {
+        #[command(flatten)]
+        args: ResetStateArgs,
+        #[command(flatten)]
+        how: How,
+    },
+    /// Bring a deleted server back that is not removed yet, and start it if it ran.
+    Restore {
+        #[command(flatten)]
+        args: ServerArg,
+        #[command(flatten)]
+        how: How,
+    },
+    /// Remove a server at once, deleted already or not.
+    ForceDelete {
+        #[command(flatten)]
+        args: ServerArg,
+        #[command(flatten)]
+        how: How,
+    },
+}
+
+/// How to lock.
+#[derive(Debug, Args)]
+pub(crate) struct LockArgs {
+    /// The server: uuid, at least four digits that no other uuid begins with, or unique name.
+    pub(crate) server: String,
+    /// Why, for those who find it locked.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) reason: Option<String>,
+    /// After this time the lock holds no longer (30m, 8h, …); never if absent.
+    #[arg(long, value_name = "TIME", value_parser = units::duration)]
+    pub(crate) expires_in: Option<Duration>,
+}
+
+/// What to change; what is not given stays as it is.
+#[derive(Debug, Args)]
+pub(crate) struct UpdateArgs {
+    /// The server: uuid, at least four digits that no other uuid begins with, or unique name.
+    pub(crate) server: String,
+    #[command(flatten)]
+    pub(crate) fields: UpdateFields,
+}
+
+/// The fields that can be changed.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = true)]
+pub(crate) struct UpdateFields {
+    /// Name. The domain keeps its own.
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// Description.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) description: Option<String>,
+    /// Metadata, all of it: what is not given goes. Can be given more than once.
+    #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
+    pub(crate) metadata: Vec<(String, String)>,
+    /// Tags, all of them. Can be given more than once.
+    #[arg(long = "tag", value_name = "TAG")]
+    pub(crate) tags: Vec<String>,
+    /// IPv4 address by which people reach the server.
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) access_ipv4: Option<String>,
+    /// IPv6 address by which people reach the server.
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) access_ipv6: Option<String>,
+    /// How long the guest may take to shut down by itself, where a request does not say (30s, 2m, …).
+    #[arg(long, value_name = "TIME", value_parser = units::duration)]
+    pub(crate) shutdown_timeout: Option<Duration>,
+    /// Start it again after the host was rebooted, if it ran before.
+    #[arg(long, value_name = "BOOL", action = ArgAction::Set)]
+    pub(crate) autostart: Option<bool>,
+    /// Its place when servers are started again: lower ones first, those without one last.
+    #[arg(long, value_name = "NUMBER")]
+    pub(crate) autostart_order: Option<u32>,
+    /// Fields to be without a value. Can be given more than once.
+    #[arg(long, value_name = "FIELD", value_enum)]
+    pub(crate) clear: Vec<ClearArg>,
+}
+
+/// What to reset a state to.
+#[derive(Debug, Args)]
+pub(crate) struct ResetStateArgs {
+    /// The server: uuid, at least four digits that no other uuid begins with, or unique name.
+    pub(crate) server: String,
+    /// The state. A server whose rescue is in force is RESCUED when it is reset to active.
+    #[arg(value_enum)]
+    pub(crate) state: ResetArg,
 }
 
 /// A server.
@@ -166,6 +304,23 @@ pub(crate) struct ListServers {
     /// Servers that came to be managed in this way.
     #[arg(long, value_enum)]
     pub(crate) origin: Option<OriginArg>,
+    /// Servers with this tag. Can be given more than once.
+    #[arg(long = "tag", value_name = "TAG")]
+    pub(crate) tags: Vec<String>,
+    /// Servers that are locked (true) or not (false).
+    #[arg(long, value_name = "BOOL", action = ArgAction::Set)]
+    pub(crate) locked: Option<bool>,
+    /// Servers of this project.
+    #[arg(
+        long,
+        value_name = "PROJECT",
+        default_value = "",
+        hide_default_value = true
+    )]
+    pub(crate) project: String,
+    /// Servers with this metadata. Can be given more than once.
+    #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
+    pub(crate) metadata: Vec<(String, String)>,
 }
 
 /// What to make.
@@ -328,6 +483,19 @@ pub(crate) struct RescueArgs {
     pub(crate) timeout_overlay: Option<OverlayArg>,
     #[command(flatten)]
     pub(crate) shutdown: Shutdown,
+}
+
+/// What to do about a changed definition.
+#[derive(Debug, Args)]
+pub(crate) struct DriftArgs {
+    /// The server: uuid, at least four digits that no other uuid begins with, or unique name.
+    pub(crate) server: String,
+    /// Take the definition that libvirt has for the server's own from now on.
+    #[arg(long, conflicts_with = "restore")]
+    pub(crate) accept: bool,
+    /// Define the domain again as it was. A guest that runs goes on as it is until its next start.
+    #[arg(long)]
+    pub(crate) restore: bool,
 }
 
 /// How to put a server back.

@@ -125,6 +125,50 @@ values! {
     }
 }
 values! {
+    /// The state of `reset-state`.
+    ResetArg => VmState {
+        /// Active; RESCUED while a rescue is in force.
+        Active => Active,
+        /// In error.
+        Error => Error,
+    }
+}
+
+/// `--clear`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ClearArg {
+    /// The description.
+    Description,
+    /// The metadata.
+    Metadata,
+    /// The tags.
+    Tags,
+    /// The IPv4 address.
+    AccessIpv4,
+    /// The IPv6 address.
+    AccessIpv6,
+    /// The time to shut down: the configured one applies.
+    ShutdownTimeout,
+    /// The place when servers are started again.
+    AutostartOrder,
+}
+
+impl ClearArg {
+    /// The field of the API.
+    pub(crate) const fn field(self) -> &'static str {
+        match self {
+            Self::Description => "description",
+            Self::Metadata => "metadata",
+            Self::Tags => "tags",
+            Self::AccessIpv4 => "access_ipv4",
+            Self::AccessIpv6 => "access_ipv6",
+            Self::ShutdownTimeout => "shutdown_timeout",
+            Self::AutostartOrder => "autostart_order",
+        }
+    }
+}
+
+values! {
     /// `--power` of the list.
     PowerStateArg => PowerState {
         /// libvirt has no state for it.

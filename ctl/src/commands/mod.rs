@@ -2,6 +2,8 @@
 //! What each command does.
 
 mod action;
+mod console;
+mod diagnostics;
 mod image;
 mod operation;
 mod plan;
@@ -16,7 +18,7 @@ use salvor_proto::v1;
 
 use crate::{
     cli::{Cli, Command, HostCommand, Shell},
-    connect::{Agent, ask, repeat},
+    connect::{Agent, ForWhom, ask, repeat},
     errors::{DONE, Failure},
     output::{Ui, show, warn},
 };
@@ -43,10 +45,11 @@ pub(crate) async fn run(cli: Cli) -> u8 {
 
 async fn dispatch(cli: Cli) -> Result<(), Failure> {
     let ui = Ui::new(&cli.global)?;
+    let for_whom = ForWhom::new(&cli.global)?;
     let socket = cli.global.socket;
     let connect = async |ui| -> Result<Session, Failure> {
         Ok(Session {
-            agent: Agent::connect(&socket).await?,
+            agent: Agent::connect(&socket, for_whom.clone()).await?,
             ui,
         })
     };

@@ -1,21 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `salvor operation`.
 
+use std::time::Duration;
+
 use salvor_proto::{
     google::longrunning::{
         CancelOperationRequest, GetOperationRequest, ListOperationsRequest, ListOperationsResponse,
         Operation,
     },
-    v1::OperationState,
+    v1::{AbandonOperationRequest, OperationState},
 };
 use uuid::Uuid;
 
 use super::{Session, pages};
 use crate::{
     cli::{OperationCommand, Patience},
-    connect::{ask, repeat},
+    connect::{ANSWER_TIMEOUT, ask, ask_within, repeat},
     errors::Failure,
     output::show,
+    units::to_api,
     wait::until_done,
 };
 
@@ -25,8 +28,12 @@ const PAGE: i32 = 500;
 /// Does what is asked for.
 pub(super) async fn run(session: &Session, command: OperationCommand) -> Result<(), Failure> {
     match command {
-        OperationCommand::List { server, filter } => {
-            let filter = match server {
+        OperationCommand::List {
+            server,
+            of_server: named,
+            filter,
+        } => {
+            let filter = match server.or(named) {
                 Some(server) => of_server(&server_id(session, server).await?, &filter),
                 None => filter,
             };
@@ -57,6 +64,9 @@ pub(super) async fn run(session: &Session, command: OperationCommand) -> Result<
             no_wait,
             patience,
         } => cancel(session, full_name(&operation), no_wait, patience).await,
+        OperationCommand::Abandon { operation, after } => {
+            abandon(session, full_name(&operation), after).await
+        }
     }
 }
 
@@ -119,6 +129,26 @@ async fn cancel(
         Ok(()) => Err(Failure::TooLate { name }),
         end => end,
     }
+}
+
+/// Has the agent end an operation, and says how it ended.
+async fn abandon(session: &Session, name: String, after: Duration) -> Result<(), Failure> {
+    let request = AbandonOperationRequest {
+        name,
+        patience: Some(to_api(after)),
+    };
+    // The agent answers when it has ended.
+    let limit = after.saturating_add(ANSWER_TIMEOUT);
+    let answer = repeat(&session.ui, async || {
+        session
+            .agent
+            .servers()
+            .abandon_operation(ask_within(request.clone(), limit))
+            .await
+    });
+    let operation = answer.await?.operation;
+    let operation = operation.ok_or(Failure::Protocol("answered without an operation"))?;
+    session.ui.result(&operation, show::operation)
 }
 
 /// The id of the server that is meant. A whole one is taken as it is: the server may be gone.

@@ -36,6 +36,16 @@ pub(super) async fn run(session: &Session, command: PlanCommand) -> Result<(), F
             Action::TriggerCrashDump(requests::crash_dump(&args.server))
         }
         PlanCommand::SetPassword(args) => Action::ChangePassword(requests::set_password(&args)?),
+        PlanCommand::Lock(args) => Action::Lock(requests::lock(&args)),
+        PlanCommand::Unlock(args) => Action::Unlock(requests::unlock(&args)),
+        PlanCommand::Update(args) => Action::Update(requests::update(&args)?),
+        PlanCommand::ResetState(args) => Action::ResetState(requests::reset_state(&args)),
+        PlanCommand::Restore(args) => Action::Restore(requests::restore(&args)),
+        PlanCommand::ForceDelete(args) => Action::ForceDelete(requests::force_delete(&args)),
+        PlanCommand::AcceptDrift(args) => Action::AcceptDrift(requests::accept_drift(args.server)),
+        PlanCommand::RestoreDefinition(args) => {
+            Action::RestoreDefinition(requests::restore_definition(args.server))
+        }
     };
     let request = v1::PlanActionRequest {
         action: Some(action),
@@ -116,7 +126,7 @@ fn text(plan: &v1::PlanActionResponse, colour: bool) -> String {
 }
 
 /// A unified diff, each line cleaned and, if wanted, coloured by what it does.
-fn diff(diff: &str, colour: bool) -> String {
+pub(super) fn diff(diff: &str, colour: bool) -> String {
     let mut text = String::new();
     for line in diff.lines() {
         // Indentation by tabs is harmless.

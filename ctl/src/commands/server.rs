@@ -6,7 +6,8 @@ use salvor_proto::{google::longrunning::Operation, v1};
 use super::{
     Session,
     action::{Password, Reply, finish, unless_interrupted},
-    pages,
+    console, diagnostics, pages,
+    plan::diff,
 };
 use crate::{
     cli::{ListServers, ServerCommand},
@@ -14,6 +15,7 @@ use crate::{
     errors::Failure,
     output::show,
     requests,
+    units::show_time,
 };
 
 /// Servers that are asked for at once.
@@ -56,6 +58,14 @@ pub(super) async fn run(session: &Session, command: ServerCommand) -> Result<(),
         ServerCommand::Show(args) => {
             let server = get(session, args.server).await?;
             return session.ui.result(&server, show::server);
+        }
+        ServerCommand::ConsoleLog(args) => return Box::pin(console::log(session, args)).await,
+        ServerCommand::Console(args) => return Box::pin(console::attach(session, args)).await,
+        ServerCommand::Screenshot(args) => {
+            return Box::pin(console::screenshot(session, args)).await;
+        }
+        ServerCommand::Diagnostics(args) => {
+            return Box::pin(diagnostics::run(session, args)).await;
         }
         ServerCommand::Create { args, how } => {
             let request = requests::create(&args)?;
@@ -103,6 +113,17 @@ pub(super) async fn run(session: &Session, command: ServerCommand) -> Result<(),
             let answer = send!(session, how, stop_server, requests::stop(&args))?;
             (how, action(answer.operation, Vec::new())?, Password::Known)
         }
+        ServerCommand::Drift { args, how } if args.accept => {
+            let request = requests::accept_drift(args.server);
+            let answer = send!(session, how, accept_server_drift, request)?;
+            (how, action(answer.operation, Vec::new())?, Password::Known)
+        }
+        ServerCommand::Drift { args, how } if args.restore => {
+            let request = requests::restore_definition(args.server);
+            let answer = send!(session, how, restore_server_definition, request)?;
+            (how, action(answer.operation, Vec::new())?, Password::Known)
+        }
+        ServerCommand::Drift { args, .. } => return drift(session, args.server).await,
         ServerCommand::Unrescue { args, how } => {
             let answer = send!(session, how, unrescue_server, requests::unrescue(&args))?;
             (how, action(answer.operation, Vec::new())?, Password::Known)
@@ -152,6 +173,33 @@ pub(super) async fn run(session: &Session, command: ServerCommand) -> Result<(),
                 password,
             )
         }
+        ServerCommand::Lock { args, how } => {
+            let answer = send!(session, how, lock_server, requests::lock(&args))?;
+            (how, action(answer.operation, Vec::new())?, Password::Known)
+        }
+        ServerCommand::Unlock { args, how } => {
+            let answer = send!(session, how, unlock_server, requests::unlock(&args))?;
+            (how, action(answer.operation, Vec::new())?, Password::Known)
+        }
+        ServerCommand::Update { args, how } => {
+            let answer = send!(session, how, update_server, requests::update(&args)?)?;
+            (how, action(answer.operation, Vec::new())?, Password::Known)
+        }
+        ServerCommand::ResetState { args, how } => {
+            let request = requests::reset_state(&args);
+            let answer = send!(session, how, reset_server_state, request)?;
+            (how, action(answer.operation, Vec::new())?, Password::Known)
+        }
+        ServerCommand::Restore { args, how } => {
+            let answer = send!(session, how, restore_server, requests::restore(&args))?;
+            (how, action(answer.operation, Vec::new())?, Password::Known)
+        }
+        ServerCommand::ForceDelete { args, how } => {
+            let request = requests::force_delete(&args);
+            let answer = send!(session, how, force_delete_server, request)?;
+            let reply = action(answer.operation, answer.warnings)?;
+            (how, reply, Password::Known)
+        }
     };
     finish(session, &how, reply, password).await
 }
@@ -169,6 +217,31 @@ fn action(operation: Option<Operation>, warnings: Vec<v1::Warning>) -> Result<Re
     Ok(Reply::Action(operation, warnings))
 }
 
+/// What somebody changed in a server's definition.
+async fn drift(session: &Session, server: String) -> Result<(), Failure> {
+    let request = v1::GetServerDriftRequest { server };
+    let answer = repeat(&session.ui, async || {
+        session
+            .agent
+            .servers()
+            .get_server_drift(ask(request.clone()))
+            .await
+    });
+    session.ui.result(&answer.await?, |drift| {
+        if drift.unknown {
+            return "Nothing is known yet of how it was defined.\n".to_owned();
+        }
+        if !drift.drifted {
+            return "The definition is as it is known.\n".to_owned();
+        }
+        let since = match &drift.since {
+            Some(since) => format!("Changed since {} at the latest:\n", show_time(Some(since))),
+            None => "Changed:\n".to_owned(),
+        };
+        since + &diff(&drift.diff, session.ui.colour())
+    })
+}
+
 /// Every page as one answer.
 async fn list(session: &Session, args: ListServers) -> Result<(), Failure> {
     let mut request = v1::ListServersRequest {
@@ -179,6 +252,10 @@ async fn list(session: &Session, args: ListServers) -> Result<(), Failure> {
         vm_states: args.vm_states.iter().map(|state| state.api()).collect(),
         power_states: args.power_states.iter().map(|state| state.api()).collect(),
         origin: args.origin.map_or(0, |origin| origin.api()),
+        tags: args.tags,
+        locked: args.locked,
+        project_id: args.project,
+        metadata: requests::map("--metadata", &args.metadata)?,
     };
     let mut all = v1::ListServersResponse::default();
     pages(async |page_token| {

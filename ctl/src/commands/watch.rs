@@ -127,6 +127,7 @@ fn line(event: &v1::Event) -> String {
         }
         Some(Change::ServerRemoved(removed)) => format!("removed by {}", removed.action),
         Some(Change::Operation(operation)) => operation_text(operation),
+        Some(Change::Guest(guest)) => guest_text(guest),
         None => "a change that this version does not know".to_owned(),
     };
     format!(
@@ -136,6 +137,36 @@ fn line(event: &v1::Event) -> String {
         clean(&event.server_id),
         clean(&what)
     )
+}
+
+fn guest_text(guest: &v1::GuestEvent) -> String {
+    let mut text = match guest.kind.as_str() {
+        "rebooted" => "the guest rebooted".to_owned(),
+        "watchdog" => "the guest's watchdog fired".to_owned(),
+        "io-error" => "an I/O error".to_owned(),
+        "panicked" => "the guest's kernel panicked".to_owned(),
+        "memory-lost" => {
+            "the guest was paused when its host went down: its memory is lost".to_owned()
+        }
+        other => other.to_owned(),
+    };
+    let add = |text: &mut String, before: &str, what: &str| {
+        if !what.is_empty() {
+            text.push_str(&format!("{before}{what}"));
+        }
+    };
+    add(&mut text, " on ", &guest.device);
+    add(&mut text, " of ", &guest.source);
+    add(&mut text, ": ", &guest.reason);
+    add(&mut text, "; done: ", &guest.action);
+    if guest.count > 1 {
+        text.push_str(&format!(
+            " ({} times since {})",
+            guest.count,
+            show_time(guest.first_time.as_ref())
+        ));
+    }
+    text
 }
 
 fn operation_text(operation: &Operation) -> String {

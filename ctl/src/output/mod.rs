@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Where the program writes: results on standard output, everything else on standard error.
 
+pub(crate) mod diagnostics;
+pub(crate) mod guest;
 pub(crate) mod json;
 pub(crate) mod show;
 pub(crate) mod table;

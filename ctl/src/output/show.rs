@@ -26,6 +26,21 @@ macro_rules! word {
     };
 }
 
+/// The boots in a console log.
+pub(crate) fn boots(log: &v1::GetConsoleLogResponse) -> String {
+    let mut table = Table::new(&["BOOT", "STARTED", "GUEST", "SIZE"]);
+    for boot in &log.boots {
+        let guest = if boot.rescue { "rescue" } else { "server" };
+        table.row([
+            boot.number.to_string(),
+            show_time(boot.start_time.as_ref()),
+            guest.to_owned(),
+            show_bytes(u64::try_from(boot.size).unwrap_or(0)),
+        ]);
+    }
+    table.render()
+}
+
 /// A power state's word.
 pub(crate) fn power_word(state: i32) -> String {
     word!(PowerState, "POWER_STATE_", state)
@@ -90,10 +105,11 @@ fn power_line(power: &v1::PowerObservation) -> String {
             format!("{word} ({why}); last known {last}, {age} ({time})")
         };
     }
-    let reason = if power.reason.is_empty() {
-        String::new()
-    } else {
-        format!(" ({})", power.reason)
+    let reason = match power.reason.strip_prefix("ioerror") {
+        _ if power.reason.is_empty() => String::new(),
+        // libvirt's word, and what the agent has asked besides.
+        Some(disks) => format!(" (I/O error{disks})"),
+        None => format!(" ({})", power.reason),
     };
     let how = match v1::ObservationSource::try_from(power.source) {
         Ok(v1::ObservationSource::Event) => ", reported by libvirt",
@@ -160,7 +176,29 @@ pub(crate) fn server(server: &v1::Server) -> String {
         .add(
             "power",
             server.power.as_ref().map(power_line).unwrap_or_default(),
-        )
+        );
+    if let Some(mismatch) = &server.mismatch {
+        fields.add(
+            "mismatch",
+            format!(
+                "{} since {}: {}",
+                mismatch.kind.replace('-', " "),
+                show_time(mismatch.since.as_ref()),
+                mismatch.advice
+            ),
+        );
+    }
+    if let Some(since) = &server.drift_time {
+        fields.add(
+            "drift",
+            format!(
+                "the definition was changed past the agent, since {} at the latest (salvor server drift {})",
+                show_time(Some(since)),
+                server.id
+            ),
+        );
+    }
+    fields
         .add(
             "origin",
             word!(ServerOrigin, "SERVER_ORIGIN_", server.origin).to_lowercase(),
@@ -168,6 +206,7 @@ pub(crate) fn server(server: &v1::Server) -> String {
         .add("domain", &server.domain_name)
         .add("image", &server.image_id)
         .add("host name", &server.hostname);
+    record_fields(&mut fields, server);
     hardware_fields(&mut fields, server);
     if let Some(rescue) = &server.rescue {
         rescue_fields(&mut fields, rescue);
@@ -183,6 +222,86 @@ pub(crate) fn server(server: &v1::Server) -> String {
         .add("created", show_time(server.create_time.as_ref()))
         .add("changed", show_time(server.update_time.as_ref()));
     fields.render()
+}
+
+/// What people say of a server.
+fn record_fields(fields: &mut Fields, server: &v1::Server) {
+    let timeout = server.shutdown_timeout.as_ref().and_then(from_api);
+    let autostart = match (server.autostart, server.autostart_order) {
+        (false, _) => String::new(),
+        (true, None) => "yes".to_owned(),
+        (true, Some(order)) => format!("yes, place {order}"),
+    };
+    fields
+        .add("description", &server.description)
+        .add("project", &server.project_id)
+        .add("user", &server.user_id)
+        .add("tags", server.tags.join(", "))
+        .add(
+            "address",
+            words(&[&server.access_ipv4, &server.access_ipv6]),
+        )
+        .add(
+            "shutdown time",
+            timeout.map(show_duration).unwrap_or_default(),
+        )
+        .add("autostart", autostart);
+    if let Some(lock) = &server.lock {
+        let by = word!(LockOwner, "LOCK_OWNER_", lock.locked_by).to_lowercase();
+        let until = match &lock.expire_time {
+            Some(time) => format!(", until {}", show_time(Some(time))),
+            None => String::new(),
+        };
+        let since = show_time(lock.create_time.as_ref());
+        fields
+            .add("locked", format!("by {by}, since {since}{until}"))
+            .add("locked because", &lock.reason);
+    }
+    if let Some(deletion) = &server.soft_deletion {
+        fields
+            .add("deleted", show_time(deletion.delete_time.as_ref()))
+            .add(
+                "removed at",
+                format!(
+                    "{} (restore it before)",
+                    show_time(deletion.reclaim_time.as_ref())
+                ),
+            )
+            .add(
+                "comes back",
+                words(&[
+                    &word!(VmState, "VM_STATE_", deletion.vm_state),
+                    &power_word(deletion.power_state),
+                ]),
+            );
+    }
+}
+
+/// What the host shows of a server whose state was reset.
+fn report_fields(fields: &mut Fields, report: &v1::HostReport) {
+    let reason = match report.power_reason.as_str() {
+        "" => String::new(),
+        reason => format!("({reason})"),
+    };
+    let definition = match (report.defined, report.rescue_domain) {
+        (true, true) => "there, a rescue's",
+        (true, false) => "there",
+        (false, _) if report.unknown.is_empty() => "not there",
+        (false, _) => "",
+    };
+    fields
+        .add(
+            "host shows",
+            words(&[&power_word(report.power_state), &reason]),
+        )
+        .add("definition", definition);
+    if report.saved_memory {
+        fields.add("saved memory", "waits for the next start");
+    }
+    for disk in &report.missing_disks {
+        fields.add("missing disk", words(&[&disk.target, &disk.source]));
+    }
+    fields.add("not known", &report.unknown);
 }
 
 /// Size, disks and interfaces.
@@ -410,6 +529,19 @@ pub(crate) fn host(host: &v1::Host) -> String {
             words(&[&call.call, &about, &format!("({age})")]),
         );
     }
+    if let Some(autostart) = &host.autostart {
+        fields.add(
+            "after reboot",
+            format!(
+                "{} started, {} waiting, {} left alone, {} failed",
+                autostart.started, autostart.waiting, autostart.left_alone, autostart.failed
+            ),
+        );
+        for note in &autostart.notes {
+            let note = format!("{} {}: {}", note.server_id, note.state, note.message);
+            fields.add("", note);
+        }
+    }
     fields.add("revision", host.revision.to_string());
     fields.render()
 }
@@ -462,6 +594,8 @@ pub(crate) fn operations(
         "STEPS",
         "BEGAN",
         "TOOK",
+        "FOR",
+        "ERROR",
     ]);
     for operation in &list.operations {
         let metadata = metadata(operation);
@@ -484,9 +618,23 @@ pub(crate) fn operations(
             between(metadata.create_time.as_ref(), metadata.end_time.as_ref())
                 .map(show_duration)
                 .unwrap_or_default(),
+            for_whom(&metadata.user_id, &metadata.project_id),
+            match &operation.result {
+                Some(Outcome::Error(error)) => error.message.clone(),
+                _ => String::new(),
+            },
         ]);
     }
     table.render()
+}
+
+/// A user and a project, as far as they are known.
+fn for_whom(user: &str, project: &str) -> String {
+    match (user, project) {
+        (user, "") => user.to_owned(),
+        ("", project) => format!("project {project}"),
+        (user, project) => format!("{user} of {project}"),
+    }
 }
 
 /// `salvor operation show`.
@@ -496,10 +644,21 @@ pub(crate) fn operation(operation: &Operation) -> String {
     fields
         .add("operation", &operation.name)
         .add("action", &metadata.action)
+        .add(
+            "Nova's name",
+            Some(&metadata.instance_action)
+                .filter(|name| **name != metadata.action)
+                .cloned()
+                .unwrap_or_default(),
+        )
         .add("server", &metadata.server_id)
         .add("state", operation_word(metadata.state))
         .add("request id", &metadata.request_id)
         .add("asked by", &metadata.caller)
+        .add(
+            "asked for",
+            for_whom(&metadata.user_id, &metadata.project_id),
+        )
         .add("began", show_time(metadata.create_time.as_ref()));
     if metadata.end_time.is_some() {
         fields.add("ended", show_time(metadata.end_time.as_ref()));
@@ -576,6 +735,9 @@ pub(crate) fn outcome(operation: &Operation) -> String {
                 },
             );
         }
+    }
+    if let Some(report) = &result.host {
+        report_fields(&mut fields, report);
     }
     fields.add(
         "guest",

@@ -95,7 +95,6 @@ pub fn running() -> Operation {
 }
 
 pub fn done() -> Operation {
-    use v1::StepState::Done;
     let mut server = server("web-1");
     server.status = "RESCUE".into();
     server.rescue = Some(v1::RescueInfo {
@@ -109,10 +108,17 @@ pub fn done() -> Operation {
     let result = v1::ActionResult {
         server: Some(server),
         guest_stop: v1::GuestStop::ByItself.into(),
+        host: None,
     };
+    ended_with(&result)
+}
+
+/// An operation that ended with this result.
+pub fn ended_with(result: &v1::ActionResult) -> Operation {
+    use v1::StepState::Done;
     Operation {
         done: true,
-        result: Some(Outcome::Response(Any::from_msg(&result).unwrap())),
+        result: Some(Outcome::Response(Any::from_msg(result).unwrap())),
         ..operation(v1::OperationState::Done, Done, Done)
     }
 }

@@ -11,10 +11,12 @@
 )]
 
 mod actions;
+mod console;
 mod exit_codes;
 mod images;
 mod made;
 mod mock;
 mod passwords;
 mod reading;
+mod record;
 mod run;

@@ -16,6 +16,7 @@ use salvor_proto::{
     },
     v1::{
         self,
+        console_service_server::ConsoleServiceServer,
         host_service_server::{HostService, HostServiceServer},
         image_service_server::{ImageService, ImageServiceServer},
         import_image_request::Part,
@@ -45,6 +46,7 @@ pub struct State {
     pub warnings: Vec<v1::Warning>,
     pub plan: v1::PlanActionResponse,
     pub events: Vec<v1::WatchEventsResponse>,
+    pub console: crate::console::Says,
     /// Every call on a server, and imports, are refused with this.
     pub refusal: Option<(Code, String, ErrorDetails)>,
     /// Actions are taken but never answered.
@@ -61,6 +63,12 @@ pub struct State {
     pub reboots: Vec<v1::RebootServerRequest>,
     pub passwords: Vec<v1::ChangeServerPasswordRequest>,
     pub plans: Vec<v1::PlanActionRequest>,
+    pub locks: Vec<v1::LockServerRequest>,
+    pub updates: Vec<v1::UpdateServerRequest>,
+    pub resets: Vec<v1::ResetServerStateRequest>,
+    pub abandons: Vec<v1::AbandonOperationRequest>,
+    /// Role, user and project of calls that change a record.
+    pub for_whom: Vec<[Option<String>; 3]>,
     pub lists: Vec<v1::ListServersRequest>,
     /// The filters of the lists of operations that were asked for.
     pub filters: Vec<String>,
@@ -74,7 +82,7 @@ pub struct State {
 }
 
 #[derive(Clone, Debug)]
-struct Services(Arc<watch::Sender<State>>);
+pub struct Services(Arc<watch::Sender<State>>);
 
 /// The agent.
 #[derive(Debug)]
@@ -124,6 +132,7 @@ impl Mock {
                     .add_service(ImageServiceServer::new(services.clone()))
                     .add_service(HostServiceServer::new(services.clone()))
                     .add_service(WatchServiceServer::new(services.clone()))
+                    .add_service(ConsoleServiceServer::new(services.clone()))
                     .add_service(OperationsServer::new(services))
                     .serve_with_incoming(UnixListenerStream::new(listener));
                 tokio::select! {
@@ -176,7 +185,7 @@ impl Services {
     }
 
     /// Notes a call and refuses it if calls are to be refused.
-    fn call(&self, name: &'static str, note: impl FnOnce(&mut State)) -> Result<State, Status> {
+    pub fn call(&self, name: &'static str, note: impl FnOnce(&mut State)) -> Result<State, Status> {
         self.0.send_modify(|state| {
             state.calls.push(name);
             note(state);
@@ -227,10 +236,31 @@ fn late() -> Status {
     )
 }
 
-type Answer<T> = Result<Response<T>, Status>;
+/// The role, the user and the project that a call names.
+fn for_whom<T>(request: &Request<T>) -> [Option<String>; 3] {
+    ["role", "user", "project"].map(|what| {
+        let value = request.metadata().get(format!("x-salvor-{what}"))?;
+        Some(value.to_str().unwrap().to_owned())
+    })
+}
+
+pub type Answer<T> = Result<Response<T>, Status>;
 
 #[tonic::async_trait]
 impl ServerService for Services {
+    async fn get_server_diagnostics(
+        &self,
+        request: Request<v1::GetServerDiagnosticsRequest>,
+    ) -> Answer<v1::GetServerDiagnosticsResponse> {
+        let definitions = request.get_ref().definitions;
+        let state = self.call("diagnostics", |_| ())?;
+        let mut answer = state.console.diagnostics;
+        if !definitions {
+            answer.inactive_definition.clear();
+        }
+        Ok(Response::new(answer))
+    }
+
     async fn create_server(
         &self,
         request: Request<v1::CreateServerRequest>,
@@ -300,6 +330,49 @@ impl ServerService for Services {
                 String::new()
             },
             servers: state.servers.into_iter().skip(from).take(2).collect(),
+        }))
+    }
+
+    async fn get_server_drift(
+        &self,
+        request: Request<v1::GetServerDriftRequest>,
+    ) -> Answer<v1::GetServerDriftResponse> {
+        let state = self.call("drift", |_| ())?;
+        let name = request.into_inner().server;
+        let server = state.servers.into_iter().find(|server| server.name == name);
+        let since = server.and_then(|server| server.drift_time);
+        Ok(Response::new(v1::GetServerDriftResponse {
+            drifted: since.is_some(),
+            diff: match since {
+                Some(_) => "--- before\n+++ after\n@@ -1 +1 @@\n-<vcpu>1\n+<vcpu>2\n".into(),
+                None => String::new(),
+            },
+            since,
+            unknown: false,
+        }))
+    }
+
+    async fn accept_server_drift(
+        &self,
+        request: Request<v1::AcceptServerDriftRequest>,
+    ) -> Answer<v1::AcceptServerDriftResponse> {
+        let state = self
+            .accept("accept-drift", &request.get_ref().request_id, |_| ())
+            .await?;
+        Ok(Response::new(v1::AcceptServerDriftResponse {
+            operation: Some(state.operation),
+        }))
+    }
+
+    async fn restore_server_definition(
+        &self,
+        request: Request<v1::RestoreServerDefinitionRequest>,
+    ) -> Answer<v1::RestoreServerDefinitionResponse> {
+        let state = self
+            .accept("restore-definition", &request.get_ref().request_id, |_| ())
+            .await?;
+        Ok(Response::new(v1::RestoreServerDefinitionResponse {
+            operation: Some(state.operation),
         }))
     }
 
@@ -481,6 +554,104 @@ impl ServerService for Services {
     ) -> Answer<v1::PlanActionResponse> {
         let state = self.call("plan", |state| state.plans.push(request.into_inner()))?;
         Ok(Response::new(state.plan))
+    }
+
+    async fn abandon_operation(
+        &self,
+        request: Request<v1::AbandonOperationRequest>,
+    ) -> Answer<v1::AbandonOperationResponse> {
+        let state = self.call("abandon", |state| state.abandons.push(request.into_inner()))?;
+        Ok(Response::new(v1::AbandonOperationResponse {
+            operation: Some(state.operation),
+        }))
+    }
+
+    async fn unlock_server(
+        &self,
+        request: Request<v1::UnlockServerRequest>,
+    ) -> Answer<v1::UnlockServerResponse> {
+        let id = &request.get_ref().request_id;
+        let state = self.accept("unlock", id, |_| ()).await?;
+        Ok(Response::new(v1::UnlockServerResponse {
+            operation: Some(state.operation),
+        }))
+    }
+
+    async fn restore_server(
+        &self,
+        request: Request<v1::RestoreServerRequest>,
+    ) -> Answer<v1::RestoreServerResponse> {
+        let id = &request.get_ref().request_id;
+        let state = self.accept("restore", id, |_| ()).await?;
+        Ok(Response::new(v1::RestoreServerResponse {
+            operation: Some(state.operation),
+        }))
+    }
+
+    async fn force_delete_server(
+        &self,
+        request: Request<v1::ForceDeleteServerRequest>,
+    ) -> Answer<v1::ForceDeleteServerResponse> {
+        let id = &request.get_ref().request_id;
+        let state = self.accept("force delete", id, |_| ()).await?;
+        Ok(Response::new(v1::ForceDeleteServerResponse {
+            operation: Some(state.operation),
+            warnings: state.warnings,
+        }))
+    }
+
+    async fn lock_server(
+        &self,
+        request: Request<v1::LockServerRequest>,
+    ) -> Answer<v1::LockServerResponse> {
+        let headers = for_whom(&request);
+        let request = request.into_inner();
+        let id = request.request_id.clone();
+        let state = self
+            .accept("lock_server", &id, |state| {
+                state.locks.push(request);
+                state.for_whom.push(headers);
+            })
+            .await?;
+        Ok(Response::new(v1::LockServerResponse {
+            operation: Some(state.operation),
+        }))
+    }
+
+    async fn update_server(
+        &self,
+        request: Request<v1::UpdateServerRequest>,
+    ) -> Answer<v1::UpdateServerResponse> {
+        let headers = for_whom(&request);
+        let request = request.into_inner();
+        let id = request.request_id.clone();
+        let state = self
+            .accept("update_server", &id, |state| {
+                state.updates.push(request);
+                state.for_whom.push(headers);
+            })
+            .await?;
+        Ok(Response::new(v1::UpdateServerResponse {
+            operation: Some(state.operation),
+        }))
+    }
+
+    async fn reset_server_state(
+        &self,
+        request: Request<v1::ResetServerStateRequest>,
+    ) -> Answer<v1::ResetServerStateResponse> {
+        let headers = for_whom(&request);
+        let request = request.into_inner();
+        let id = request.request_id.clone();
+        let state = self
+            .accept("reset_server_state", &id, |state| {
+                state.resets.push(request);
+                state.for_whom.push(headers);
+            })
+            .await?;
+        Ok(Response::new(v1::ResetServerStateResponse {
+            operation: Some(state.operation),
+        }))
     }
 }
 

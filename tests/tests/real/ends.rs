@@ -275,12 +275,12 @@ pub(crate) fn ticks(console: &mut Console) -> u16 {
 }
 
 /// A small file system on the host, as the machine sees it: the host's mounts are its own.
-struct SmallDisk {
-    outside: PathBuf,
+pub(crate) struct SmallDisk {
+    pub(crate) outside: PathBuf,
 }
 
 impl SmallDisk {
-    fn mount(host: &TestHost, at: &Path, options: &str) -> Self {
+    pub(crate) fn mount(host: &TestHost, at: &Path, options: &str) -> Self {
         fs::create_dir_all(at).unwrap();
         let log = at.with_extension("mount.log");
         let arguments = ["-t", "tmpfs", "-o", options, "tmpfs", at.to_str().unwrap()];
@@ -302,7 +302,7 @@ impl SmallDisk {
     }
 
     /// Takes every byte that is left.
-    fn use_up_bytes(&self) -> PathBuf {
+    pub(crate) fn use_up_bytes(&self) -> PathBuf {
         let path = self.outside.join("filler");
         let mut filler = fs::File::create(&path).unwrap();
         for size in [1 << 20, 1 << 12, 1] {

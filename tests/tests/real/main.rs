@@ -12,9 +12,12 @@
 
 mod actor;
 mod adopted;
+mod autostart;
+mod console;
 mod crash;
 mod create;
 mod deploy;
+mod drift;
 mod ends;
 mod faults;
 mod firmware;
@@ -23,9 +26,11 @@ mod fuzz;
 mod harness;
 mod images;
 mod lifecycle;
+mod observe;
 mod owners;
 mod password;
 mod power;
+mod record;
 mod rescue;
 mod rescue_modes;
 mod scene;

@@ -15,8 +15,7 @@ use super::{
 use crate::{
     api::errors::operation_error,
     core::{
-        action::Verb,
-        operation::{OperationRecord, OperationState, StepRecord},
+        operation::{HostReport, OperationRecord, OperationState, StepRecord},
         reason::{Reason, Refusal, Warning},
         record::ServerRecord,
     },
@@ -49,7 +48,7 @@ pub(in crate::api) fn operation(
 ) -> longrunning::Operation {
     let metadata = v1::OperationMetadata {
         server_id: record.server.to_string(),
-        action: record.verb.action_name().to_owned(),
+        action: record.verb.name().to_owned(),
         request_id: record.request_id.clone().unwrap_or_default(),
         state: record.state.wire(),
         steps: record
@@ -69,6 +68,9 @@ pub(in crate::api) fn operation(
         warnings: warnings(&record.warnings),
         recoveries: record.recoveries,
         caller: record.caller.clone(),
+        user_id: record.user.clone(),
+        project_id: record.project.clone(),
+        instance_action: record.verb.name().to_owned(),
     };
     longrunning::Operation {
         name: operation_name(record.id),
@@ -81,16 +83,14 @@ pub(in crate::api) fn operation(
 fn outcome(record: &OperationRecord, now: Option<&ServerRecord>) -> Option<Outcome> {
     match record.state {
         OperationState::Running | OperationState::Reverting | OperationState::CleaningUp => None,
-        OperationState::Done => {
-            let gone = matches!(record.verb, Verb::Delete | Verb::Release);
-            Some(Outcome::Response(any(&v1::ActionResult {
-                server: now.filter(|_| !gone).map(server),
-                guest_stop: record
-                    .guest_stop
-                    .map(|stop| stop.wire())
-                    .unwrap_or_default(),
-            })))
-        }
+        OperationState::Done => Some(Outcome::Response(any(&v1::ActionResult {
+            server: now.filter(|_| !record.verb.removes_record()).map(server),
+            guest_stop: record
+                .guest_stop
+                .map(|stop| stop.wire())
+                .unwrap_or_default(),
+            host: record.host.as_ref().map(host),
+        }))),
         OperationState::Failed | OperationState::Cancelled => {
             // Each of these is written with its reason; a record without one still gets an error.
             let unknown = Refusal::new(
@@ -105,6 +105,25 @@ fn outcome(record: &OperationRecord, now: Option<&ServerRecord>) -> Option<Outco
                 record.error.as_ref().unwrap_or(&unknown),
             )))
         }
+    }
+}
+
+fn host(report: &HostReport) -> v1::HostReport {
+    v1::HostReport {
+        power_state: report.power.wire(),
+        power_reason: report.power_reason.clone(),
+        defined: report.defined,
+        rescue_domain: report.rescue_domain,
+        saved_memory: report.saved_memory,
+        missing_disks: report
+            .missing_disks
+            .iter()
+            .map(|(target, source)| v1::MissingDisk {
+                target: target.clone(),
+                source: source.clone(),
+            })
+            .collect(),
+        unknown: report.unknown.clone(),
     }
 }
 
@@ -128,7 +147,10 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::{api::convert::server::tests::record as server_record, core::operation::StepState};
+    use crate::{
+        api::convert::server::tests::record as server_record,
+        core::{action::Verb, operation::StepState},
+    };
 
     fn record(verb: Verb, state: OperationState) -> OperationRecord {
         let step = StepRecord {
@@ -157,6 +179,9 @@ mod tests {
             server_goes: false,
             recoveries: 0,
             warnings: Vec::new(),
+            user: "u".to_owned(),
+            project: "p".to_owned(),
+            host: None,
         }
     }
 
@@ -183,10 +208,8 @@ mod tests {
                 panic!("{verb}")
             };
             let result: v1::ActionResult = response.to_msg().unwrap();
-            assert_eq!(
-                result.server.is_none(),
-                matches!(verb, Verb::Delete | Verb::Release)
-            );
+            let removes = [Verb::Delete, Verb::ForceDelete, Verb::Release];
+            assert_eq!(result.server.is_none(), removes.contains(verb), "{verb}");
         }
     }
 

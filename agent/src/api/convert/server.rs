@@ -1,11 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Servers as messages.
 
+use std::time::Duration;
+
 use salvor_proto::v1;
 
-use super::{states::Wire as _, time::timestamp};
+use super::{
+    states::Wire as _,
+    time::{duration, timestamp},
+};
 use crate::core::{
-    record::{DiskSummary, Fault, NicSummary, RescueRecord, ServerRecord},
+    record::{DiskSummary, Fault, Lock, NicSummary, RescueRecord, ServerRecord, SoftDeletion},
     state::PowerObservation,
 };
 
@@ -48,6 +53,49 @@ pub(in crate::api) fn server(record: &ServerRecord) -> v1::Server {
             .map(|(key, value)| (key.clone(), value.clone()))
             .collect(),
         hostname: record.hostname.clone(),
+        drift_time: record.drift_since_ms.map(timestamp),
+        mismatch: record.mismatch.map(|mismatch| v1::Mismatch {
+            kind: mismatch.what.name().to_owned(),
+            advice: mismatch.what.advice().to_owned(),
+            since: Some(timestamp(mismatch.since_ms)),
+        }),
+        project_id: record.owner.project_id.clone(),
+        user_id: record.owner.user_id.clone(),
+        lock: record.lock.as_ref().map(lock),
+        description: record.description.clone().unwrap_or_default(),
+        tags: record.tags.clone(),
+        access_ipv4: shown(record.access_ipv4),
+        access_ipv6: shown(record.access_ipv6),
+        shutdown_timeout: record
+            .shutdown_timeout_ms
+            .map(|ms| duration(Duration::from_millis(ms))),
+        autostart: record.autostart,
+        autostart_order: record.autostart_order,
+        soft_deletion: record.deletion.as_ref().map(deletion),
+    }
+}
+
+fn shown(address: Option<impl std::fmt::Display>) -> String {
+    address
+        .map(|address| address.to_string())
+        .unwrap_or_default()
+}
+
+fn lock(lock: &Lock) -> v1::ServerLock {
+    v1::ServerLock {
+        locked_by: lock.by.wire(),
+        reason: lock.reason.clone().unwrap_or_default(),
+        create_time: Some(timestamp(lock.at_ms)),
+        expire_time: lock.expires_at_ms.map(timestamp),
+    }
+}
+
+fn deletion(deletion: &SoftDeletion) -> v1::SoftDeletion {
+    v1::SoftDeletion {
+        delete_time: Some(timestamp(deletion.at_ms)),
+        reclaim_time: Some(timestamp(deletion.reclaim_at_ms)),
+        vm_state: deletion.vm_state.wire(),
+        power_state: deletion.power.wire(),
     }
 }
 
@@ -135,7 +183,7 @@ pub(in crate::api) mod tests {
     use super::*;
     use crate::core::{
         password::CryptHash,
-        record::{Flavor, Origin, Protection, RescueBus, RescueDevice, RescueMode},
+        record::{Flavor, Origin, Owner, Protection, RescueBus, RescueDevice, RescueMode},
         state::{ObservationSource, PowerState, TaskState, VmState},
     };
 
@@ -207,6 +255,18 @@ pub(in crate::api) mod tests {
             metadata: BTreeMap::from([("k".to_owned(), "v".to_owned())]),
             hostname: "web".to_owned(),
             public_keys: BTreeMap::new(),
+            mismatch: None,
+            owner: Owner::default(),
+            lock: None,
+            description: None,
+            tags: Vec::new(),
+            access_ipv4: None,
+            access_ipv6: None,
+            shutdown_timeout_ms: None,
+            autostart: true,
+            autostart_order: None,
+            deletion: None,
+            drift_since_ms: None,
         }
     }
 

@@ -11,8 +11,8 @@ use crate::core::{
     operation::{GuestStop, OperationState, StepState},
     reason::Refusal,
     record::{
-        Origin, OverlayDisposition, PasswordDelivery, Protection, RescueBus, RescueDevice,
-        RescueMode,
+        LockOwner, Origin, OverlayDisposition, PasswordDelivery, Protection, RescueBus,
+        RescueDevice, RescueMode,
     },
     state::{ObservationSource, PowerState, VmState},
 };
@@ -98,4 +98,5 @@ wire! {
     }
     GuestStop = GuestStop { WasOff = WasOff, ByItself = ByItself, Forced = Forced }
     ImageFormat = ImageFormat { Raw = Raw, Qcow2 = Qcow2, Iso = Iso }
+    LockOwner = LockOwner { Owner = Owner, Admin = Admin }
 }

@@ -8,7 +8,7 @@ use crate::core::{
     action::{AdoptArgs, Verb},
     devices::devices,
     facts::Facts,
-    plan::{Outcome, Plan},
+    plan::{Outcome, Phase, Plan, Step},
     reason::{Reason, Refusal},
     record::{Devices, Flavor, Origin, ServerRecord},
     state::{ObservationSource, PowerObservation, VmState},
@@ -47,6 +47,7 @@ pub(super) fn plan(args: &AdoptArgs, facts: &Facts) -> Result<Plan, Refusal> {
         disks,
         nics,
         guest_agent,
+        ..
     } = devices(&parsed);
     let now = facts.host.now_ms;
     let record = ServerRecord {
@@ -87,8 +88,27 @@ pub(super) fn plan(args: &AdoptArgs, facts: &Facts) -> Result<Plan, Refusal> {
         hostname: String::new(),
         public_keys: BTreeMap::new(),
         guest_agent,
+        mismatch: None,
+        owner: facts.owner(),
+        lock: None,
+        description: None,
+        tags: Vec::new(),
+        access_ipv4: None,
+        access_ipv6: None,
+        shutdown_timeout_ms: None,
+        autostart: true,
+        autostart_order: None,
+        deletion: None,
+        drift_since_ms: None,
     };
-    Ok(Builder::new(Verb::Adopt, domain.id, facts).ends(Outcome::Insert(Box::new(record))))
+    let mut builder = Builder::new(Verb::Adopt, domain.id, facts);
+    builder.step(
+        Phase::Prepare,
+        Step::KnowDefinition {
+            xml: domain.xml.clone(),
+        },
+    );
+    Ok(builder.ends(Outcome::Insert(Box::new(record))))
 }
 
 /// Forgets the record.

@@ -404,6 +404,7 @@ fn record(args: &CreateArgs, facts: &Facts, rendered: &Domain) -> ServerRecord {
         disks,
         nics,
         guest_agent,
+        ..
     } = devices(rendered);
     let now = facts.host.now_ms;
     ServerRecord {
@@ -436,5 +437,17 @@ fn record(args: &CreateArgs, facts: &Facts, rendered: &Domain) -> ServerRecord {
         hostname: args.hostname.clone(),
         public_keys: args.public_keys.clone(),
         guest_agent,
+        mismatch: None,
+        owner: facts.owner(),
+        lock: None,
+        description: None,
+        tags: Vec::new(),
+        access_ipv4: None,
+        access_ipv6: None,
+        shutdown_timeout_ms: None,
+        autostart: true,
+        autostart_order: None,
+        deletion: None,
+        drift_since_ms: None,
     }
 }

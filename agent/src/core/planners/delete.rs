@@ -18,9 +18,9 @@ use crate::core::{
 ///
 /// # Errors
 /// Only where it would take the last whole copy of a disk that stays, and cannot yet make that whole.
-pub(super) fn plan(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refusal> {
+pub(super) fn plan(verb: Verb, server: &ServerRecord, facts: &Facts) -> Result<Plan, Refusal> {
     let begun = begun_commits(server, facts)?;
-    let mut builder = Builder::new(Verb::Delete, server.id, facts);
+    let mut builder = Builder::new(verb, server.id, facts);
     if let Some(domain) = &facts.domain {
         let at_once = Shutdown {
             timeout_ms: 0,
@@ -47,6 +47,7 @@ pub(super) fn plan(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refusal
             Phase::Switch,
             Step::UndefineDomain {
                 before: domain.xml.clone(),
+                tpm_goes: server.origin == Origin::Created,
             },
         );
     }

@@ -5,12 +5,16 @@
 //! A planner refuses what it can see to be impossible; what it returns is meant to succeed.
 
 mod adopt;
+mod comeback;
 mod create;
 mod delete;
+mod drift;
 mod password;
 mod power;
 mod protect;
+mod record;
 mod rescue;
+mod soft_delete;
 mod unrescue;
 
 use salvor_domain_templates::{Domain, Templates};
@@ -45,7 +49,8 @@ pub fn plan(
         (Action::Create(args), None) => create::plan(args, facts, templates),
         (Action::Adopt(args), None) => adopt::plan(args, facts),
         (Action::Release, Some(server)) => Ok(adopt::release(server, facts)),
-        (Action::Delete, Some(server)) => delete::plan(server, facts),
+        (Action::Delete, Some(server)) => delete::plan(Verb::Delete, server, facts),
+        (Action::ForceDelete, Some(server)) => delete::plan(Verb::ForceDelete, server, facts),
         (Action::Start, Some(server)) => power::start(server, facts),
         (Action::Stop(shutdown), Some(server)) => Ok(power::stop(server, *shutdown, facts)),
         (Action::Rescue(args), Some(server)) => rescue::plan(server, args, facts, templates),
@@ -60,6 +65,17 @@ pub fn plan(
         (Action::CrashDump, Some(server)) => power::crash_dump(server, facts),
         (Action::DumpMemory, Some(server)) => power::dump_memory(server, facts),
         (Action::ChangePassword(args), Some(server)) => password::change(server, args, facts),
+        (Action::Lock(args), Some(server)) => Ok(record::lock(server, args, facts)),
+        (Action::Unlock { only_expired }, Some(server)) => {
+            Ok(record::unlock(server, *only_expired, facts))
+        }
+        (Action::Update(fields), Some(server)) => Ok(record::update(server, fields, facts)),
+        (Action::ResetState(to), Some(server)) => record::reset(server, *to, facts),
+        (Action::SoftDelete, Some(server)) => Ok(soft_delete::plan(server, facts)),
+        (Action::Restore, Some(server)) => soft_delete::restore(server, facts),
+        (Action::AcceptDrift, Some(server)) => drift::accept(server, facts),
+        (Action::RestoreDefinition, Some(server)) => drift::restore(server, facts),
+        (Action::StartRescue, Some(server)) => comeback::start_rescue(server, facts),
         (Action::Create(_) | Action::Adopt(_), Some(server)) => Err(Refusal::new(
             Reason::ServerExists,
             format!("there is a server {} already", server.id),
@@ -80,7 +96,17 @@ pub fn plan(
             | Action::Resume
             | Action::CrashDump
             | Action::DumpMemory
-            | Action::ChangePassword(_),
+            | Action::ChangePassword(_)
+            | Action::Lock(_)
+            | Action::Unlock { .. }
+            | Action::ResetState(_)
+            | Action::SoftDelete
+            | Action::Restore
+            | Action::ForceDelete
+            | Action::Update(_)
+            | Action::AcceptDrift
+            | Action::RestoreDefinition
+            | Action::StartRescue,
             None,
         ) => Err(Refusal::new(
             Reason::ServerNotFound,

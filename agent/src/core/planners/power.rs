@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Power: start, stop, reboot, and the guest's memory stopped, saved and brought back.
 
-use super::{Builder, need_domain, read_domain};
+use salvor_domain_templates::same_but_for_the_name;
+
+use super::{Builder, drift::named_like, need_domain, read_domain};
 use crate::core::{
     action::{RebootArgs, Shutdown, Verb},
+    devices::own_devices,
     facts::{DomainFacts, Facts},
     plan::{Mark, Outcome, Phase, Plan, RescueChange, Step},
     reason::{Reason, Refusal, Warning, WarningName},
-    record::ServerRecord,
+    record::{Origin, ServerRecord},
     state::{PowerState, VmState},
 };
 
@@ -88,7 +91,7 @@ pub(super) fn reboot(
     Ok(builder.becomes(VmState::Active, RescueChange::Keep))
 }
 
-/// Ends the guest and starts it again. Memory that was saved of it is lost: that is said.
+/// Ends the guest and starts it again, a created server with the definition that is known. Memory that was saved of it is lost: that is said.
 pub(super) fn hard_reboot(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refusal> {
     let domain = need_domain(server, facts)?;
     let mut builder = Builder::new(Verb::HardReboot, server.id, facts);
@@ -101,6 +104,24 @@ pub(super) fn hard_reboot(server: &ServerRecord, facts: &Facts) -> Result<Plan, 
                 server.id
             ),
         });
+    }
+    // What somebody changed past the agent goes with a created server (Nova makes the definition anew); one
+    // that was adopted is its owner's.
+    if server.origin == Origin::Created
+        && let Some(known) = &facts.known_xml
+    {
+        let xml = named_like(known, &domain.xml);
+        if !same_but_for_the_name(&domain.xml, &xml) {
+            builder.devices = own_devices(&xml);
+            builder.step(
+                Phase::Switch,
+                Step::DefineDomain {
+                    xml,
+                    mark: Mark::Own,
+                    before: Some(domain.xml.clone()),
+                },
+            );
+        }
     }
     builder.step(
         Phase::Switch,

@@ -40,6 +40,8 @@ impl Domain {
 pub(super) struct Guest {
     pub(super) acpi_requests_to_ignore: u32,
     pub(super) agent: bool,
+    /// Why its disk `vda` failed.
+    pub(super) disk_error: Option<&'static str>,
 }
 
 /// What is to happen to the next call of one name.

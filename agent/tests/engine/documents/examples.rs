@@ -5,15 +5,20 @@ use salvor_agent::{
     core::{
         action::{Shutdown, Verb},
         backing::References,
+        change::{FieldChange, RecordChange},
         image::{FileIdentity, ImageFormat, ImageRecord},
-        operation::{GuestStop, OperationRecord, OperationState, StepRecord, StepState},
+        incident::{Incident, IncidentKind, IncidentReport},
+        operation::{
+            GuestStop, HostReport, OperationRecord, OperationState, StepRecord, StepState,
+        },
         password::CryptHash,
         plan::{ConfigDriveSpec, Mark, Outcome, Phase, Plan, PlannedStep, RescueChange, Step},
         reason::{Reason, Refusal, Warning, WarningName},
+        reconcile::{Mismatch, Mismatched},
         record::{
-            Devices, DiskSummary, Fault, Flavor, NicSummary, Origin, Overlay, OverlayDisposition,
-            PasswordDelivery, Protection, RescueBus, RescueDevice, RescueDisk, RescueMode,
-            RescueRecord, ServerRecord,
+            Devices, DiskSummary, Fault, Flavor, Lock, LockOwner, NicSummary, Origin, Overlay,
+            OverlayDisposition, Owner, PasswordDelivery, Protection, RescueBus, RescueDevice,
+            RescueDisk, RescueMode, RescueRecord, ServerRecord, SoftDeletion,
         },
         state::{ObservationSource, PowerObservation, PowerState, TaskState, VmState},
     },
@@ -123,14 +128,7 @@ pub(super) fn server() -> ServerRecord {
         disks: disks(),
         nics: nics(),
         rescue: Some(rescue()),
-        fault: Some(Fault {
-            reason: Reason::RollbackFailed,
-            message: text("the disk is full"),
-            step: text("DefineDomain"),
-            revert_step: text("PowerOff"),
-            left_behind: vec![text("/d/rescue")],
-            at_ms: 1_700_000_004_000,
-        }),
+        fault: Some(fault()),
         operation: Some(PLAN),
         operation_verb: Some(Verb::Rescue),
         revision: 7,
@@ -141,6 +139,63 @@ pub(super) fn server() -> ServerRecord {
         hostname: text("web-1"),
         public_keys: [(text("laptop"), text("ssh-ed25519 AAAA"))].into(),
         guest_agent: true,
+        mismatch: Some(Mismatched {
+            what: Mismatch::IoError,
+            since_ms: 1_700_000_000_400,
+        }),
+        drift_since_ms: Some(1_700_000_000_500),
+        owner: Owner {
+            project_id: text("p-1"),
+            user_id: text("u-1"),
+        },
+        lock: Some(lock()),
+        description: Some(text("the first one")),
+        tags: vec![text("blue")],
+        access_ipv4: Some([192, 0, 2, 1].into()),
+        access_ipv6: Some([0x2001, 0xdb8, 0, 0, 0, 0, 0, 1].into()),
+        shutdown_timeout_ms: Some(90_000),
+        autostart: true,
+        autostart_order: Some(3),
+        deletion: Some(SoftDeletion {
+            vm_state: VmState::Error,
+            power: PowerState::Running,
+            fault: Some(fault()),
+            at_ms: 1_700_000_006_000,
+            reclaim_at_ms: 1_700_000_007_000,
+        }),
+    }
+}
+
+fn lock() -> Lock {
+    Lock {
+        by: LockOwner::Admin,
+        reason: Some(text("audit")),
+        at_ms: 1_700_000_001_000,
+        expires_at_ms: Some(1_700_000_009_000),
+    }
+}
+
+fn fault() -> Fault {
+    Fault {
+        reason: Reason::RollbackFailed,
+        message: text("the disk is full"),
+        step: text("DefineDomain"),
+        revert_step: text("PowerOff"),
+        left_behind: vec![text("/d/rescue")],
+        at_ms: 1_700_000_004_000,
+    }
+}
+
+fn host() -> HostReport {
+    HostReport {
+        power: PowerState::Shutdown,
+        power_reason: text("destroyed"),
+        defined: true,
+        rescue_domain: true,
+        saved_memory: true,
+        missing_disks: [(text("vda"), text("/d/disk"))].into(),
+        unknown: text("disk vdb cannot be looked at"),
+        at_ms: 1_700_000_003_000,
     }
 }
 
@@ -179,6 +234,9 @@ pub(super) fn operation() -> OperationRecord {
         server_goes: true,
         recoveries: 1,
         warnings: vec![warning()],
+        user: text("u-1"),
+        project: text("p-1"),
+        host: Some(host()),
     }
 }
 
@@ -291,6 +349,7 @@ fn switch() -> Vec<Step> {
         },
         Step::UndefineDomain {
             before: text("<domain/>"),
+            tpm_goes: true,
         },
         Step::StartDomain {
             mark: Mark::Own,
@@ -317,6 +376,9 @@ fn clean_up() -> Vec<Step> {
         },
         Step::DropSavedDefinition,
         Step::SetGuestTime,
+        Step::KnowDefinition {
+            xml: text("<domain/>"),
+        },
     ]
 }
 
@@ -339,6 +401,7 @@ pub(super) fn plans() -> Vec<(&'static str, Plan)> {
             disks: disks(),
             nics: nics(),
             guest_agent: true,
+            flavor: Some(server().flavor),
         }),
     };
     let every_step = Plan {
@@ -372,6 +435,47 @@ pub(super) fn plans() -> Vec<(&'static str, Plan)> {
                 PasswordDelivery::GuestAgent,
             ))),
         ),
+        ("nothing", with(Outcome::Record(RecordChange::Nothing))),
+        ("lock", with(Outcome::Record(RecordChange::Lock(lock())))),
+        ("unlock", with(Outcome::Record(RecordChange::Unlock))),
+        (
+            "update",
+            with(Outcome::Record(RecordChange::Update(vec![
+                FieldChange::Name(text("db-1")),
+                FieldChange::Description(Some(text("the first one"))),
+                FieldChange::Metadata([(text("role"), text("db"))].into()),
+                FieldChange::Tags(vec![text("blue")]),
+                FieldChange::AccessIpv4(Some([192, 0, 2, 1].into())),
+                FieldChange::AccessIpv6(None),
+                FieldChange::ShutdownTimeout(Some(90_000)),
+                FieldChange::Autostart(false),
+                FieldChange::AutostartOrder(Some(3)),
+            ]))),
+        ),
+        (
+            "reset",
+            with(Outcome::Record(RecordChange::Reset {
+                vm_state: VmState::Error,
+                fault: Some(fault()),
+                host: host(),
+            })),
+        ),
+        (
+            "soft-delete",
+            with(Outcome::SoftDelete {
+                vm_state: VmState::Active,
+                power: PowerState::Running,
+                fault: Some(fault()),
+                reclaim_in_ms: 3_600_000,
+            }),
+        ),
+        (
+            "restore",
+            with(Outcome::Restore {
+                vm_state: VmState::Active,
+                fault: Some(fault()),
+            }),
+        ),
     ];
     [("every-step", every_step)]
         .into_iter()
@@ -379,10 +483,25 @@ pub(super) fn plans() -> Vec<(&'static str, Plan)> {
         .collect()
 }
 
-pub(super) fn changes() -> [(&'static str, Change); 3] {
+pub(super) fn changes() -> [(&'static str, Change); 4] {
     [
         ("server", Change::Server(Box::new(server()))),
         ("removed", Change::Removed(Verb::Delete)),
+        (
+            "guest",
+            Change::Guest(IncidentReport {
+                incident: Incident::told(
+                    IncidentKind::IoError,
+                    "virtio-disk0",
+                    "/d",
+                    "no space",
+                    "pause",
+                ),
+                count: 2,
+                first_at_ms: 1_700_000_000_600,
+                last_at_ms: 1_700_000_000_700,
+            }),
+        ),
         ("operation", Change::Operation(Box::new(operation()))),
     ]
 }

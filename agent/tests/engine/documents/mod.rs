@@ -372,6 +372,24 @@ fn fields_that_came_later_mean_what_was_so_before() {
         ..server()
     };
     assert_eq!(without(&server(), "/fault", "revert_step"), expected);
+    // Servers of agents without the property are brought back after a reboot of the host.
+    assert!(without(&server(), "", "autostart").autostart);
+    for field in [
+        "owner",
+        "lock",
+        "description",
+        "tags",
+        "access_ipv4",
+        "access_ipv6",
+        "shutdown_timeout_ms",
+        "autostart_order",
+        "deletion",
+    ] {
+        without(&server(), "", field);
+    }
+    for field in ["user", "project", "host"] {
+        without(&operation(), "", field);
+    }
     let start = Step::StartDomain {
         mark: Mark::Own,
         fresh: true,

@@ -12,12 +12,13 @@ use salvor_proto::google::longrunning::{
 };
 use salvor_proto::v1::{
     AdoptServerRequest, ChangeServerPasswordRequest, CreateServerRequest, DeleteImageRequest,
-    DeleteServerRequest, Flavor, GetHostRequest, GetImageRequest, GetServerRequest, ImageSpec,
-    ImportImageFromPathRequest, ImportImageRequest, ListImagesRequest, ListServersRequest,
-    ListUnmanagedDomainsRequest, NetworkInterfaceSpec, PauseServerRequest, PlanActionRequest,
-    RebootServerRequest, ReleaseServerRequest, RescueServerRequest, StartServerRequest,
-    StopServerRequest, UnrescueServerRequest, WatchEventsRequest, import_image_request::Part,
-    network_interface_spec::Connection, plan_action_request::Action,
+    DeleteServerRequest, Flavor, GetConsoleLogRequest, GetHostRequest, GetImageRequest,
+    GetServerDiagnosticsRequest, GetServerRequest, ImageSpec, ImportImageFromPathRequest,
+    ImportImageRequest, ListImagesRequest, ListServersRequest, ListUnmanagedDomainsRequest,
+    NetworkInterfaceSpec, PauseServerRequest, PlanActionRequest, RebootServerRequest,
+    ReleaseServerRequest, RescueServerRequest, StartServerRequest, StopServerRequest,
+    UnrescueServerRequest, WatchEventsRequest, get_console_log_request::From as ConsoleFrom,
+    import_image_request::Part, network_interface_spec::Connection, plan_action_request::Action,
 };
 
 /// One call: its path, its messages as bytes, and headers.
@@ -443,7 +444,7 @@ impl Fuzz<'_> {
         let operations = "google.longrunning.Operations";
         let name = self.name_of_operation();
         let (page_size, page_token) = (self.number(), self.maybe_id());
-        match self.rng.random_range(0..16) {
+        match self.rng.random_range(0..18) {
             0 => {
                 let server = if self.chance(50) {
                     self.server()
@@ -473,6 +474,13 @@ impl Fuzz<'_> {
                         Vec::new()
                     },
                     origin: if self.chance(30) { self.bad_enum() } else { 0 },
+                    project_id: self.maybe_id(),
+                    tags: if self.chance(30) {
+                        vec![self.word()]
+                    } else {
+                        Vec::new()
+                    },
+                    ..Default::default()
                 };
                 one(servers, "ListServers", &request)
             }
@@ -549,6 +557,33 @@ impl Fuzz<'_> {
                     request_id,
                 };
                 one(images, "ImportImageFromPath", &request)
+            }
+            16 => {
+                let counts = [i64::MIN, -2, -1, 0, 1, 1 << 40, i64::MAX];
+                let count = *counts.choose(&mut self.rng).unwrap();
+                let request = GetConsoleLogRequest {
+                    server: self.server(),
+                    from: Some(match self.rng.random_range(0..3) {
+                        0 => ConsoleFrom::LastLines(count),
+                        1 => ConsoleFrom::LastBytes(count),
+                        _ => ConsoleFrom::Cursor(self.word()),
+                    }),
+                    guest: if self.chance(30) { self.bad_enum() } else { 0 },
+                    boot: self.chance(30).then_some(count),
+                    max_bytes: self.number(),
+                };
+                one(
+                    "salvor.compute.v1.ConsoleService",
+                    "GetConsoleLog",
+                    &request,
+                )
+            }
+            17 => {
+                let request = GetServerDiagnosticsRequest {
+                    server: self.server(),
+                    definitions: self.chance(50),
+                };
+                one(servers, "GetServerDiagnostics", &request)
             }
             _ if self.chance(50) => one(hosts, "GetHost", &GetHostRequest {}),
             _ => one(

@@ -1,3 +1,12 @@
+CREATE TABLE autostart (
+        server TEXT PRIMARY KEY,
+        ord INTEGER NOT NULL,
+        was TEXT NOT NULL,
+        tries INTEGER NOT NULL,
+        outcome TEXT NOT NULL,
+        message TEXT NOT NULL
+    ) STRICT;
+
 CREATE TABLE events (
         revision INTEGER PRIMARY KEY AUTOINCREMENT,
         at INTEGER NOT NULL,
@@ -21,6 +30,14 @@ CREATE TABLE image_requests (
     ) STRICT;
 
 CREATE TABLE images (id TEXT PRIMARY KEY, name TEXT NOT NULL, doc TEXT NOT NULL) STRICT;
+
+CREATE TABLE known_definitions (
+        server TEXT NOT NULL,
+        plan TEXT NOT NULL,
+        xml TEXT NOT NULL,
+        in_force INTEGER NOT NULL,
+        PRIMARY KEY (server, plan)
+    ) STRICT;
 
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 
