@@ -70,7 +70,7 @@ pub(in crate::api) fn operation(
         caller: record.caller.clone(),
         user_id: record.user.clone(),
         project_id: record.project.clone(),
-        instance_action: record.verb.name().to_owned(),
+        instance_action: record.verb.action_name().to_owned(),
     };
     longrunning::Operation {
         name: operation_name(record.id),
