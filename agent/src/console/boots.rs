@@ -6,7 +6,7 @@
 //! operator's, and a marker in it could be forged by the guest. A lost or damaged note costs the
 //! borders between boots, never bytes.
 
-use std::{fs, io, path::PathBuf, sync::Arc};
+use std::{fs, io, os::unix::fs::DirBuilderExt as _, path::PathBuf, sync::Arc};
 
 use salvor_domain_templates::{Domain, Role};
 use serde::{Deserialize, Serialize};
@@ -154,7 +154,11 @@ impl BootNotes {
     fn write(&self, server: Uuid, boots: &Boots) -> io::Result<()> {
         let path = self.path(server);
         let part = path.with_extension("part");
-        fs::create_dir_all(self.layout.consoles())?;
+        // Nobody else is to know when servers boot.
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(self.layout.consoles())?;
         fs::write(&part, serde_json::to_vec(boots).map_err(io::Error::other)?)?;
         fs::rename(part, path)
     }

@@ -92,18 +92,26 @@ async fn a_guest_that_is_still_booting_is_asked_again_until_it_hears() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_guest_whose_cpus_are_stopped_is_ended_at_once() {
+async fn a_guest_whose_cpus_are_stopped_is_not_waited_for() {
     let mut scene = Scene::new().await;
     let id = scene.tiny(&TinyGuest::new("orig")).await;
     let image = scene.tiny_image("resc").await;
     scene.libvirt.suspend(id).unwrap();
-    let begun = Instant::now();
+    scene
+        .client
+        .wait_server(id, "it is seen paused", |server| {
+            server.vm_state() == VmState::Paused
+        })
+        .await;
     let request = RescueServerRequest {
         shutdown_timeout: seconds(150),
         ..rescue_with(id, &image)
     };
-    let (_, ended) = scene.client.rescue(request).await;
-    assert_eq!(ended.done().guest_stop(), GuestStop::Forced);
+    let begun = Instant::now();
+    let answer = scene.client.servers.rescue_server(request).await;
+    let refused = assert_refused(answer, Code::FailedPrecondition, "INVALID_STATE");
+    assert!(refused.message().contains("unpause it"), "{refused:?}");
+    scene.client.delete(id).await.done();
     assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
 }
 
