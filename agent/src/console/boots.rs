@@ -6,7 +6,13 @@
 //! operator's, and a marker in it could be forged by the guest. A lost or damaged note costs the
 //! borders between boots, never bytes.
 
-use std::{fs, io, os::unix::fs::DirBuilderExt as _, path::PathBuf, sync::Arc};
+use std::{
+    fs,
+    io::{self, Write as _},
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
+    path::PathBuf,
+    sync::Arc,
+};
 
 use salvor_domain_templates::{Domain, Role};
 use serde::{Deserialize, Serialize};
@@ -159,7 +165,13 @@ impl BootNotes {
             .recursive(true)
             .mode(0o700)
             .create(self.layout.consoles())?;
-        fs::write(&part, serde_json::to_vec(boots).map_err(io::Error::other)?)?;
+        let mut file = fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&part)?;
+        file.write_all(&serde_json::to_vec(boots).map_err(io::Error::other)?)?;
         fs::rename(part, path)
     }
 
