@@ -17,7 +17,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, Once, OnceLock, PoisonError};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
@@ -98,22 +98,55 @@ impl TestHost {
     /// it must have names of their own (put the test's name in).
     pub fn shared() -> &'static Self {
         static SHARED: OnceLock<TestHost> = OnceLock::new();
-        // A static is never dropped: the host ends with the process, and its logs stay until the next run.
-        SHARED.get_or_init(|| {
-            let mut folder = RunFolder::named("shared-host");
-            folder.keep();
-            Self::start(folder.path())
-        })
+        static TENDED: Once = Once::new();
+        let host = SHARED.get_or_init(|| Self::start_shared("shared-host", QemuUser::Root));
+        TENDED.call_once(|| host.tend_libvirtd());
+        host
     }
 
     /// Like [`TestHost::shared`], but QEMU is [`QemuUser::Packaged`].
     pub fn shared_with_packaged_user() -> &'static Self {
         static SHARED: OnceLock<TestHost> = OnceLock::new();
-        SHARED.get_or_init(|| {
-            let mut folder = RunFolder::named("shared-host-with-packaged-user");
-            folder.keep();
-            Self::start_with(folder.path(), QemuUser::Packaged)
-        })
+        static TENDED: Once = Once::new();
+        let host = SHARED.get_or_init(|| {
+            Self::start_shared("shared-host-with-packaged-user", QemuUser::Packaged)
+        });
+        TENDED.call_once(|| host.tend_libvirtd());
+        host
+    }
+
+    /// A static is never dropped: the host ends with the process, and its logs stay until the next run.
+    fn start_shared(name: &str, user: QemuUser) -> Self {
+        let mut folder = RunFolder::named(name);
+        folder.keep();
+        Self::start_with(folder.path(), user)
+    }
+
+    /// From now on a libvirtd that ends by itself is started again, as systemd does on every host
+    /// (`Restart=on-failure` in libvirtd.service): libvirt 9.0 was seen to die once in a day of tests, and
+    /// all tests after it failed for want of it. Each such end is told on standard error, past the capture
+    /// of tests' output, with the end of libvirtd's log.
+    pub fn tend_libvirtd(&'static self) {
+        let tend = || loop {
+            std::thread::sleep(Duration::from_millis(200));
+            let libvirtd = HostProcess(self.state().libvirtd.expect("nobody kills it"));
+            let Some(how) = self.ended(libvirtd) else {
+                continue;
+            };
+            let log = fs::read_to_string(self.folder.join("log/libvirtd.log")).unwrap_or_default();
+            let last: Vec<&str> = log.lines().rev().take(20).collect();
+            let told = format!(
+                "\nlibvirtd of {} ended by itself ({how}) and is started again; its log, newest first:\n{}\n",
+                self.folder.display(),
+                last.join("\n")
+            );
+            let _ = std::io::stderr().write_all(told.as_bytes());
+            self.start_libvirtd();
+        };
+        std::thread::Builder::new()
+            .name("tend libvirtd".into())
+            .spawn(tend)
+            .unwrap();
     }
 
     /// Starts a host that keeps its configuration, state and logs in `folder/host/`. QEMU is root.

@@ -5,6 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Instant;
 
+use nix::sys::signal::Signal;
 use salvor_tests::agent::{AgentSettings, TestAgent, salvord};
 use salvor_tests::console::{Console, Mark};
 use salvor_tests::domain::DomainXml;
@@ -340,6 +341,21 @@ fn a_host_survives_the_death_of_libvirtd_and_a_reboot() {
     assert_eq!(host.qemu(id), None);
     drop(host);
     laps.lap("host gone");
+}
+
+#[test]
+fn a_libvirtd_that_crashes_under_the_shared_host_is_started_again() {
+    let mut folder = RunFolder::for_this_test();
+    folder.keep();
+    let host = Box::leak(Box::new(TestHost::start(folder.path())));
+    host.tend_libvirtd();
+    let libvirtd = host.with_argument("/usr/sbin/libvirtd");
+    assert_eq!(libvirtd.len(), 1);
+    host.kill(libvirtd[0], Signal::SIGSEGV);
+    host.wait_end(libvirtd[0], SOON);
+    wait_for("libvirtd answers again", SOON, || {
+        host.libvirt().list().ok()
+    });
 }
 
 #[test]
