@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The calls that change nothing: get, the empty RPC it is compared with, and lists.
+//! The calls that touch no guest: get and lock, the empty RPC they are compared with, and lists; and how
+//! soon an agent with many servers serves.
 
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
 use rand::seq::SliceRandom as _;
-use salvor_proto::v1::ListServersRequest;
+use salvor_proto::v1::{ListServersRequest, LockServerRequest, UnlockServerRequest};
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
 use uuid::Uuid;
@@ -20,9 +21,10 @@ use crate::agent::TestAgent;
 use crate::domain::DomainXml;
 use crate::guests::{Format, TinyGuest};
 use crate::host::TestHost;
+use crate::wait::SOON;
 
 /// So many servers are adopted at a time.
-const AT_ONCE: usize = 16;
+pub(super) const AT_ONCE: usize = 16;
 
 #[derive(Debug, Clone, Copy)]
 enum Turn {
@@ -92,6 +94,67 @@ pub(super) fn gets(bench: &mut Bench, agent: &TestAgent<'_>, raw: &Raw, ours: &m
     });
 }
 
+/// Lock and unlock, plans without steps, against an empty RPC: what it costs to admit an action, to write
+/// down that it is done (synced), and to tell of it.
+pub(super) fn locks(bench: &mut Bench, agent: &TestAgent<'_>, ours: &mut Agent) {
+    let mut health = {
+        let _entered = bench.runtime.enter();
+        HealthClient::new(agent.channel())
+    };
+    let (mut empty, mut lock) = (Samples::default(), Samples::default());
+    let rounds = bench.settings.calls / 10;
+    println!("{rounds} rounds of lock and unlock");
+    let server = ours.server.to_string();
+    for round in 0..rounds + WARM_UP {
+        for locks in [true, false] {
+            let request = HealthCheckRequest::default();
+            let began = Instant::now();
+            bench.runtime.block_on(health.check(request)).unwrap();
+            let nothing = began.elapsed();
+            let (server, servers) = (server.clone(), &mut ours.client.servers);
+            let began = Instant::now();
+            let operation = bench.runtime.block_on(async {
+                if locks {
+                    let request = LockServerRequest {
+                        server,
+                        ..LockServerRequest::default()
+                    };
+                    servers
+                        .lock_server(request)
+                        .await
+                        .unwrap()
+                        .into_inner()
+                        .operation
+                } else {
+                    let request = UnlockServerRequest {
+                        server,
+                        ..UnlockServerRequest::default()
+                    };
+                    servers
+                        .unlock_server(request)
+                        .await
+                        .unwrap()
+                        .into_inner()
+                        .operation
+                }
+            });
+            let took = began.elapsed();
+            assert!(operation.unwrap().done, "it is done when it is answered");
+            if round >= WARM_UP {
+                empty.add(nothing);
+                lock.add(took);
+            }
+        }
+    }
+    bench.rows.push(Row {
+        operation: "lock (an empty plan)".to_owned(),
+        base_is: "empty RPC",
+        base: empty,
+        agent: lock,
+        goal: Goal::Excess(Duration::from_millis(1)),
+    });
+}
+
 /// Calls that are made before the measured ones, for connections to be opened and caches to fill.
 const WARM_UP: u32 = 20;
 
@@ -101,7 +164,7 @@ pub(super) fn lists(bench: &mut Bench) {
     let folder = bench.folder.join("many");
     let host = TestHost::start(&folder);
     let connection = Connect::open(Some(&host.uri())).unwrap();
-    let agent = bench.agent(&host, &folder);
+    let mut agent = bench.agent(&host, &folder);
     let pid = agent.machine_pid().unwrap();
     let client = bench.client(&agent);
     let disk = folder.join("disk.qcow2");
@@ -183,7 +246,45 @@ pub(super) fn lists(bench: &mut Bench) {
         pid,
         Some(45.0),
     );
+    start_up(bench, &mut agent, defined);
 }
+
+/// From the start of the process to its first answer with all servers, the slowest of some starts.
+fn start_up(bench: &mut Bench, agent: &mut TestAgent<'_>, servers: usize) {
+    let slowest = (0..STARTS).map(|_| {
+        agent.sigterm_and_wait(SOON);
+        let mut client = bench.client(agent);
+        let began = Instant::now();
+        agent.spawn();
+        let listed = bench.runtime.block_on(async {
+            loop {
+                let request = ListServersRequest {
+                    page_size: 1000,
+                    ..ListServersRequest::default()
+                };
+                if let Ok(page) = client.servers.list_servers(request).await {
+                    return page.into_inner().servers.len();
+                }
+                assert!(began.elapsed() < SOON, "the agent does not serve");
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        });
+        let took = began.elapsed();
+        assert_eq!(listed, servers, "not all are in the list");
+        bench.runtime.block_on(agent.wait_linked());
+        took
+    });
+    let slowest = slowest.max().unwrap_or_default();
+    bench.figure(
+        &format!("start-up to serving with {servers} servers, slowest of {STARTS}"),
+        slowest.as_secs_f64(),
+        "s",
+        Some(1.0),
+    );
+}
+
+/// So many starts of an agent are measured.
+const STARTS: u32 = 5;
 
 fn list_raw(connection: &Connect) -> usize {
     let domains = connection.list_all_domains(0).unwrap();

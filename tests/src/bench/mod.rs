@@ -8,9 +8,11 @@
 //! | module | owns |
 //! |---|---|
 //! | [`peers`] | what raw and agent do for each operation |
-//! | [`calls`] | the fast calls: get, empty RPC, list |
-//! | [`life`] | start, stop, rescue, unrescue |
+//! | [`calls`] | the fast calls: get, lock, empty RPC, list; start-up with many servers |
+//! | [`life`] | start, stop, rescue, unrescue, pause, unpause, suspend, resume, hard reboot |
 //! | [`down_time`] | how long the guest is down in a rescue |
+//! | [`watching`] | how soon a watcher hears of what happens |
+//! | [`rest`] | what the agent takes while nothing happens |
 //! | [`samples`], [`process`], [`report`] | the numbers, where they come from, how they are told |
 
 pub mod calls;
@@ -19,7 +21,9 @@ pub mod life;
 pub mod peers;
 pub mod process;
 pub mod report;
+pub mod rest;
 pub mod samples;
+pub mod watching;
 
 use std::fs;
 use std::path::Path;
@@ -50,6 +54,8 @@ pub struct Settings {
     pub lives: u32,
     /// Sizes of the lists, ascending.
     pub lists: Vec<usize>,
+    /// So many guests run while the agent idles.
+    pub guests: usize,
     /// For how long the idle agent is watched.
     pub idle: Duration,
     /// Is the run's folder, with the agents' stores and logs, to be kept?
@@ -64,6 +70,7 @@ impl Settings {
             calls: 3000,
             lives: 40,
             lists: vec![1, 100, 1000],
+            guests: 30,
             idle: Duration::from_secs(60),
             keep: false,
         }
@@ -76,6 +83,7 @@ impl Settings {
             calls: 50,
             lives: 1,
             lists: vec![1, 20],
+            guests: 2,
             idle: Duration::from_secs(1),
             keep: false,
         }
@@ -145,6 +153,7 @@ pub fn run(settings: Settings) {
         println!("everything stays in {}", bench.folder.path().display());
     }
     let libvirt = one_guest(&mut bench);
+    rest::idle_with_guests(&mut bench);
     calls::lists(&mut bench);
     let load_after = process::load();
 
@@ -184,10 +193,12 @@ fn one_guest(bench: &mut Bench) -> String {
         .unwrap();
     let agent = bench.agent(&host, &bench.folder.join("one"));
     let pid = agent.machine_pid().unwrap();
-    idle(bench, pid);
+    rest::idle(bench, pid, "alone", 0.02, Some(30.0));
     let client = bench.client(&agent);
     let (mut raw, mut ours) = life::prepare(bench, &host, client, pid);
     calls::gets(bench, &agent, &raw, &mut ours);
+    calls::locks(bench, &agent, &mut ours);
+    watching::events(bench, &host, &mut ours);
     life::lives(bench, &host, &mut raw, &mut ours);
     bench.rss("RSS of the agent after all that", pid, None);
     format!(
@@ -196,16 +207,4 @@ fn one_guest(bench: &mut Bench) -> String {
         version / 1000 % 1000,
         version % 1000
     )
-}
-
-/// What the agent takes while nobody asks it anything.
-fn idle(bench: &mut Bench, pid: u32) {
-    let watched = bench.settings.idle;
-    println!("the agent idles for {watched:?}");
-    let before = process::cpu(pid);
-    std::thread::sleep(watched);
-    let minutes = watched.as_secs_f64() / 60.0;
-    let cpu = (process::cpu(pid) - before).as_secs_f64() / minutes;
-    bench.rss("RSS of the idle agent", pid, Some(30.0));
-    bench.figure("CPU of the idle agent in a minute", cpu, "s", Some(0.02));
 }

@@ -17,8 +17,12 @@ pub enum Goal {
     Ratio(f64),
     /// At most so many times as long, and at most so much longer.
     RatioAndExcess(f64, Duration),
+    /// At most so much longer.
+    Excess(Duration),
     /// At most so long.
     Within(Duration),
+    /// The slowest in a hundred at most so long.
+    TailWithin(Duration),
     /// The middle at most so much longer, the slowest in a hundred at most so many times as long.
     ExcessAndTail(Duration, f64),
 }
@@ -62,9 +66,7 @@ impl Row {
 
     /// By how much the middle is longer than it may be; `None` if it is not.
     fn exceeds(&self, excess: Duration) -> Option<String> {
-        let more = self.excess().checked_sub(excess);
-        let more = more.filter(|more| !more.is_zero());
-        more.map(|more| format!("by {}", text(more)))
+        over(self.excess(), excess)
     }
 
     fn goal(&self) -> String {
@@ -72,7 +74,9 @@ impl Row {
             Goal::None => String::new(),
             Goal::Ratio(ratio) => format!("<= {ratio:.2} x"),
             Goal::RatioAndExcess(ratio, excess) => format!("<= {ratio:.2} x, + {}", text(excess)),
+            Goal::Excess(excess) => format!("<= + {}", text(excess)),
             Goal::Within(limit) => format!("<= {}", text(limit)),
+            Goal::TailWithin(limit) => format!("p99 <= {}", text(limit)),
             Goal::ExcessAndTail(excess, ratio) => {
                 format!("<= + {}, p99 {ratio:.0} x", text(excess))
             }
@@ -81,28 +85,18 @@ impl Row {
 
     /// By how much the goal is missed; `None` if it is met.
     fn missed_by(&self) -> Option<String> {
-        let ratio = |limit: f64| {
-            let allowed = self.base.p50().mul_f64(limit);
-            (self.agent.p50() > allowed).then(|| format!("by {}", text(self.agent.p50() - allowed)))
-        };
+        let ratio = |limit: f64| over(self.agent.p50(), self.base.p50().mul_f64(limit));
         match self.goal {
             Goal::None => None,
             Goal::Ratio(limit) => ratio(limit),
             Goal::RatioAndExcess(limit, excess) => ratio(limit).or_else(|| self.exceeds(excess)),
+            Goal::Excess(excess) => self.exceeds(excess),
             Goal::ExcessAndTail(excess, limit) => self.exceeds(excess).or_else(|| {
                 let allowed = self.base.p99().mul_f64(limit);
-                let more = self.agent.p99().checked_sub(allowed);
-                let more = more.filter(|more| !more.is_zero());
-                more.map(|more| format!("by {} at p99", text(more)))
+                over(self.agent.p99(), allowed).map(|by| format!("{by} at p99"))
             }),
-            Goal::Within(limit) => {
-                let more = self
-                    .agent
-                    .p50()
-                    .checked_sub(limit)
-                    .filter(|more| !more.is_zero());
-                more.map(|more| format!("by {}", text(more)))
-            }
+            Goal::Within(limit) => over(self.agent.p50(), limit),
+            Goal::TailWithin(limit) => over(self.agent.p99(), limit),
         }
     }
 
@@ -247,6 +241,12 @@ fn aligned(lines: &[Vec<String>]) -> String {
     out
 }
 
+/// By how much a time is above its limit; `None` if it is not.
+fn over(time: Duration, limit: Duration) -> Option<String> {
+    let more = time.checked_sub(limit).filter(|more| !more.is_zero());
+    more.map(|more| format!("by {}", text(more)))
+}
+
 fn text(time: Duration) -> String {
     if time < Duration::from_millis(10) {
         format!("{} us", time.as_micros())
@@ -291,6 +291,12 @@ mod tests {
         let within = Goal::Within(Duration::from_millis(8));
         assert_eq!(row(1, 8, within).verdict(), "met");
         assert_eq!(row(1, 9, within).verdict(), "MISSED by 1000 us");
+        let tail = Goal::TailWithin(Duration::from_millis(5));
+        assert_eq!(row(1, 5, tail).verdict(), "met");
+        assert_eq!(row(9, 6, tail).verdict(), "MISSED by 1000 us");
+        let excess = Goal::Excess(Duration::from_millis(1));
+        assert_eq!(row(1, 2, excess).verdict(), "met");
+        assert_eq!(row(1, 4, excess).verdict(), "MISSED by 2000 us");
     }
 
     #[test]
