@@ -434,16 +434,21 @@ impl Ask for v1::RebootServerRequest {
         };
         let for_soft = "is for a soft reboot only: a hard one does not wait for the guest";
         let action = match v1::RebootType::try_from(self.r#type) {
-            Ok(v1::RebootType::Soft) => Action::Reboot(RebootArgs {
-                shutdown: shutdown(
-                    self.shutdown_timeout,
-                    Shutdown {
-                        timeout_ms: SOFT_REBOOT_MS,
-                        ..usual
-                    },
-                )?,
-                or_fail: or_fail.unwrap_or(false),
-            }),
+            Ok(v1::RebootType::Soft) => {
+                let usual = Shutdown {
+                    timeout_ms: SOFT_REBOOT_MS,
+                    ..usual
+                };
+                let shutdown = shutdown(self.shutdown_timeout, usual)?;
+                let or_fail = or_fail.unwrap_or(false);
+                if or_fail && shutdown.timeout_ms == 0 {
+                    return Err(Refusal::field(
+                        "shutdown_timeout",
+                        "must not be 0 with on_timeout FAIL: the guest would not even be asked",
+                    ));
+                }
+                Action::Reboot(RebootArgs { shutdown, or_fail })
+            }
             Ok(v1::RebootType::Hard) if or_fail.is_some() => {
                 return Err(Refusal::field("on_timeout", for_soft));
             }

@@ -20,7 +20,7 @@ pub struct HostFacts {
     pub virt_type: String,
     /// CPU architecture.
     pub arch: String,
-    /// Free bytes on the filesystem that servers' files are made on.
+    /// Free bytes on the filesystem that servers' files are made on; 0 for an action that makes none there.
     pub free_bytes: u64,
     /// Bytes that must stay free.
     pub reserve_bytes: u64,

@@ -20,6 +20,10 @@ use super::{
     state::{PowerState, VmState, named_states},
 };
 
+/// How long a step that works through a guest's memory may wait for its turn, in milliseconds: few are worked
+/// through at a time.
+pub const TURN_WAIT_MS: u64 = 600_000;
+
 named_states! {
     /// The phases of a plan, in order.
     pub enum Phase {
@@ -411,7 +415,7 @@ impl Step {
             // At 10 MB/s at least, which is what a disk gives that many guests use.
             Self::SaveMemory { memory_kib }
             | Self::RestoreMemory { memory_kib }
-            | Self::DumpMemory { memory_kib, .. } => 180_000 + *memory_kib / 10,
+            | Self::DumpMemory { memory_kib, .. } => TURN_WAIT_MS + 180_000 + *memory_kib / 10,
         }
     }
 

@@ -304,7 +304,7 @@ impl Reason {
             Self::GuestStillOn => (
                 DeadlineExceeded,
                 409,
-                "The guest did not shut down in time, and was not to be ended: it goes on. Ask for a hard reboot, or look into the guest.",
+                "The guest did not shut down in time, and was not to be ended: it goes on. If it obeys the request later after all it goes off and stays off. Ask for a hard reboot, or look into the guest.",
             ),
             Self::DomainTransient => (
                 FailedPrecondition,

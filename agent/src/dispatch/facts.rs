@@ -125,10 +125,11 @@ impl Dispatcher {
             }
             _ => None,
         };
-        let host = match action {
-            Action::Pause | Action::Unpause | Action::CrashDump => self.host_facts(0),
-            _ => self.host_facts(self.free_bytes(id).await?),
-        };
+        // Whoever writes no file there is not refused because that place does not answer.
+        let host = self.host_facts(match action {
+            Action::Create(_) | Action::Rescue(_) | Action::DumpMemory => self.free_bytes().await?,
+            _ => 0,
+        });
         let capacity = match action {
             Action::Create(args) => {
                 let machine = machine(args, &host.arch);
@@ -209,11 +210,16 @@ impl Dispatcher {
         report
     }
 
-    /// What is free for servers' files: that may be on a file system of its own.
-    async fn free_bytes(&self, id: Uuid) -> Result<u64, Refusal> {
+    /// What is free for servers' files: that may be on a file system of its own. It is nobody's own look: a
+    /// server whose disks hang must not be held for one whose folder does.
+    async fn free_bytes(&self) -> Result<u64, Refusal> {
         let servers = self.settings.layout.servers();
         let asked = PathBuf::from(&servers);
-        look(id, move || free_space(&asked)).await.map_err(|error| {
+        let free = match apart::look(&servers, move || free_space(&asked)).await {
+            Ok(free) => free.map_err(|error| error.to_string()),
+            Err(error) => Err(error.to_string()),
+        };
+        free.map_err(|error| {
             Refusal::new(
                 Reason::StorageFailed,
                 format!("the free space of {servers} cannot be told: {error}"),

@@ -362,13 +362,13 @@ pub trait Hypervisor: Send + Sync + 'static {
     async fn restore(&self, id: Uuid, limit: Duration) -> HypervisorResult<()>;
 
     /// Writes the guest's memory to a new file, in the ELF format of crash dumps. The guest stands still
-    /// meanwhile. It may be ended before, as [`Hypervisor::save`].
+    /// meanwhile, and nothing ends a dump before but the end of the guest: QEMU knows no such order.
     async fn dump(&self, id: Uuid, path: &str, limit: Duration) -> HypervisorResult<()>;
 
     /// How far a save or a dump is, in percent; `None` if there is none.
     async fn job_percent(&self, id: Uuid) -> HypervisorResult<Option<u8>>;
 
-    /// Ends a save or a dump that is under way. Without one it is success.
+    /// Ends a save that is under way: the guest goes on. Without one it is success.
     async fn abort_job(&self, id: Uuid) -> HypervisorResult<()>;
 
     /// Injects an NMI.

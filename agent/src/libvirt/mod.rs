@@ -40,7 +40,7 @@ use async_trait::async_trait;
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use nix::errno::Errno;
-use tokio::sync::{Semaphore, SemaphorePermit, broadcast, mpsc as channel, oneshot, watch};
+use tokio::sync::{Semaphore, broadcast, mpsc as channel, oneshot, watch};
 use uuid::Uuid;
 use virt::connect::Connect;
 use virt::domain::Domain;
@@ -142,13 +142,9 @@ pub struct Libvirt {
     shared: Arc<Connections>,
     turns: Turns,
     schema: Arc<SchemaChecks>,
-    long_jobs: Semaphore,
     /// One for each line to a serial port that may still be opened.
     lines: Arc<Semaphore>,
 }
-
-/// So many memories are saved, brought back or dumped at once: disks are no faster with more.
-const LONG_JOBS: usize = 3;
 
 impl Libvirt {
     /// Sets the layer up and begins to connect. It does not wait for libvirt, which may come later:
@@ -177,7 +173,6 @@ impl Libvirt {
             shared,
             turns,
             schema: Arc::default(),
-            long_jobs: Semaphore::new(LONG_JOBS),
             lines: Arc::new(Semaphore::new(console::LINES)),
         })
     }
@@ -274,16 +269,6 @@ impl Libvirt {
             asked.map(drop).map_err(agent_failure)
         })
         .await
-    }
-
-    /// A turn for a call that takes as long as a guest's memory is large: there are few, so that threads
-    /// are left for everything else.
-    async fn long_job(&self, limit: Duration, call: Call) -> HypervisorResult<SemaphorePermit<'_>> {
-        match tokio::time::timeout(limit, self.long_jobs.acquire()).await {
-            Ok(Ok(permit)) => Ok(permit),
-            // It is never closed.
-            Ok(Err(_)) | Err(_) => Err(call.too_late()),
-        }
     }
 
     /// Like [`Self::call`], for questions that nothing depends on: they have few threads, and while one
@@ -685,7 +670,6 @@ impl Hypervisor for Libvirt {
 
     async fn save(&self, id: Uuid, limit: Duration) -> HypervisorResult<()> {
         let call = Call::new("virDomainManagedSave", limit).about(id);
-        let _turn = self.long_job(limit, call).await?;
         self.call(Class::Mutate, call, move |connect| {
             Ok(connect.lookup_domain_by_uuid(id)?.managed_save(0)?)
         })
@@ -694,7 +678,6 @@ impl Hypervisor for Libvirt {
 
     async fn restore(&self, id: Uuid, limit: Duration) -> HypervisorResult<()> {
         let call = Call::new("virDomainCreate", limit).about(id);
-        let _turn = self.long_job(limit, call).await?;
         self.call(Class::Mutate, call, move |connect| {
             Ok(connect.lookup_domain_by_uuid(id)?.create()?)
         })
@@ -703,7 +686,6 @@ impl Hypervisor for Libvirt {
 
     async fn dump(&self, id: Uuid, path: &str, limit: Duration) -> HypervisorResult<()> {
         let call = Call::new("virDomainCoreDumpWithFormat", limit).about(id);
-        let _turn = self.long_job(limit, call).await?;
         let path = path.to_owned();
         self.call(Class::Mutate, call, move |connect| {
             let domain = connect.lookup_domain_by_uuid(id)?;

@@ -67,13 +67,22 @@ impl Steps {
                 return Err(StepError::new(
                     Reason::GuestStillOn,
                     format!(
-                        "the guest did not shut down within {} s and goes on",
+                        "the guest did not shut down within {} s and goes on; if it obeys later it goes off and stays off",
                         shutdown.timeout_ms.div_ceil(1000)
                     ),
                 ));
             }
             self.end(id).await?;
             return report(GuestStop::Forced, "did not shut down in time and was ended");
+        }
+        if way.or_fail {
+            return Err(StepError::untouched(
+                Reason::GuestStillOn,
+                format!(
+                    "the guest is {} ({}), cannot shut down so, and goes on as it is",
+                    status.power, status.reason
+                ),
+            ));
         }
         self.end(id).await?;
         report(GuestStop::Forced, "ended at once")

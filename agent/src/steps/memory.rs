@@ -3,13 +3,14 @@
 
 use std::{future::Future, path::Path, sync::Arc, time::Duration};
 
-use tokio::time::Instant;
+use tokio::{sync::SemaphorePermit, task::JoinHandle, time::Instant};
 use uuid::Uuid;
 
 use super::{Applied, Steps};
 use crate::{
+    cancel::Cancel,
     core::{
-        plan::{Mark, Step},
+        plan::{Mark, Step, TURN_WAIT_MS},
         reason::Reason,
         state::PowerState,
     },
@@ -20,8 +21,54 @@ use crate::{
 /// How often it is looked how far a save or dump is.
 const LOOK_AT_JOB: Duration = Duration::from_millis(500);
 
-/// A save or dump is ended so long before its step's deadline, so that the guest goes on within it.
+/// A save is ended so long before its step's deadline, so that the guest goes on within it.
 const TIME_TO_END: Duration = Duration::from_secs(60);
+
+/// So many memories are saved, brought back or dumped at once: disks are no faster with more, and threads
+/// are left for everything else.
+pub(super) const LONG_JOBS: usize = 3;
+
+/// The times of a step that works through a guest's memory.
+#[derive(Debug, Clone, Copy)]
+struct Times {
+    /// How long the work itself may take.
+    limit: Duration,
+    /// When all of it has to be over.
+    last: Instant,
+}
+
+impl Times {
+    fn of(step: &Step) -> Self {
+        let deadline = Duration::from_millis(step.deadline_ms()).saturating_sub(TIME_TO_END);
+        Self {
+            limit: deadline.saturating_sub(Duration::from_millis(TURN_WAIT_MS)),
+            last: Instant::now() + deadline,
+        }
+    }
+
+    /// When work that begins now is to be over.
+    fn by(self) -> Instant {
+        (Instant::now() + self.limit).min(self.last)
+    }
+}
+
+/// What libvirt does with a guest's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Job {
+    Save,
+    /// Nobody can end it: QEMU knows no such order (libvirt: "cannot abort memory-only dump").
+    Dump,
+}
+
+/// A call in a task of its own. When nobody waits for it any more it does not go on unseen: one that has
+/// not begun never does, one that has is a call that was given up, which whoever comes next waits for.
+struct Call(JoinHandle<HypervisorResult<()>>);
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
 
 impl Steps {
     pub(super) async fn pause(&self, id: Uuid) -> Applied {
@@ -74,16 +121,16 @@ impl Steps {
     /// Saves the guest's memory. libvirt goes on with a save whose agent died: that is waited for.
     pub(super) async fn save_memory(&self, context: &StepContext<'_>, step: &Step) -> Applied {
         let id = context.plan.server;
-        let limit = Duration::from_millis(step.deadline_ms()).saturating_sub(TIME_TO_END);
-        let by = Instant::now() + limit;
-        self.until_no_job(context, id, by).await?;
+        let times = Times::of(step);
+        self.until_no_job(context, id, times.by()).await?;
         if self.is_saved(id).await? {
             return Ok(None);
         }
+        let _turn = self.turn(&context.cancel).await?;
         let hypervisor = Arc::clone(&self.hypervisor);
-        let save = async move { hypervisor.save(id, limit + TIME_TO_END / 2).await };
-        let saved = self.job(context, id, by, save).await?;
-        match saved {
+        let limit = times.limit + TIME_TO_END / 2;
+        let save = async move { hypervisor.save(id, limit).await };
+        match self.job(context, Job::Save, times.by(), save).await? {
             Ok(()) => {}
             Err(error) => return Err(self.off_or(id, error).await),
         }
@@ -109,22 +156,26 @@ impl Steps {
         step: &Step,
     ) -> Result<(), StepError> {
         let id = context.plan.server;
-        let limit = Duration::from_millis(step.deadline_ms());
-        let by = Instant::now() + limit;
+        let times = Times::of(step);
+        let by = times.by();
         while self.busy(id).await?.is_some() && Instant::now() < by {
             self.hypervisor.abort_job(id).await?;
             tokio::time::sleep(LOOK_AT_JOB).await;
         }
         // A server that is to be deleted need not go on first.
         if self.is_saved(id).await? && !context.server_goes.is_cancelled() {
-            self.hypervisor.restore(id, limit).await?;
+            // A turn is better, but the guest comes first.
+            let _turn = self.turn(&Cancel::never()).await.ok();
+            self.hypervisor.restore(id, times.limit).await?;
         }
         Ok(())
     }
 
     /// Starts the guest from its saved memory. A start that fails leaves that where it is.
-    pub(super) async fn restore_memory(&self, id: Uuid, step: &Step) -> Applied {
-        let limit = Duration::from_millis(step.deadline_ms()).saturating_sub(TIME_TO_END);
+    pub(super) async fn restore_memory(&self, context: &StepContext<'_>, step: &Step) -> Applied {
+        let id = context.plan.server;
+        let times = Times::of(step);
+        let turn = self.turn(&context.cancel).await?;
         match self.hypervisor.domain(id).await? {
             Some(status) if status.power.is_on() => {
                 // Somebody was faster. One that was saved while it was paused comes back paused.
@@ -145,7 +196,8 @@ impl Steps {
             }
             _ => {}
         }
-        self.hypervisor.restore(id, limit).await?;
+        self.hypervisor.restore(id, times.limit).await?;
+        drop(turn);
         self.check_started(id, Mark::Own).await?;
         let Some(reading) = self.hypervisor.power(id).await? else {
             return Ok(None);
@@ -199,12 +251,13 @@ impl Steps {
     ) -> Applied {
         let id = context.plan.server;
         let file = self.own(path)?;
-        let limit = Duration::from_millis(step.deadline_ms()).saturating_sub(TIME_TO_END);
-        let by = Instant::now() + limit;
-        self.until_no_job(context, id, by).await?;
+        let times = Times::of(step);
+        self.until_no_job(context, id, times.by()).await?;
+        let _turn = self.turn(&context.cancel).await?;
         let (hypervisor, to) = (Arc::clone(&self.hypervisor), path.to_owned());
-        let dump = async move { hypervisor.dump(id, &to, limit + TIME_TO_END / 2).await };
-        match self.job(context, id, by, dump).await? {
+        let limit = times.limit + TIME_TO_END / 2;
+        let dump = async move { hypervisor.dump(id, &to, limit).await };
+        match self.job(context, Job::Dump, times.by(), dump).await? {
             Ok(()) => {}
             Err(error) => return Err(self.off_or(id, error).await),
         }
@@ -246,42 +299,79 @@ impl Steps {
         Ok(())
     }
 
-    /// Waits for a job of libvirt's, says how far it is, and ends it when it is cancelled or its time is
-    /// over: the guest goes on then.
+    /// A turn for work on a guest's memory. Waiting for it is not the work's own time.
+    async fn turn(&self, cancel: &Cancel) -> Result<SemaphorePermit<'_>, StepError> {
+        tokio::select! {
+            turn = self.long_jobs.acquire() => turn.map_err(|error| {
+                StepError::untouched(Reason::Internal, format!("no turn: {error}"))
+            }),
+            () = cancel.cancelled() => Err(StepError::cancelled()),
+            () = tokio::time::sleep(Duration::from_millis(TURN_WAIT_MS)) => Err(StepError::untouched(
+                Reason::DeadlineExceeded,
+                format!(
+                    "{LONG_JOBS} memories are saved, brought back or dumped at a time, and it did not come to this one's turn within {} min; nothing was changed, try again",
+                    TURN_WAIT_MS / 60_000
+                ),
+            )),
+        }
+    }
+
+    /// Waits for a job of libvirt's and says how far it is. When it is cancelled or its time is over, a save
+    /// is ended, and the guest goes on; a dump is waited for, unless the guest is to go anyway.
     async fn job(
         &self,
         context: &StepContext<'_>,
-        id: Uuid,
+        what: Job,
         by: Instant,
-        job: impl Future<Output = HypervisorResult<()>> + Send + 'static,
+        call: impl Future<Output = HypervisorResult<()>> + Send + 'static,
     ) -> Result<HypervisorResult<()>, StepError> {
+        let id = context.plan.server;
         // In a task of its own: it goes on while the agent asks how far it is.
-        let mut job = tokio::spawn(job);
-        let ended = |ended: Result<HypervisorResult<()>, tokio::task::JoinError>| {
-            ended.map_err(|error| {
-                StepError::new(Reason::Internal, format!("a job panicked: {error}"))
-            })
-        };
-        let why = loop {
+        let mut call = Call(tokio::spawn(call));
+        let mut failure = None;
+        let mut until = by;
+        loop {
             tokio::select! {
-                done = &mut job => return ended(done),
-                () = context.cancel.cancelled() => break StepError::cancelled(),
-                () = tokio::time::sleep_until(by) => break StepError::new(
-                    Reason::DeadlineExceeded,
-                    "it took too long, so it was ended and the guest goes on",
-                ),
+                done = &mut call.0 => {
+                    let done = done.map_err(|error| {
+                        StepError::new(Reason::Internal, format!("a job panicked: {error}"))
+                    })?;
+                    // It may have been done all the same; taking the step back sees to that.
+                    return failure.map_or(Ok(done), Err);
+                }
+                () = context.cancel.cancelled(), if failure.is_none() => {
+                    failure = Some(StepError::cancelled());
+                    if what == Job::Save {
+                        until = Instant::now() + TIME_TO_END / 2;
+                    }
+                }
+                () = tokio::time::sleep_until(until) => {
+                    if failure.is_some() {
+                        break;
+                    }
+                    let said = match what {
+                        Job::Save => "it took too long, so it was ended and the guest goes on",
+                        Job::Dump => "it takes too long; a dump cannot be ended, and the guest goes on when it is written",
+                    };
+                    failure = Some(StepError::new(Reason::DeadlineExceeded, said));
+                    until = Instant::now() + TIME_TO_END / 2;
+                }
                 () = tokio::time::sleep(LOOK_AT_JOB) => {
                     // Not to know how far it is does not end it.
                     if let Ok(Some(percent)) = self.hypervisor.job_percent(id).await {
                         (context.progress)(percent);
                     }
+                    if what == Job::Dump && context.server_goes.is_cancelled() {
+                        self.hypervisor.destroy(id).await?;
+                    }
                 }
             }
-        };
-        self.hypervisor.abort_job(id).await?;
-        // It may have been done in this very moment; taking the step back sees to that.
-        let _ = tokio::time::timeout(TIME_TO_END / 2, job).await;
-        Err(why)
+            // Again and again: the call may not have come to its job yet.
+            if what == Job::Save && failure.is_some() {
+                self.hypervisor.abort_job(id).await?;
+            }
+        }
+        Err(failure.unwrap_or_else(StepError::cancelled))
     }
 
     /// Has the domain been started as the server's own?

@@ -15,6 +15,7 @@ mod work;
 use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
+use tokio::sync::Semaphore;
 use uuid::Uuid;
 
 use disks::Base;
@@ -50,6 +51,7 @@ pub struct Steps {
     layout: Layout,
     files: FileWork,
     boots: BootNotes,
+    long_jobs: Semaphore,
 }
 
 impl Steps {
@@ -68,6 +70,7 @@ impl Steps {
             qemu_img,
             layout,
             files: FileWork::default(),
+            long_jobs: Semaphore::new(memory::LONG_JOBS),
         }
     }
 
@@ -162,7 +165,7 @@ impl StepRunner for Steps {
             Step::Pause { .. } => self.pause(server).await,
             Step::Unpause => self.unpause(server).await,
             Step::SaveMemory { .. } => self.save_memory(&context, step).await,
-            Step::RestoreMemory { .. } => self.restore_memory(server, step).await,
+            Step::RestoreMemory { .. } => self.restore_memory(&context, step).await,
             Step::SetGuestTime => self.set_guest_time(server).await,
             Step::InjectNmi => self.inject_nmi(server).await,
             Step::DumpMemory { path, .. } => self.dump_memory(&context, step, path).await,

@@ -202,6 +202,7 @@ impl Store {
             }
             let current = db.server(plan.server);
             check_lane(
+                &db.connection,
                 &plan,
                 planned_for.as_deref(),
                 current.as_ref().map(|(_, record)| record),
@@ -697,24 +698,27 @@ fn repeated(connection: &Connection, request: &Request) -> StoreResult<Option<Op
 
 /// Is the server still what was planned for, and its lane free?
 fn check_lane(
+    connection: &Connection,
     plan: &Plan,
     planned_for: Option<&ServerRecord>,
     current: Option<&ServerRecord>,
-) -> Result<(), Refusal> {
+) -> StoreResult<()> {
     match (planned_for, current) {
         (None, None) => Ok(()),
         (None, Some(_)) => Err(Refusal::new(
             Reason::ServerExists,
             format!("there is a server {} already", plan.server),
-        )),
+        )
+        .into()),
         (Some(_), None) => Err(Refusal::new(
             Reason::ServerNotFound,
             format!("server {} was removed meanwhile", plan.server),
-        )),
+        )
+        .into()),
         (Some(planned), Some(current)) => {
             let needs_lane = plan.verb.needs_lane();
             if let Some(operation) = current.operation.filter(|_| needs_lane) {
-                return Err(busy(plan.verb, current, operation));
+                return Err(busy(plan.verb, current, operation).into());
             }
             let plan_of = |record: &ServerRecord| record.rescue.as_ref().map(|rescue| rescue.plan);
             let changed = planned.vm_state != current.vm_state
@@ -722,17 +726,33 @@ fn check_lane(
                 || plan_of(planned) != plan_of(current);
             // Whether a lock allows it was asked before.
             if (changed && needs_lane) || planned.lock != current.lock {
-                return Err(Refusal::new(
-                    Reason::ServerBusy,
-                    format!(
-                        "server {} changed while the action was planned; try again",
-                        plan.server
-                    ),
-                ));
+                return Err(overtaken(connection, plan.server)?.into());
             }
             Ok(())
         }
     }
+}
+
+/// What the loser of a race is told whose winner has ended already: the last operation of the server.
+fn overtaken(connection: &Connection, server: Uuid) -> StoreResult<Refusal> {
+    let winner: Option<String> = connection
+        .query_row(
+            "SELECT id FROM operations WHERE server = ?1 ORDER BY ord DESC LIMIT 1",
+            [server.to_string()],
+            |row| row.get(0),
+        )
+        .optional()?;
+    let Some(winner) = winner else {
+        let changed = format!("server {server} changed while the action was planned; try again");
+        return Ok(Refusal::new(Reason::ServerBusy, changed));
+    };
+    Ok(Refusal::new(
+        Reason::ServerBusy,
+        format!(
+            "server {server} changed while the action was planned: operations/{winner} came first and has ended; look at the server and try again"
+        ),
+    )
+    .about("operation", format!("operations/{winner}")))
 }
 
 fn change_rescue(record: &mut ServerRecord, change: &RescueChange, now_ms: i64) {

@@ -17,6 +17,7 @@ mod drift;
 mod gate;
 mod give_up;
 mod host;
+mod memory;
 mod observe;
 mod overtake;
 mod owners;

@@ -31,44 +31,54 @@ const NOVA: Shutdown = Shutdown {
     retry_ms: 10_000,
 };
 
-struct Bench {
-    fake: FakeHypervisor,
-    steps: Arc<Steps>,
+/// Steps done one by one on a hypervisor in memory.
+pub(crate) struct Bench {
+    pub(crate) fake: FakeHypervisor,
+    pub(crate) steps: Arc<Steps>,
     plan: Arc<Plan>,
     _folder: TempDir,
 }
 
+/// A plan for a server, with nothing in it.
+pub(crate) fn plan_of(server: Uuid) -> Plan {
+    Plan {
+        id: Uuid::new_v4(),
+        server,
+        verb: Verb::Stop,
+        initial: None,
+        steps: Vec::new(),
+        outcome: Outcome::Remove,
+        warnings: Vec::new(),
+        password_delivery: Vec::new(),
+    }
+}
+
 impl Bench {
     /// A domain that runs.
-    async fn new() -> Self {
+    pub(crate) async fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let fake = FakeHypervisor::new();
-        let xml = format!("<domain><name>a</name><uuid>{ID}</uuid></domain>");
-        fake.define(&xml).await.unwrap();
-        fake.start(ID, Boot::Resume).await.unwrap();
+        run(&fake, ID).await;
         fake.clear_calls();
         let store = Store::open(&folder.path().join("db"), 10).unwrap();
         let layout = Layout::new(folder.path().to_str().unwrap());
         let steps = Steps::new(Arc::new(fake.clone()), store, QemuImg::default(), layout);
-        let plan = Plan {
-            id: Uuid::new_v4(),
-            server: ID,
-            verb: Verb::Stop,
-            initial: None,
-            steps: Vec::new(),
-            outcome: Outcome::Remove,
-            warnings: Vec::new(),
-            password_delivery: Vec::new(),
-        };
         Self {
             fake,
             steps: Arc::new(steps),
-            plan: Arc::new(plan),
+            plan: Arc::new(plan_of(ID)),
             _folder: folder,
         }
     }
 
-    async fn apply(&self, step: &Step, cancel: Cancel) -> Result<StepReport, StepError> {
+    /// A file in the folder of a server.
+    pub(crate) fn file_of(&self, server: Uuid, name: &str) -> String {
+        let folder = self._folder.path().join(format!("servers/{server}"));
+        std::fs::create_dir_all(&folder).unwrap();
+        folder.join(name).to_str().unwrap().to_owned()
+    }
+
+    pub(crate) async fn apply(&self, step: &Step, cancel: Cancel) -> Result<StepReport, StepError> {
         let context = StepContext {
             plan: &self.plan,
             cancel,
@@ -100,13 +110,20 @@ impl Bench {
         self.steps.revert(context, &step).await.unwrap();
     }
 
-    fn count(&self, name: &str) -> usize {
+    pub(crate) fn count(&self, name: &str) -> usize {
         let calls = self.fake.calls();
         calls
             .iter()
             .filter(|call| call.split(' ').next() == Some(name))
             .count()
     }
+}
+
+/// Defines a domain and starts it.
+pub(crate) async fn run(fake: &FakeHypervisor, id: Uuid) {
+    let xml = format!("<domain><name>{id}</name><uuid>{id}</uuid></domain>");
+    fake.define(&xml).await.unwrap();
+    fake.start(id, Boot::Resume).await.unwrap();
 }
 
 #[tokio::test(start_paused = true)]
@@ -169,6 +186,33 @@ async fn a_guest_whose_cpus_are_stopped_is_not_waited_for() {
         assert_eq!((stop, took), (GuestStop::Forced, Duration::ZERO), "{power}");
         assert_eq!(bench.count("shutdown"), 0);
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_is_not_to_be_ended_is_left_alone_whatever_keeps_it_from_shutting_down() {
+    let bench = Bench::new().await;
+    let step = |timeout_ms| Step::PowerOff {
+        shutdown: Shutdown { timeout_ms, ..NOVA },
+        was_on: true,
+        ask_agent: false,
+        or_fail: true,
+    };
+    for power in [
+        PowerState::Paused,
+        PowerState::Suspended,
+        PowerState::Crashed,
+    ] {
+        bench.fake.set_power(ID, power, "");
+        let error = bench.apply(&step(60_000), Cancel::never()).await;
+        assert_eq!(error.unwrap_err().reason, Reason::GuestStillOn, "{power}");
+    }
+    bench.fake.set_power(ID, PowerState::Running, "");
+    bench.fake.guest_ignores_acpi(ID);
+    for timeout_ms in [0, 20_000] {
+        let error = bench.apply(&step(timeout_ms), Cancel::never()).await;
+        assert_eq!(error.unwrap_err().reason, Reason::GuestStillOn);
+    }
+    assert_eq!((bench.count("shutdown"), bench.count("destroy")), (2, 0));
 }
 
 #[tokio::test(start_paused = true)]

@@ -66,14 +66,14 @@ pub(super) fn reboot(
 ) -> Result<Plan, Refusal> {
     let domain = need_domain(server, facts)?;
     let agent = read_domain(&domain.xml)?.has_guest_agent_channel();
-    // Its CPUs are stopped, so it cannot shut down.
-    if args.or_fail && domain.power == PowerState::Paused {
+    // Its CPUs do not run, so it cannot shut down.
+    if args.or_fail && domain.power.is_on() && domain.power != PowerState::Running {
         return Err(Refusal::state(
             "power_state",
-            "paused",
+            domain.power.name(),
             format!(
-                "server {} is paused ({}) and cannot shut down; unpause it first",
-                server.id, domain.power_reason
+                "server {} is {} ({}) and cannot shut down; let it run first (a paused one with unpause), or reboot it hard",
+                server.id, domain.power, domain.power_reason
             ),
         ));
     }
