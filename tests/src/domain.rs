@@ -43,6 +43,13 @@ impl DomainXml {
         }
     }
 
+    /// With so much memory instead.
+    #[must_use]
+    pub fn memory(mut self, mib: u64) -> Self {
+        self.memory_mib = mib;
+        self
+    }
+
     /// A q35 machine instead of an i440fx.
     #[must_use]
     pub fn q35(mut self) -> Self {

@@ -5,7 +5,7 @@ use salvor_proto::v1::{
     AcceptServerDriftRequest, CreateServerRequest, Flavor, GetServerDriftRequest,
     GetServerDriftResponse, PowerState, RestoreServerDefinitionRequest, Server, VmState,
 };
-use salvor_tests::client::Client;
+use salvor_tests::client::{Client, Plain};
 use salvor_tests::guests::TinyGuest;
 use salvor_tests::wait::SOON;
 use uuid::Uuid;
@@ -85,6 +85,12 @@ async fn what_somebody_edits_is_shown_and_accepted_or_put_back_while_the_guest_r
 
     edit(&scene, id, CONSOLE);
     until_drifted(&mut scene, id).await;
+    assert_eq!(scene.libvirt.number(id).unwrap(), number, "it ran on");
+    // A server that was adopted is its owner's: a hard reboot keeps what they made of it.
+    scene.client.act(Plain::HardReboot, id).await.done();
+    assert_eq!(scene.libvirt.inactive_xml(id).unwrap(), edited);
+    assert!(drift(&mut scene, id).await.drifted);
+    let number = scene.libvirt.number(id).unwrap();
     let server = accept(&mut scene, id).await;
     assert!(server.drift_time.is_none());
     assert_eq!(scene.libvirt.inactive_xml(id).unwrap(), edited);
@@ -135,6 +141,13 @@ async fn what_libvirt_does_to_a_definition_is_no_drift_and_a_rescue_hides_none()
     assert!(rescued.diff.contains("type='tablet'"), "{}", rescued.diff);
     assert!(!rescued.diff.contains("salvor-rescue"), "{}", rescued.diff);
     scene.client.unrescue(unrescue_of(id)).await.done();
+    // A hard reboot makes a server of the agent's own what it was.
+    scene.client.act(Plain::HardReboot, id).await.done();
+    assert!(!drift(&mut scene, id).await.drifted);
+    let none = |server: &Server| server.drift_time.is_none();
+    scene.client.wait_server(id, "it is none", none).await;
+    edit(&scene, id, TABLET);
+    until_drifted(&mut scene, id).await;
     let server = restore(&mut scene, id).await;
     assert!(server.drift_time.is_none());
     scene.client.delete(id).await;

@@ -61,7 +61,7 @@ async fn begin_at_once(scene: &mut Scene<'_>, actor: &Actor, rescue: bool) -> Op
     operation.unwrap()
 }
 
-async fn cancel(scene: &mut Scene<'_>, operation: &Operation) -> Result<(), Status> {
+pub(crate) async fn cancel(scene: &mut Scene<'_>, operation: &Operation) -> Result<(), Status> {
     let name = operation.name.clone();
     let request = CancelOperationRequest { name };
     scene

@@ -12,15 +12,16 @@ use salvor_proto::v1::{
 };
 use salvor_tests::agent::AgentSettings;
 use salvor_tests::client::{Client, Plain, assert_refused, reason};
-use salvor_tests::console::Console;
+use salvor_tests::console::{Console, Mark};
 use salvor_tests::guests::{LinuxGuest, TinyGuest, linux_slot};
 use salvor_tests::run_folder::RunFolder;
-use salvor_tests::wait::{BOOT, SOON, try_wait};
+use salvor_tests::wait::{BOOT, SOON, try_wait, wait_for};
 use tonic::Code;
 use uuid::Uuid;
+use virt::domain::DomainState;
 
 use crate::actor::{Actor, tiny};
-use crate::ends::ticks;
+use crate::ends::{cancel, ticks};
 use crate::scene::{Scene, crypt};
 
 /// A scene with a tiny guest that runs.
@@ -250,6 +251,83 @@ async fn a_memory_dump_is_whole_private_and_goes_with_the_server() {
     assert_eq!(scene.files_of(actor.id), Vec::<PathBuf>::new());
 }
 
+/// So much that working through it takes a while.
+const LARGE_MIB: u64 = 2048;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_suspend_or_dump_that_is_cancelled_leaves_a_guest_that_goes_on_and_no_file() {
+    let mut scene = Scene::new().await;
+    let guest = tiny("large");
+    let id = scene.define(&scene.tiny_xml(&guest).memory(LARGE_MIB));
+    scene.libvirt.start(id).unwrap();
+    let mut console = scene.console(id);
+    console.wait_line(Mark::START, "TINY-READY large", SOON);
+    scene.client.adopt(id).await;
+    let number = scene.libvirt.number(id).unwrap();
+    for verb in [Plain::DumpMemory, Plain::Suspend] {
+        let before = ticks(&mut console);
+        let mark = console.mark();
+        let operation = scene.client.begin(verb, id).await.unwrap();
+        wait_for("its memory is worked through", SOON, || {
+            (scene.libvirt.state(id).unwrap() == DomainState::Paused).then_some(())
+        });
+        cancel(&mut scene, &operation).await.unwrap();
+        let ended = scene.client.wait(&operation).await;
+        assert_eq!(
+            ended.metadata.state(),
+            OperationState::Cancelled,
+            "{verb:?}"
+        );
+        let server = scene.client.get(id).await;
+        Client::assert_settled(&server, VmState::Active);
+        assert!(ticks(&mut console) >= before, "{verb:?}: it was restarted");
+        assert!(!console.since(mark).contains("TINY-READY"), "{verb:?}");
+        assert_eq!(scene.files_of(id), Vec::<PathBuf>::new(), "{verb:?}");
+        let saved = scene
+            .libvirt
+            .domain(id, |domain| domain.has_managed_save(0));
+        assert!(!saved.unwrap(), "{verb:?}");
+    }
+    // The save was ended, not carried through and taken back.
+    assert_eq!(scene.libvirt.number(id).unwrap(), number);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn memory_that_was_saved_before_the_agent_came_is_started_not_lost() {
+    let folder = RunFolder::for_this_test();
+    let host = salvor_tests::host::TestHost::shared();
+    let mut scene = Scene::on(host, folder.path(), AgentSettings::default()).await;
+    let id = scene.define(&scene.tiny_xml(&tiny("saved")));
+    scene.libvirt.start(id).unwrap();
+    let mut console = scene.console(id);
+    console.wait_line(Mark::START, "TINY-READY saved", SOON);
+    let (before, mark) = (ticks(&mut console), console.mark());
+    scene
+        .libvirt
+        .domain(id, |domain| domain.managed_save(0))
+        .unwrap();
+    scene.client.adopt(id).await;
+    scene.client.start(id).await.done();
+    assert!(ticks(&mut console) >= before);
+    assert!(
+        !console.since(mark).contains("TINY-READY"),
+        "it booted anew"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_soft_reboot_asks_the_guest_agent_where_the_power_button_is_not_heard() {
+    let settings = AgentSettings::default().set("shutdown.retry_interval", "1s");
+    let mut scene = Scene::with(settings).await;
+    let _slot = linux_slot();
+    let (id, console) = linux(&mut scene, &LinuxGuest::new("agent").deaf()).await;
+    let mark = console.mark();
+    let fail = RebootOnTimeout::Fail;
+    let rebooted = scene.client.reboot(id, BOOT, fail).await.done();
+    assert_eq!(rebooted.guest_stop(), GuestStop::ByItself);
+    console.wait_line(mark, "GUEST ready name=agent", BOOT);
+}
+
 /// A server with a Linux guest that has an agent.
 async fn linux(scene: &mut Scene<'_>, guest: &LinuxGuest) -> (Uuid, Console) {
     let xml = scene.linux_xml(guest);
@@ -365,10 +443,37 @@ async fn a_password_is_set_by_the_guest_agent_and_a_refusal_says_why() {
 
     // No agent that answers, and then no channel at all.
     console.run_ok("killall qemu-ga");
+    let mut tries = 1;
     let request = ask("", None);
     let answer = scene.client.servers.change_server_password(request).await;
     let refused = assert_refused(answer, Code::FailedPrecondition, "GUEST_AGENT_UNAVAILABLE");
     assert!(refused.message().contains("does not answer"), "{refused:?}");
+    // After three tries it is not asked any more, until it connects.
+    let given_up = loop {
+        let answer = scene
+            .client
+            .servers
+            .change_server_password(ask("", None))
+            .await;
+        let refused = assert_refused(answer, Code::FailedPrecondition, "GUEST_AGENT_UNAVAILABLE");
+        if !refused.message().contains("does not answer") {
+            break refused;
+        }
+        tries += 1;
+    };
+    assert_eq!(tries, 3, "{given_up:?}");
+    assert!(given_up.message().contains("asked again"), "{given_up:?}");
+    console.run_ok("guest-agent > /dev/null 2>&1 &");
+    let deadline = Instant::now() + BOOT;
+    while let Err(refused) = scene
+        .client
+        .servers
+        .change_server_password(ask("", None))
+        .await
+    {
+        assert!(Instant::now() < deadline, "{refused:?}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
     let id = scene.tiny(&TinyGuest::new("none")).await;
     let request = ChangeServerPasswordRequest {
         server: id.to_string(),
