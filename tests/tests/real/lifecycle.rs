@@ -20,6 +20,7 @@ use tonic::Code;
 use uuid::Uuid;
 
 use crate::actor::{Actor, tiny};
+use crate::crash::cases::points;
 use crate::ends::ticks;
 use crate::scene::{Scene, crypt};
 
@@ -385,22 +386,13 @@ async fn an_agent_killed_anywhere_in_suspend_resume_and_reboot_leaves_a_server_t
     let folder = RunFolder::for_this_test();
     let (actor, mut scene) = with_tiny(&folder, &tiny("killed")).await;
     let mut console = scene.console(actor.id);
-    let points = |steps: usize| {
-        let mut points = Vec::new();
-        for step in 0..steps {
-            points.push(format!("before-step:{step}"));
-            points.push(format!("after-step:{step}"));
-        }
-        points.extend(["before-commit".to_owned(), "after-commit".to_owned()]);
-        points
-    };
     let mut cases = 0;
     for (verb, name, steps) in [
         (Plain::Suspend, "suspend", 1),
         (Plain::Resume, "resume", 1),
         (Plain::HardReboot, "hardReboot", 2),
     ] {
-        for point in points(steps) {
+        for point in points(steps, steps) {
             let state = scene.client.get(actor.id).await.vm_state();
             if verb == Plain::Resume && state != VmState::Suspended {
                 scene.client.act(Plain::Suspend, actor.id).await.done();
