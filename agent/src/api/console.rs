@@ -22,6 +22,7 @@ use super::{Api, convert::time::timestamp, edge::Call, resolve, validate::Checke
 use crate::{
     console::{Attached, Client, Cursor, From, Heard, LogRead, LogRequest, Logs, Whose, Wish, png},
     core::{
+        admission::admit_writing,
         reason::{Reason, Refusal},
         record::ServerRecord,
         state::VmState,
@@ -411,6 +412,11 @@ impl Api {
         let Some(Sent::Open(open)) = first.and_then(|first| first.item) else {
             return Err(Refusal::field("open", "must be the first message"));
         };
+        // What is typed changes what runs there; what is read does not.
+        if !open.read_only {
+            let server = resolve::server(&self.store, &open.server)?;
+            admit_writing(&server, &call.who)?;
+        }
         let server = self
             .running(&open.server, Reason::NoConsole, |domain| {
                 domain.has_console()

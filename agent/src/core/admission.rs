@@ -381,6 +381,18 @@ pub fn admit_cancel(server: &ServerRecord, who: &Who, now_ms: i64) -> Result<(),
     unlocked("cancel an operation on", server, who, now_ms)
 }
 
+/// May this caller write to the server's serial port? Who may change the server may. A lock is no
+/// obstacle (nor is it Nova's consoles'): what is typed is between the caller and the guest.
+///
+/// # Errors
+/// [`Reason::PermissionDenied`].
+pub fn admit_writing(server: &ServerRecord, who: &Who) -> Result<(), Refusal> {
+    of_own_project(server, who).map_err(|mut refusal| {
+        refusal.message.push_str("; look on (read-only)");
+        refusal
+    })
+}
+
 /// May `verb` be done to this server now, if this caller asks for it? Looks at the record only, at the
 /// time `now_ms` (in milliseconds since the Unix epoch). First comes who asks, then the lock, then what
 /// is under way, then the state (Nova's order: policy, `check_instance_lock`, `check_instance_state`).

@@ -630,6 +630,17 @@ impl Plan {
                 .all(|planned| planned.step.is_memory_only())
     }
 
+    /// Does it hold a password's hash?
+    #[must_use]
+    pub fn holds_password(&self) -> bool {
+        self.steps.iter().any(|planned| {
+            matches!(
+                planned.step,
+                Step::BuildConfigDrive { .. } | Step::SetUserPassword { .. }
+            )
+        })
+    }
+
     /// The power state that it leaves the guest in, with the index of the step that does; `None` if
     /// it leaves it alone.
     #[must_use]

@@ -303,7 +303,9 @@ impl Execution {
         self.probe(Point::BeforeFinish)?;
         self.operation.state = OperationState::Done;
         self.operation.ended_at_ms = Some(now_ms());
-        self.store.finish(self.operation.clone(), now_ms()).await?;
+        self.store
+            .finish(Arc::clone(&self.plan), self.operation.clone(), now_ms())
+            .await?;
         self.publish();
         Ok(())
     }

@@ -12,6 +12,7 @@ use super::{
     documents::{self, two_texts},
     events::{self, Change},
     images, known, observations, room,
+    secrets::{holds_password, without_password},
 };
 use crate::core::{
     action::Verb,
@@ -95,7 +96,7 @@ pub(super) fn put_server(
         publish,
         now_ms,
         record.id,
-        &Change::Server(Box::new(record.clone())),
+        &Change::Server(Box::new(without_password(&record))),
     )?;
     tx.prepare_cached("UPDATE servers SET doc = ?2 WHERE ord = ?1")?
         .execute(params![order, documents::write(&record)?])?;
@@ -140,13 +141,16 @@ fn remove_server(
     Ok(())
 }
 
+/// Writes an operation. Of one that has ended nobody needs the plan, and there are secrets in plans.
 fn put_operation(tx: &Connection, operation: &OperationRecord) -> StoreResult<()> {
-    tx.prepare_cached("UPDATE operations SET doc = ?2, final = ?3 WHERE id = ?1")?
-        .execute(params![
-            operation.id.to_string(),
-            documents::write(operation)?,
-            operation.state.is_final()
-        ])?;
+    tx.prepare_cached(
+        "UPDATE operations SET doc = ?2, final = ?3, plan = iif(?3, NULL, plan) WHERE id = ?1",
+    )?
+    .execute(params![
+        operation.id.to_string(),
+        documents::write(operation)?,
+        operation.state.is_final()
+    ])?;
     Ok(())
 }
 
@@ -215,6 +219,7 @@ impl Store {
                 }
             }
             let operation = OperationRecord::accepted(&plan, request.id.clone(), request.caller.clone(), &request.who, now_ms);
+            let ended = operation.state.is_final();
             db.change(durability(&plan), |tx, publish| {
                 tx.execute(
                     "INSERT INTO operations (id, server, request_id, body_hash, final, created_at, plan, doc)
@@ -225,9 +230,9 @@ impl Store {
                         request.id,
                         request.body_hash,
                         now_ms,
-                        documents::write(plan.as_ref())?,
+                        (!ended).then(|| documents::write(plan.as_ref())).transpose()?,
                         documents::write(&operation)?,
-                        operation.state.is_final()
+                        ended
                     ],
                 )?;
                 if let (Some(change), Some((order, record))) = (change, &current) {
@@ -288,8 +293,11 @@ impl Store {
         operation: OperationRecord,
         now_ms: i64,
     ) -> StoreResult<()> {
+        let ended = operation.state.is_final();
         self.run(move |db| {
             let current = db.server(plan.server);
+            let holds_password =
+                plan.holds_password() || current.as_ref().is_some_and(|(_, it)| holds_password(it));
             db.change(durability(&plan), |tx, publish| {
                 let lane = (!operation.state.is_final()).then_some((operation.id, operation.verb));
                 match (&plan.outcome, current) {
@@ -371,9 +379,15 @@ impl Store {
                 }
                 put_operation(tx, &operation)?;
                 announce(tx, publish, &operation, now_ms)
-            })
+            })?;
+            db.stale_secrets |= holds_password;
+            Ok(())
         })
-        .await
+        .await?;
+        if ended {
+            self.wipe();
+        }
+        Ok(())
     }
 
     /// Ends an operation whose outcome stands: it gives the lane back. A power cut may undo that,
@@ -381,8 +395,13 @@ impl Store {
     ///
     /// # Errors
     /// If the store fails.
-    pub async fn finish(&self, operation: OperationRecord, now_ms: i64) -> StoreResult<()> {
-        self.end(operation, None, false, Durability::Process, now_ms)
+    pub async fn finish(
+        &self,
+        plan: Arc<Plan>,
+        operation: OperationRecord,
+        now_ms: i64,
+    ) -> StoreResult<()> {
+        self.end(plan, operation, None, false, Durability::Process, now_ms)
             .await
     }
 
@@ -399,15 +418,15 @@ impl Store {
         now_ms: i64,
     ) -> StoreResult<()> {
         let remove = plan.initial.is_some() && fault.is_none();
-        let fault = fault.map(|fault| (fault, plan));
-        self.end(operation, fault, remove, Durability::Power, now_ms)
+        self.end(plan, operation, fault, remove, Durability::Power, now_ms)
             .await
     }
 
     async fn end(
         &self,
+        plan: Arc<Plan>,
         operation: OperationRecord,
-        fault: Option<(Fault, Arc<Plan>)>,
+        fault: Option<Fault>,
         remove: bool,
         durability: Durability,
         now_ms: i64,
@@ -416,6 +435,8 @@ impl Store {
             let current = db
                 .server(operation.server)
                 .filter(|(_, record)| record.operation == Some(operation.id));
+            let holds_password =
+                plan.holds_password() || current.as_ref().is_some_and(|(_, it)| holds_password(it));
             db.change(durability, |tx, publish| {
                 known::taken_back(tx, operation.server, operation.id)?;
                 if let Some((order, mut record)) = current {
@@ -432,7 +453,7 @@ impl Store {
                         {
                             rescue.password_refused();
                         }
-                        if let Some((fault, plan)) = fault {
+                        if let Some(fault) = fault {
                             record.vm_state = VmState::Error;
                             record.fault = Some(fault);
                             // What is half removed or half restored waits for nobody.
@@ -449,9 +470,13 @@ impl Store {
                 }
                 put_operation(tx, &operation)?;
                 announce(tx, publish, &operation, now_ms)
-            })
+            })?;
+            db.stale_secrets |= holds_password;
+            Ok(())
         })
-        .await
+        .await?;
+        self.wipe();
+        Ok(())
     }
 
     /// One operation.

@@ -19,6 +19,7 @@ mod known;
 mod observations;
 mod room;
 mod schema;
+mod secrets;
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -75,6 +76,9 @@ pub enum StoreError {
         /// Version of the agent.
         known: i64,
     },
+    /// The log has lost its room.
+    #[error("the store's log has no room to spare")]
+    Room(#[source] std::io::Error),
     /// The store's thread could not be started.
     #[error("the store's thread cannot be started")]
     Thread(#[source] std::io::Error),
@@ -124,6 +128,8 @@ struct Db {
     durability: Durability,
     /// Servers that were seen again since that was last written.
     seen_again: HashSet<Uuid>,
+    /// The log may hold passwords' hashes that are nowhere else any more.
+    stale_secrets: bool,
     /// Nothing begins without room to carry it to its end.
     keeps_room: bool,
     writable: watch::Sender<bool>,
@@ -168,6 +174,8 @@ impl Store {
     pub fn open(path: &Path, keep_events: u32) -> StoreResult<Self> {
         let connection = schema::open(path)?;
         let host_id = schema::host_id(&connection)?;
+        // An agent that died may not have come to it.
+        let stale_secrets = !secrets::empty_log(&connection)?;
         let servers = Arc::new(RwLock::new(journal::load_servers(&connection)?));
         let (revision_tx, revision) = watch::channel(events::newest(&connection)?);
         let (writable_tx, writable) = watch::channel(true);
@@ -179,6 +187,7 @@ impl Store {
             events_since_trim: 0,
             durability: Durability::Power,
             seen_again: HashSet::new(),
+            stale_secrets,
             keeps_room: false,
             writable: writable_tx,
         };

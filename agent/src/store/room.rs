@@ -5,11 +5,17 @@
 //!
 //! A filler is written, copied to the database and deleted again: its pages stay with the database,
 //! which reuses them, and with the log, which is written from its beginning after each checkpoint and
-//! never made shorter while the store is open. Filesystems that copy on write promise less.
+//! made shorter only to be emptied of secrets, and then gets its blocks back. Filesystems that copy on write promise less.
 
+use std::{
+    fs::{self, OpenOptions},
+    path::PathBuf,
+};
+
+use nix::fcntl::posix_fallocate;
 use rusqlite::Connection;
 
-use super::{Store, StoreResult};
+use super::{Store, StoreError, StoreResult};
 use crate::core::{
     action::Verb,
     reason::{Reason, Refusal},
@@ -33,14 +39,36 @@ fn make(connection: &Connection) -> StoreResult<()> {
     let filled = connection
         .execute("INSERT INTO room (filler) VALUES (zeroblob(?1))", [ROOM])
         .and_then(|_| connection.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(())));
-    // Whatever became of it: without a filler this writes nothing.
-    connection.execute("DELETE FROM room", [])?;
+    // Whatever became of it: without a filler this writes nothing. Zeros are not worth overwriting.
+    connection.pragma_update(None, "secure_delete", false)?;
+    let emptied = connection.execute("DELETE FROM room", []);
+    connection.pragma_update(None, "secure_delete", true)?;
+    emptied?;
     Ok(filled?)
+}
+
+/// SQLite's log.
+fn log(connection: &Connection) -> PathBuf {
+    format!("{}-wal", connection.path().unwrap_or_default()).into()
+}
+
+/// Gives a log that was emptied its blocks back. Of an empty log SQLite reads nothing, so these zeros are
+/// in nobody's way; it writes from the beginning.
+pub(super) fn keep_log(connection: &Connection) -> StoreResult<()> {
+    let file = OpenOptions::new().write(true).open(log(connection));
+    let kept = file.and_then(|file| Ok(posix_fallocate(file, 0, ROOM)?));
+    kept.map_err(StoreError::Room)
+}
+
+/// Has the log blocks enough?
+fn has_log(connection: &Connection) -> bool {
+    let enough = u64::try_from(ENOUGH).unwrap_or(u64::MAX);
+    fs::metadata(log(connection)).is_ok_and(|log| log.len() >= enough)
 }
 
 /// Is there room to carry an operation to its end? A delete is let through: it makes room.
 pub(super) fn check(connection: &Connection, verb: Verb) -> StoreResult<()> {
-    if free(connection)? >= ENOUGH {
+    if free(connection)? >= ENOUGH && has_log(connection) {
         return Ok(());
     }
     match make(connection) {
@@ -89,7 +117,9 @@ impl Store {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::panic)]
 
-    use super::super::{Durability, StoreError};
+    use std::os::unix::fs::MetadataExt as _;
+
+    use super::super::Durability;
     use super::*;
 
     /// What an operation on one server writes, a dozen times over.
@@ -147,5 +177,38 @@ mod tests {
         may(Verb::Rescue).await.unwrap();
         write(&store, 1).await.unwrap();
         assert!(*store.writable().borrow());
+    }
+
+    #[tokio::test]
+    async fn a_log_that_is_emptied_keeps_its_room_and_can_be_read_after_a_crash() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("salvor.db");
+        let store = Store::open(&path, 1_000_000).unwrap();
+        store.keep_room().await.unwrap();
+        write(&store, 1).await.unwrap();
+        let emptied = store.run(|db| {
+            db.stale_secrets = true;
+            db.wipe()
+        });
+        emptied.await.unwrap();
+        let log = std::fs::read(path.with_extension("db-wal")).unwrap();
+        assert!(log.iter().all(|byte| *byte == 0));
+        let blocks = || {
+            std::fs::metadata(path.with_extension("db-wal"))
+                .unwrap()
+                .blocks()
+        };
+        assert!(blocks() * 512 >= u64::try_from(ROOM).unwrap());
+        // An agent that dies now leaves a log of zeros; one that dies later has begun to write there.
+        for events in [1, 2] {
+            let left = folder.path().join(format!("left-{events}.db"));
+            for end in ["", "-wal"] {
+                let name = |path: &std::path::Path| format!("{}{end}", path.display());
+                std::fs::copy(name(&path), name(&left)).unwrap();
+            }
+            let next = Store::open(&left, 1_000_000).unwrap();
+            assert_eq!(*next.revision().borrow(), events);
+            write(&store, 1).await.unwrap();
+        }
     }
 }

@@ -26,7 +26,7 @@ const MIGRATIONS: &[&str] = &["
         body_hash TEXT NOT NULL,
         final INTEGER NOT NULL,
         created_at INTEGER NOT NULL,
-        plan TEXT NOT NULL,
+        plan TEXT,
         doc TEXT NOT NULL
     ) STRICT;
     CREATE INDEX operations_of_server ON operations (server, ord);
@@ -79,14 +79,19 @@ const MIGRATIONS: &[&str] = &["
     ) STRICT;
 "];
 
+/// Another process that has locked the store is waited for so long.
+pub(super) const PATIENCE: Duration = Duration::from_secs(5);
+
 /// Opens the store and brings it to the newest version.
 pub(super) fn open(path: &Path) -> StoreResult<Connection> {
     let mut connection = Connection::open(path)?;
-    connection.busy_timeout(Duration::from_secs(5))?;
+    connection.busy_timeout(PATIENCE)?;
     // A write-ahead log is synced once for a change instead of two or three times.
     let _mode: String = connection.query_row("PRAGMA journal_mode = WAL", [], |row| row.get(0))?;
     connection.pragma_update(None, "synchronous", "FULL")?;
     connection.pragma_update(None, "foreign_keys", true)?;
+    // What is deleted may have been a secret.
+    connection.pragma_update(None, "secure_delete", true)?;
     let found: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0))?;
     let known = i64::try_from(MIGRATIONS.len()).unwrap_or(i64::MAX);
     if found > known {

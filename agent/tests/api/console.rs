@@ -18,11 +18,11 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Streaming};
 use uuid::Uuid;
 
-use crate::harness::{Agent, refusal};
+use crate::harness::{Agent, of, refusal};
 
 const SOON: Duration = Duration::from_secs(20);
 
-/// An adopted server that runs and has these devices.
+/// An adopted server of the project `p` that runs and has these devices.
 pub(crate) async fn server(agent: &Agent, name: &str, devices: &str) -> Uuid {
     let id = Uuid::new_v4();
     let xml = format!(
@@ -37,6 +37,7 @@ pub(crate) async fn server(agent: &Agent, name: &str, devices: &str) -> Uuid {
         domain: id.to_string(),
         ..v1::AdoptServerRequest::default()
     };
+    let request = of("admin", "p", request);
     let adopted = agent.servers().adopt_server(request).await.unwrap();
     agent.ended(adopted.into_inner().operation).await;
     id
@@ -219,6 +220,15 @@ struct Line {
 
 impl Line {
     async fn attach(agent: &Agent, open: v1::ConsoleOpen) -> Result<Self, tonic::Status> {
+        Self::attach_as("admin", "p", agent, open).await
+    }
+
+    async fn attach_as(
+        role: &str,
+        project: &str,
+        agent: &Agent,
+        open: v1::ConsoleOpen,
+    ) -> Result<Self, tonic::Status> {
         let (sent, requests) = mpsc::channel(8);
         let first = v1::AttachConsoleRequest {
             item: Some(Sent::Open(open)),
@@ -226,7 +236,7 @@ impl Line {
         sent.send(first).await.unwrap();
         let answer = agent
             .consoles()
-            .attach_console(ReceiverStream::new(requests))
+            .attach_console(of(role, project, ReceiverStream::new(requests)))
             .await?;
         let told = answer.into_inner();
         Ok(Self { sent, told })
@@ -356,4 +366,76 @@ async fn a_picture_is_a_png_and_needs_a_screen_and_a_guest() {
     assert_eq!(refusal(shot("blind").await).1, "NO_SCREEN");
     agent.hypervisor.guest_powers_off(id);
     assert_eq!(refusal(shot("web").await).1, "GUEST_NOT_RUNNING");
+}
+
+#[tokio::test]
+async fn whoever_may_not_change_a_server_reads_all_of_it_and_writes_nothing() {
+    let agent = Agent::start().await;
+    let log = log_of(&agent);
+    let devices = format!(
+        "<serial type='pty'><log file='{}' append='on'/></serial>\
+         <video><model type='vga'/></video>",
+        log.display()
+    );
+    let id = server(&agent, "web", &devices).await;
+    say(&agent, "booted\n");
+    for force in [false, true] {
+        let open = v1::ConsoleOpen {
+            force,
+            ..open("web")
+        };
+        let refused = Line::attach_as("member", "q", &agent, open).await;
+        let refused = refused.err().unwrap();
+        let advice = refused.message().to_owned();
+        assert!(advice.ends_with("look on (read-only)"), "{advice}");
+        let (code, reason, _) = refusal::<()>(Err(refused));
+        assert_eq!(
+            (code, reason.as_str()),
+            (Code::PermissionDenied, "PERMISSION_DENIED")
+        );
+    }
+    let read_only = v1::ConsoleOpen {
+        read_only: true,
+        ..open("web")
+    };
+    let viewer = Line::attach_as("member", "q", &agent, read_only).await;
+    let mut viewer = viewer.unwrap();
+    assert!(matches!(viewer.next().await, Told::Attached(a) if !a.writer));
+    viewer.send("rm -rf /\n").await;
+
+    // A lock is no obstacle for its own project.
+    let lock = v1::LockServerRequest {
+        server: id.to_string(),
+        ..v1::LockServerRequest::default()
+    };
+    agent.servers().lock_server(lock).await.unwrap();
+    let writer = Line::attach_as("member", "p", &agent, open("web")).await;
+    let mut writer = writer.unwrap();
+    assert!(matches!(writer.next().await, Told::Attached(a) if a.writer));
+    writer.send("ls\n").await;
+    assert_eq!(viewer.next().await, output("ls\n"));
+
+    let request = of("member", "q", from("web", None));
+    let log = agent.consoles().get_console_log(request).await.unwrap();
+    assert_eq!(log.into_inner().data, b"booted\n");
+    let request = v1::FollowConsoleLogRequest {
+        server: "web".to_owned(),
+        from: Some(v1::follow_console_log_request::From::LastLines(-1)),
+        ..v1::FollowConsoleLogRequest::default()
+    };
+    let request = of("member", "q", request);
+    let followed = agent.consoles().follow_console_log(request).await.unwrap();
+    let first = followed.into_inner().message().await.unwrap().unwrap();
+    assert_eq!(first.data, b"booted\n");
+    let server = "web".to_owned();
+    let request = of("member", "q", v1::GetScreenshotRequest { server });
+    let picture = agent.consoles().get_screenshot(request).await.unwrap();
+    assert!(picture.into_inner().message().await.unwrap().is_some());
+    let request = v1::GetServerDiagnosticsRequest {
+        server: "web".to_owned(),
+        definitions: true,
+    };
+    let request = of("member", "q", request);
+    let diagnostics = agent.servers().get_server_diagnostics(request).await;
+    assert!(diagnostics.unwrap().into_inner().domain.is_some());
 }

@@ -25,7 +25,7 @@ use salvor_proto::{
 use tokio::{net::UnixListener, sync::watch, task::JoinHandle};
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{
-    Code, Status,
+    Code, Request, Status,
     transport::{Channel, Endpoint, Server},
 };
 use tonic_types::{ErrorDetails, StatusExt as _};
@@ -356,4 +356,14 @@ pub fn refusal<T: std::fmt::Debug>(answer: Result<T, Status>) -> (Code, String, 
 
 pub fn metadata(operation: &Operation) -> v1::OperationMetadata {
     operation.metadata.as_ref().unwrap().to_msg().unwrap()
+}
+
+/// A call that is made for somebody.
+pub fn of<T>(role: &str, project: &str, message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    let headers = request.metadata_mut();
+    headers.insert("x-salvor-role", role.parse().unwrap());
+    headers.insert("x-salvor-user", "u-1".parse().unwrap());
+    headers.insert("x-salvor-project", project.parse().unwrap());
+    request
 }

@@ -151,6 +151,9 @@ async fn no_text_in_any_field_does_harm() {
             reset_server_state(with!(ResetServerStateRequest { server: t() })),
             restore_server(with!(RestoreServerRequest { server: t() })),
             force_delete_server(with!(ForceDeleteServerRequest { server: t() })),
+            accept_server_drift(with!(AcceptServerDriftRequest { server: t() })),
+            restore_server_definition(with!(RestoreServerDefinitionRequest { server: t() })),
+            get_server_drift(with!(GetServerDriftRequest { server: t() })),
             abandon_operation(with!(AbandonOperationRequest { name: t() })),
             list_servers(with!(ListServersRequest { tags: vec![t()] })),
             list_servers(with!(ListServersRequest { project_id: t() })),
@@ -202,6 +205,9 @@ async fn no_text_in_any_field_does_harm() {
                 item: Some(v1::attach_console_request::Item::Open(v1::ConsoleOpen {
                     server: t(), force: true, ..Default::default()
                 })),
+            })),
+            attach_console(tokio_stream::once(v1::AttachConsoleRequest {
+                item: Some(v1::attach_console_request::Item::Input(t().into_bytes())),
             })),
         );
         try_all!(servers;
@@ -259,6 +265,36 @@ async fn no_number_in_any_field_does_harm() {
         };
         assert_eq!(
             client.stop_server(stop).await.unwrap_err().code(),
+            Code::InvalidArgument
+        );
+        let lock = v1::LockServerRequest {
+            server: id.clone(),
+            expires_in: seconds,
+            ..v1::LockServerRequest::default()
+        };
+        assert_eq!(
+            client.lock_server(lock).await.unwrap_err().code(),
+            Code::InvalidArgument
+        );
+        let update = v1::UpdateServerRequest {
+            server: id.clone(),
+            update_mask: Some(prost_types::FieldMask {
+                paths: vec!["shutdown_timeout".to_owned()],
+            }),
+            shutdown_timeout: seconds,
+            ..v1::UpdateServerRequest::default()
+        };
+        assert_eq!(
+            client.update_server(update).await.unwrap_err().code(),
+            Code::InvalidArgument
+        );
+        let reset = v1::ResetServerStateRequest {
+            server: id.clone(),
+            state: number,
+            ..v1::ResetServerStateRequest::default()
+        };
+        assert_eq!(
+            client.reset_server_state(reset).await.unwrap_err().code(),
             Code::InvalidArgument
         );
         let unrescue = v1::UnrescueServerRequest {

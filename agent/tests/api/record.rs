@@ -7,20 +7,10 @@ use salvor_proto::{
     },
     v1::{self, plan_action_request::Action},
 };
-use tonic::{Code, Request};
+use tonic::Code;
 use uuid::Uuid;
 
-use crate::harness::{Agent, metadata, refusal, start, stop};
-
-/// A call that is made for somebody.
-fn of<T>(role: &str, project: &str, message: T) -> Request<T> {
-    let mut request = Request::new(message);
-    let headers = request.metadata_mut();
-    headers.insert("x-salvor-role", role.parse().unwrap());
-    headers.insert("x-salvor-user", "u-1".parse().unwrap());
-    headers.insert("x-salvor-project", project.parse().unwrap());
-    request
-}
+use crate::harness::{Agent, metadata, of, refusal, start, stop};
 
 /// A server that the administrator adopted for the project `p`.
 async fn server(agent: &Agent, name: &str) -> String {

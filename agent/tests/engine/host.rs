@@ -298,9 +298,20 @@ impl Host {
                 store.definitions_not_in_force().await.unwrap(),
             ),
             holders: store.image_holders().await.unwrap(),
+            // Whatever was asked of the store came after what the end of an operation left to do there.
+            password_kept: password_kept(&self.database()),
             files: hashes(self.dir.path()),
         }
     }
+}
+
+/// Is the hash of [`hash`] in the store, its log included?
+pub(crate) fn password_kept(database: &Path) -> bool {
+    let CryptHash(hash) = hash();
+    [database.to_owned(), database.with_extension("db-wal")]
+        .iter()
+        .filter_map(|path| fs::read(path).ok())
+        .any(|bytes| String::from_utf8_lossy(&bytes).contains(&hash))
 }
 
 /// A file or folder.
@@ -394,6 +405,8 @@ pub(crate) struct Seen {
     /// What is known of its definition, and how much was written that did not come into force.
     pub(crate) known: (Option<String>, u32),
     pub(crate) holders: Vec<(Uuid, String)>,
+    /// Is the hash of the password somewhere in the store's files?
+    pub(crate) password_kept: bool,
     /// A hash of each file, nothing for folders.
     pub(crate) files: BTreeMap<String, String>,
 }
@@ -418,6 +431,7 @@ impl Seen {
         compare("autostart", &self.autostart, &other.autostart);
         compare("saved definition", &self.saved, &other.saved);
         compare("holders", &self.holders, &other.holders);
+        compare("password", &self.password_kept, &other.password_kept);
         for name in self.files.keys().chain(other.files.keys()) {
             compare(name, &self.files.get(name), &other.files.get(name));
         }

@@ -25,6 +25,7 @@ mod panics;
 mod policy;
 mod power_off;
 mod record;
+mod secrets;
 mod soft_delete;
 mod store;
 mod switch;

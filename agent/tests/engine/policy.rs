@@ -48,10 +48,18 @@ async fn a_guest_that_crashed_is_left_off_and_shown_unless_told_otherwise() {
 #[tokio::test]
 async fn a_guest_that_crashed_is_started_again_if_so_configured_and_the_next_time_after_a_pause() {
     let watched = Watched::under(START).await;
+    let starts = || {
+        let calls = watched.host.fake.calls();
+        let starts = calls.iter().filter(|call| call.starts_with("start "));
+        starts.count()
+    };
+    let before = starts();
     watched.host.fake.crash_guest(SERVER);
-    watched.becomes(VmState::Stopped).await;
-    watched.becomes(VmState::Active).await;
-    let started = || watched.agent.record().operation.is_none();
+    until("it is started", || starts() > before).await;
+    let started = || {
+        let record = watched.agent.record();
+        record.vm_state == VmState::Active && record.operation.is_none()
+    };
     until("the start has ended", started).await;
     assert_eq!(watched.operations(Verb::Start).await, 1);
     let operations = watched

@@ -301,7 +301,10 @@ async fn nothing_new_is_made_before_a_delete_of_the_same_id_has_cleaned_up() {
     let refused = accept(&store, &adopt_again, request(None, "")).await;
     assert_eq!(reason(refused), Reason::ServerBusy);
     operation.state = OperationState::Done;
-    store.finish(operation, 30).await.unwrap();
+    store
+        .finish(Arc::clone(&delete), operation, 30)
+        .await
+        .unwrap();
     accept(&store, &adopt_again, request(None, ""))
         .await
         .unwrap();

@@ -98,6 +98,20 @@ impl Case {
     }
 }
 
+/// The points at which an agent can die in a plan of so many steps, of which so many come before the outcome.
+pub(crate) fn points(steps: usize, before_commit: usize) -> Vec<String> {
+    let mut points = Vec::new();
+    for step in 0..steps {
+        points.push(format!("before-step:{step}"));
+        points.push(format!("after-step:{step}"));
+    }
+    points.extend(["before-commit".to_owned(), "after-commit".to_owned()]);
+    if steps > before_commit {
+        points.push("before-finish".to_owned());
+    }
+    points
+}
+
 /// Every case of a script whose plan has so many steps, of which so many come before the outcome.
 pub(super) fn cases(script: Script, steps: usize, before_commit: usize) -> Vec<Case> {
     let mut cases = Vec::new();
@@ -108,14 +122,8 @@ pub(super) fn cases(script: Script, steps: usize, before_commit: usize) -> Vec<C
             points: points.to_vec(),
         });
     };
-    for step in 0..steps {
-        add(Cut::Kill, &[format!("before-step:{step}:kill")]);
-        add(Cut::Kill, &[format!("after-step:{step}:kill")]);
-    }
-    add(Cut::Kill, &["before-commit:kill".into()]);
-    add(Cut::Kill, &["after-commit:kill".into()]);
-    if steps > before_commit {
-        add(Cut::Kill, &["before-finish:kill".into()]);
+    for point in points(steps, before_commit) {
+        add(Cut::Kill, &[format!("{point}:kill")]);
     }
     for step in 0..before_commit {
         add(Cut::Fail, &[format!("before-step:{step}:fail")]);

@@ -6,8 +6,9 @@
 //! `SALVOR_CRASH_CASE=unrescue:after-step:1:kill` plays only the cases whose failpoints hold that text.
 //! The same over all verbs on a hypervisor in memory is in the agent's own tests.
 
-mod cases;
+pub(crate) mod cases;
 mod commit;
+mod removal;
 mod stage;
 
 use std::collections::{BTreeMap, VecDeque};

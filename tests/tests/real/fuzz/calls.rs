@@ -11,15 +11,17 @@ use salvor_proto::google::longrunning::{
     WaitOperationRequest,
 };
 use salvor_proto::v1::{
-    AdoptServerRequest, ChangeServerPasswordRequest, CreateServerRequest, DeleteImageRequest,
-    DeleteServerRequest, Flavor, GetConsoleLogRequest, GetHostRequest, GetImageRequest,
-    GetServerDiagnosticsRequest, GetServerRequest, ImageSpec, ImportImageFromPathRequest,
-    ImportImageRequest, ListImagesRequest, ListServersRequest, ListUnmanagedDomainsRequest,
-    NetworkInterfaceSpec, PauseServerRequest, PlanActionRequest, RebootServerRequest,
-    ReleaseServerRequest, RescueServerRequest, StartServerRequest, StopServerRequest,
-    UnrescueServerRequest, WatchEventsRequest, get_console_log_request::From as ConsoleFrom,
+    AcceptServerDriftRequest, AdoptServerRequest, CreateServerRequest, DeleteImageRequest,
+    DeleteServerRequest, Flavor, ForceDeleteServerRequest, GetHostRequest, GetImageRequest,
+    GetServerDiagnosticsRequest, GetServerDriftRequest, GetServerRequest, ImageSpec,
+    ImportImageFromPathRequest, ImportImageRequest, ListImagesRequest, ListServersRequest,
+    ListUnmanagedDomainsRequest, NetworkInterfaceSpec, PlanActionRequest, ReleaseServerRequest,
+    RescueServerRequest, RestoreServerDefinitionRequest, RestoreServerRequest, StartServerRequest,
+    StopServerRequest, UnlockServerRequest, UnrescueServerRequest, WatchEventsRequest,
     import_image_request::Part, network_interface_spec::Connection, plan_action_request::Action,
 };
+
+pub(super) const SERVERS: &str = "salvor.compute.v1.ServerService";
 
 /// One call: its path, its messages as bytes, and headers.
 #[derive(Debug, Default)]
@@ -111,7 +113,7 @@ impl Fuzz<'_> {
     }
 
     /// A server that exists with a bad request id, or one that does not.
-    fn plain(&mut self) -> (String, String) {
+    pub(super) fn plain(&mut self) -> (String, String) {
         if self.chance(40) {
             (self.bad_id(), self.server())
         } else {
@@ -133,66 +135,6 @@ impl Fuzz<'_> {
             server,
             shutdown_timeout: self.maybe_duration(),
         }
-    }
-
-    fn reboot(&mut self) -> RebootServerRequest {
-        let (request_id, server) = self.plain();
-        let mut request = RebootServerRequest {
-            request_id,
-            server,
-            r#type: self.rng.random_range(0..3),
-            ..RebootServerRequest::default()
-        };
-        if self.chance(60) {
-            match self.rng.random_range(0..4) {
-                0 => request.r#type = self.bad_enum(),
-                1 => request.on_timeout = self.bad_enum(),
-                2 => request.shutdown_timeout = self.bad_duration(),
-                _ => request.r#type = 0,
-            }
-            request.request_id = String::new();
-            request.server = self.server();
-        }
-        request
-    }
-
-    /// Something about power that says no more than which server.
-    fn power(&mut self) -> Call {
-        let (request_id, server) = self.plain();
-        let method = [
-            "PauseServer",
-            "UnpauseServer",
-            "SuspendServer",
-            "ResumeServer",
-            "TriggerCrashDump",
-            "DumpServerMemory",
-        ]
-        .choose(&mut self.rng)
-        .unwrap();
-        // All their requests are alike.
-        let request = PauseServerRequest { request_id, server };
-        one("salvor.compute.v1.ServerService", method, &request)
-    }
-
-    fn password(&mut self) -> ChangeServerPasswordRequest {
-        let (request_id, server) = self.plain();
-        let mut request = ChangeServerPasswordRequest {
-            request_id,
-            server,
-            user: self.maybe_id(),
-            admin_pass: self.chance(50).then(|| self.word()),
-        };
-        if self.chance(60) {
-            // The server runs, so it is the password or the user that is refused.
-            if self.chance(50) {
-                request.admin_pass = Some("a\nb:c".into());
-            } else {
-                request.user = "../root".into();
-            }
-            request.request_id = String::new();
-            request.server = self.server();
-        }
-        request
     }
 
     fn rescue(&mut self) -> RescueServerRequest {
@@ -250,7 +192,7 @@ impl Fuzz<'_> {
         } else {
             self.word()
         };
-        let action = match self.rng.random_range(0..12) {
+        let action = match self.rng.random_range(0..20) {
             0 => Some(Action::Create(self.create())),
             1 => Some(Action::Adopt(self.adopt())),
             2 => Some(Action::Release(ReleaseServerRequest {
@@ -294,6 +236,29 @@ impl Fuzz<'_> {
                     ..Default::default()
                 }))
             }
+            11 => Some(Action::Lock(self.lock())),
+            12 => Some(Action::Update(self.update())),
+            13 => Some(Action::ResetState(self.reset())),
+            14 => Some(Action::Unlock(UnlockServerRequest {
+                server,
+                ..Default::default()
+            })),
+            15 => Some(Action::Restore(RestoreServerRequest {
+                server,
+                ..Default::default()
+            })),
+            16 => Some(Action::ForceDelete(ForceDeleteServerRequest {
+                server,
+                ..Default::default()
+            })),
+            17 => Some(Action::AcceptDrift(AcceptServerDriftRequest {
+                server,
+                ..Default::default()
+            })),
+            18 => Some(Action::RestoreDefinition(RestoreServerDefinitionRequest {
+                server,
+                ..Default::default()
+            })),
             _ => None,
         };
         PlanActionRequest { action }
@@ -338,7 +303,7 @@ impl Fuzz<'_> {
         parts
     }
 
-    fn name_of_operation(&mut self) -> String {
+    pub(super) fn name_of_operation(&mut self) -> String {
         match self.rng.random_range(0..3) {
             0 => self.known.operations.choose(&mut self.rng).unwrap().clone(),
             1 => format!("operations/{}", self.word()),
@@ -353,13 +318,20 @@ impl Fuzz<'_> {
         } else {
             self.read()
         };
-        // What names a server that exists must stay as it is: a bit elsewhere could make it sound.
-        if !call.must_fail && self.chance(20) {
+        // What names a server that exists must stay as it is: a bit elsewhere could make it sound, and one who
+        // looks on a writer.
+        if !call.must_fail && !call.path.ends_with("/AttachConsole") && self.chance(20) {
             self.tamper(&mut call);
         }
         if self.chance(10) {
             let id = (*TEXTS.choose(&mut self.rng).unwrap()).to_owned();
             call.headers.push(("x-openstack-request-id", id));
+        }
+        if call.headers.is_empty() && self.chance(5) {
+            let names = ["x-salvor-role", "x-salvor-user", "x-salvor-project"];
+            let name = *names.choose(&mut self.rng).unwrap();
+            let text = (*TEXTS.choose(&mut self.rng).unwrap()).to_owned();
+            call.headers.push((name, text));
         }
         if self.chance(5) {
             let timeout = *["0n", "1u", "99999999H", "x", "-1S", ""]
@@ -388,12 +360,16 @@ impl Fuzz<'_> {
 
     fn change(&mut self) -> Call {
         let (request_id, server) = self.plain();
-        let servers = "salvor.compute.v1.ServerService";
+        let servers = SERVERS;
         let images = "salvor.compute.v1.ImageService";
-        let mut call = match self.rng.random_range(0..14) {
+        let mut call = match self.rng.random_range(0..20) {
             11 => one(servers, "RebootServer", &self.reboot()),
-            12 => self.power(),
-            13 => one(servers, "ChangeServerPassword", &self.password()),
+            12..15 => self.bare(),
+            15 => one(servers, "ChangeServerPassword", &self.password()),
+            16 => one(servers, "LockServer", &self.lock()),
+            17 => one(servers, "UpdateServer", &self.update()),
+            18 => one(servers, "ResetServerState", &self.reset()),
+            19 => self.write(),
             0 => one(servers, "CreateServer", &self.create()),
             1 => one(servers, "AdoptServer", &self.adopt()),
             2 => one(
@@ -438,13 +414,13 @@ impl Fuzz<'_> {
     }
 
     fn read(&mut self) -> Call {
-        let servers = "salvor.compute.v1.ServerService";
+        let servers = SERVERS;
         let images = "salvor.compute.v1.ImageService";
         let hosts = "salvor.compute.v1.HostService";
         let operations = "google.longrunning.Operations";
         let name = self.name_of_operation();
         let (page_size, page_token) = (self.number(), self.maybe_id());
-        match self.rng.random_range(0..18) {
+        match self.rng.random_range(0..22) {
             0 => {
                 let server = if self.chance(50) {
                     self.server()
@@ -558,25 +534,15 @@ impl Fuzz<'_> {
                 };
                 one(images, "ImportImageFromPath", &request)
             }
-            16 => {
-                let counts = [i64::MIN, -2, -1, 0, 1, 1 << 40, i64::MAX];
-                let count = *counts.choose(&mut self.rng).unwrap();
-                let request = GetConsoleLogRequest {
-                    server: self.server(),
-                    from: Some(match self.rng.random_range(0..3) {
-                        0 => ConsoleFrom::LastLines(count),
-                        1 => ConsoleFrom::LastBytes(count),
-                        _ => ConsoleFrom::Cursor(self.word()),
-                    }),
-                    guest: if self.chance(30) { self.bad_enum() } else { 0 },
-                    boot: self.chance(30).then_some(count),
-                    max_bytes: self.number(),
+            16 | 18 => self.look(),
+            19 => self.abandon(),
+            20 => {
+                let server = if self.chance(50) {
+                    self.server()
+                } else {
+                    self.word()
                 };
-                one(
-                    "salvor.compute.v1.ConsoleService",
-                    "GetConsoleLog",
-                    &request,
-                )
+                one(servers, "GetServerDrift", &GetServerDriftRequest { server })
             }
             17 => {
                 let request = GetServerDiagnosticsRequest {
@@ -595,7 +561,7 @@ impl Fuzz<'_> {
     }
 }
 
-fn one(service: &str, method: &str, message: &impl Message) -> Call {
+pub(super) fn one(service: &str, method: &str, message: &impl Message) -> Call {
     Call {
         path: format!("/{service}/{method}"),
         messages: vec![message.encode_to_vec()],

@@ -56,7 +56,7 @@ CREATE TABLE operations (
         body_hash TEXT NOT NULL,
         final INTEGER NOT NULL,
         created_at INTEGER NOT NULL,
-        plan TEXT NOT NULL,
+        plan TEXT,
         doc TEXT NOT NULL
     ) STRICT;
 
