@@ -35,7 +35,7 @@ pub(super) fn reality(libvirt: &Libvirt) -> LibvirtResult<Vec<Real>> {
         })?;
         all.push(Real {
             saved,
-            rescue: rescue.contains("role='rescue'"),
+            rescue: rescue.contains("<salvor:role>rescue<"),
             domain,
         });
     }
@@ -56,11 +56,11 @@ pub(super) fn differences(servers: &[Server], real: &[Real]) -> Vec<String> {
             .iter()
             .find(|one| one.domain.id.to_string() == server.id);
         let Some(one) = domain else {
-            differences.push(format!("server {} has no domain: {server:#?}", server.id));
+            differences.push(format!("it has no domain: {}", short(server)));
             continue;
         };
         if let Some(what) = difference(server, one) {
-            differences.push(format!("{what}: {one:?}, {server:#?}"));
+            differences.push(format!("{what}: {one:?}, {}", short(server)));
         }
     }
     differences
@@ -111,6 +111,27 @@ fn difference(server: &Server, real: &Real) -> Option<&'static str> {
         return Some("there is saved memory that no record knows");
     }
     None
+}
+
+/// A server in a line.
+pub(super) fn short(server: &Server) -> String {
+    let power = server.power.as_ref();
+    format!(
+        "{} {} {:?} {:?} {:?}, task {:?}, rescue {:?}, fault {:?}, mismatch {:?}, soft deletion {:?}",
+        server.name,
+        server.id,
+        server.vm_state(),
+        power.map(|power| power.state()),
+        power.map(|power| &power.reason),
+        server.task_state,
+        server
+            .rescue
+            .as_ref()
+            .map(|rescue| rescue.disk_protection()),
+        server.fault,
+        server.mismatch.as_ref().map(|mismatch| &mismatch.kind),
+        server.soft_deletion
+    )
 }
 
 /// Files and folders below the state folder that belong to nobody, given the ids of all images.

@@ -548,8 +548,10 @@ impl Life {
     }
 
     async fn adopt(&mut self) {
-        if !self.is_defined().await {
-            self.define().await;
+        match self.is_defined().await {
+            Some(true) => {}
+            Some(false) => self.define().await,
+            None => return,
         }
         let request = AdoptServerRequest {
             request_id: Uuid::from_u128(self.random.random()).to_string(),
@@ -565,10 +567,16 @@ impl Life {
         self.act(asked, After::Wait).await;
     }
 
-    async fn is_defined(&self) -> bool {
+    /// Is there the domain of a server that was released? `None` if libvirtd is away.
+    async fn is_defined(&self) -> Option<bool> {
         let (libvirt, id) = (self.libvirt.clone(), self.id);
-        let asked = tokio::task::spawn_blocking(move || libvirt.state(id).is_ok());
-        asked.await.unwrap_or(false)
+        let listed = tokio::task::spawn_blocking(move || libvirt.list());
+        let Ok(Ok(domains)) = listed.await else {
+            // It is back soon.
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            return None;
+        };
+        Some(domains.iter().any(|domain| domain.id == id))
     }
 
     /// Somebody makes a domain, with a disk and a name of its own.

@@ -38,20 +38,21 @@ use salvor_proto::v1::plan_action_request::Action;
 use salvor_proto::v1::{
     DiskProtection, ForceDeleteServerRequest, GetHostRequest, Image, ImageFormat,
     ListImagesRequest, OverlayDisposition, RebootServerRequest, RebootType,
-    ResetServerStateRequest, Server, StartServerRequest, UnlockServerRequest, UnpauseServerRequest,
-    UnrescueServerRequest, VmState,
+    ResetServerStateRequest, ResumeServerRequest, Server, StartServerRequest, UnlockServerRequest,
+    UnpauseServerRequest, UnrescueServerRequest, VmState,
 };
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use uuid::Uuid;
 
 use self::chaos::{Chaos, Now};
-use self::checks::Real;
+use self::checks::{Real, short};
 use self::life::{Kind, Life, brief};
 use self::tally::Tally;
 use self::verbs::{Caller, RESCUE, submit};
 use self::watcher::Told;
 use crate::agent::{AgentSettings, TestAgent};
+use crate::bench::process;
 use crate::client::Client;
 use crate::console::{Console, Mark};
 use crate::guests::{Format, TinyGuest};
@@ -72,13 +73,12 @@ const KINDS: [Kind; 8] = [
     Kind::Adopted,
 ];
 
-/// Connections to libvirt that an agent at rest may have more than one that has just begun: those for reads
-/// are up to six and stay in use, in turns, by the regular looks; one each for changes, for destroys and for
-/// probes is opened when it is needed, and stays. Each has a thread.
-const MORE_CONNECTIONS: usize = 5 + 3;
+/// Each thread that makes calls to libvirt has a connection: a socket, and what wakes the thread. There are as
+/// many of them as calls were made at a time (at most 27), and they stay for a while, or for good.
+const DESCRIPTORS_OF_A_CALLER: usize = 2;
 
-/// A socket, and what wakes its thread.
-const DESCRIPTORS_OF_A_CONNECTION: usize = 2;
+/// The connection of the watcher, who comes after the agent has been looked at first.
+const WATCHER: usize = 1;
 
 /// What is soaked.
 #[derive(Debug, Clone)]
@@ -105,27 +105,36 @@ pub struct Outcome {
 struct Resources {
     descriptors: usize,
     threads: usize,
+    /// Those among them that make calls to libvirt.
+    callers: usize,
     rss_kib: u64,
 }
 
 impl Resources {
     fn of(pid: u32) -> Option<Self> {
-        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-        let number = |key: &str| {
-            let line = status.lines().find_map(|line| line.strip_prefix(key))?;
-            line.split_whitespace().next()?.parse().ok()
-        };
+        let names = threads(pid);
+        let calls = ["lv-read", "lv-change", "lv-destroy", "lv-probe"];
         Some(Self {
             descriptors: std::fs::read_dir(format!("/proc/{pid}/fd")).ok()?.count(),
-            threads: usize::try_from(number("Threads:")?).ok()?,
-            rss_kib: number("VmRSS:")?,
+            callers: names
+                .iter()
+                .filter(|name| calls.contains(&name.as_str()))
+                .count(),
+            threads: names.len(),
+            rss_kib: process::rss_kib(pid),
         })
     }
 
     /// Has an agent that is like `self` leaked nothing since it was like `before`?
     fn is_fine_after(self, before: Self) -> bool {
-        self.descriptors <= before.descriptors + MORE_CONNECTIONS * DESCRIPTORS_OF_A_CONNECTION
-            && self.threads <= before.threads + MORE_CONNECTIONS
+        let own = |of: Self| {
+            (
+                of.descriptors - of.callers * DESCRIPTORS_OF_A_CALLER,
+                of.threads - of.callers,
+            )
+        };
+        let (now, then) = (own(self), own(before));
+        now.0 <= then.0 + WATCHER && now.1 <= then.1
     }
 }
 
@@ -133,9 +142,10 @@ impl std::fmt::Display for Resources {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(
             f,
-            "{} descriptors, {} threads, {:.1} MiB",
+            "{} descriptors, {} threads ({} of them for calls to libvirt), {:.1} MiB",
             self.descriptors,
             self.threads,
+            self.callers,
             f64::from(u32::try_from(self.rss_kib).unwrap_or(u32::MAX)) / 1024.0
         )
     }
@@ -189,12 +199,11 @@ impl<'h> Soak<'h> {
             now: Arc::new(Mutex::new(vec![Uuid::nil(); KINDS.len()])),
         };
         soak.import(folder).await;
+        let before = Resources::of(soak.pid()).expect("the agent runs");
+        println!("before: {before}");
         let (tell, until) = watch::channel(None);
         let client = Client::new(soak.agent.channel());
         let watcher = tokio::spawn(watcher::follow(client, until, soak.tally.clone()));
-
-        let before = Resources::of(soak.pid()).expect("the agent runs");
-        println!("before: {before}");
 
         let mut random = StdRng::seed_from_u64(settings.seed);
         let lives = soak.populate(folder, &mut random).await;
@@ -295,7 +304,7 @@ impl<'h> Soak<'h> {
         for server in self.client.list().await {
             if !lives.iter().any(|life| life.id.to_string() == server.id) {
                 self.tally
-                    .defect(format!("nobody asked for this server: {server:#?}"));
+                    .defect(format!("nobody asked for {}", short(&server)));
             }
             if server.lock.is_some() {
                 let request = UnlockServerRequest {
@@ -338,7 +347,7 @@ impl<'h> Soak<'h> {
             let rescue = server.rescue.as_ref();
             let unrescued = rescue.is_some_and(|rescue| rescue.expire_time.is_some());
             if reclaimed || unrescued {
-                restless.push(format!("{server:#?}"));
+                restless.push(short(&server));
             }
         }
         restless
@@ -450,13 +459,13 @@ impl<'h> Soak<'h> {
             Ok(operation) => self.client.wait(&operation).await.operation,
             Err(status) => {
                 self.tally
-                    .defect(format!("{about} of {server:#?}: {status:?}"));
+                    .defect(format!("{about} of {}: {status:?}", short(server)));
                 return;
             }
         };
         if let Some(operation::Result::Error(error)) = &ended.result {
             self.tally
-                .defect(format!("{about} of {server:#?}: {}", error.message));
+                .defect(format!("{about} of {}: {}", short(server), error.message));
         }
     }
 
@@ -490,7 +499,8 @@ impl<'h> Soak<'h> {
         });
         if booted.is_none() {
             self.tally.defect(format!(
-                "the guest does not come up: {server:#?}\n{}",
+                "the guest does not come up: {}\n{}",
+                short(server),
                 console.since(mark)
             ));
         }
@@ -516,6 +526,7 @@ impl<'h> Soak<'h> {
                     shutdown_timeout: Some(prost_types::Duration::default()),
                     ..UnrescueServerRequest::default()
                 }),
+                VmState::Suspended => Action::Resume(ResumeServerRequest { request_id, server }),
                 VmState::Paused => Action::Unpause(UnpauseServerRequest { request_id, server }),
                 _ => Action::Start(StartServerRequest { request_id, server }),
             };
@@ -523,7 +534,7 @@ impl<'h> Soak<'h> {
             now = self.client.get(now.id.parse().expect("a uuid")).await;
         }
         self.tally
-            .defect(format!("cannot be brought back: {now:#?}"));
+            .defect(format!("cannot be brought back: {}", short(&now)));
         None
     }
 
@@ -587,12 +598,20 @@ fn held_by(pid: u32) -> String {
     let mut held: Vec<String> = open
         .filter_map(|entry| Some(std::fs::read_link(entry.path()).ok()?.display().to_string()))
         .collect();
-    let threads = std::fs::read_dir(format!("/proc/{pid}/task"));
-    let threads = threads.into_iter().flatten().flatten();
-    held.extend(threads.filter_map(|entry| {
-        let name = std::fs::read_to_string(entry.path().join("comm")).ok()?;
-        Some(format!("thread {}", name.trim()))
-    }));
+    let names = threads(pid);
+    held.extend(names.iter().map(|name| format!("thread {name}")));
     held.sort();
     held.join(", ")
+}
+
+/// The names of a process's threads.
+fn threads(pid: u32) -> Vec<String> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task"));
+    let tasks = tasks.into_iter().flatten().flatten();
+    tasks
+        .filter_map(|entry| {
+            let name = std::fs::read_to_string(entry.path().join("comm")).ok()?;
+            Some(name.trim().to_owned())
+        })
+        .collect()
 }
