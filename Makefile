@@ -6,7 +6,7 @@ CARGO ?= cargo
 TOOLS := .tools/bin
 PROTO_BASELINE := proto/baseline.binpb
 
-.PHONY: help demo test lint fmt bench proto-baseline
+.PHONY: help demo test lint fmt bench soak proto-baseline
 
 help: ## lists the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -40,6 +40,12 @@ bench: ## measures the agent against raw libvirt calls
 	tools/setup
 	$(CARGO) build --locked --release -p salvor-agent -p salvor-tests --bins
 	$(CARGO) run --locked --release -p salvor-tests --bin salvor-bench
+
+MINUTES ?= 30
+soak: ## runs random verbs while the agent and libvirtd are killed at random (MINUTES=30, SEED=)
+	tools/setup
+	$(CARGO) build --locked -p salvor-tests --bins
+	$(CARGO) run --locked -p salvor-tests --bin salvor-soak -- --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 proto-baseline: ## makes the API as it is now what later changes must be compatible with (at a release)
 	tools/setup lint

@@ -11,6 +11,7 @@
 //! | [`domain`] | domain XML for domains made by hand |
 //! | [`run_folder`] | a folder per test, kept when it fails |
 //! | [`bench`] | `make bench` |
+//! | [`soak`] | `make soak` |
 //! | [`wait`] | waits with deadlines |
 //!
 //! `CONTRIBUTING.md` says how to write a test with it.
@@ -33,4 +34,5 @@ pub mod host;
 pub mod init;
 pub mod libvirt;
 pub mod run_folder;
+pub mod soak;
 pub mod wait;

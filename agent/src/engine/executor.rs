@@ -414,6 +414,9 @@ impl Execution {
         tracing::warn!(operation = %self.operation.id, reason = %error.reason, error = %error, "taking the operation back");
         self.operation.state = OperationState::Reverting;
         self.operation.error = Some(error.into());
+        // A step that heeds a cancel at once has ended before the cancel was noted.
+        self.operation.cancel_requested |= *self.cancel.borrow();
+        self.operation.server_goes |= *self.server_goes.borrow();
         self.store.turn(self.operation.clone(), now_ms()).await?;
         self.publish();
         Ok(())

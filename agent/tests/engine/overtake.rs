@@ -125,7 +125,9 @@ async fn a_delete_ends_the_watch_over_a_guest_whose_stop_was_cancelled() {
     let begun = Instant::now();
     agent.succeed(ON, Action::Delete).await;
     assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
-    assert_eq!(agent.ended(stop).await.state, OperationState::Cancelled);
+    let stop = agent.ended(stop).await;
+    assert_eq!(stop.state, OperationState::Cancelled);
+    assert!(stop.cancel_requested, "the step was as quick as the note");
 }
 
 /// The agent dies when it begins to take anything back.

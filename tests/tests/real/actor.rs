@@ -350,7 +350,7 @@ impl<'h> Scene<'h> {
         );
         let live = actor.libvirt.live_xml(actor.id).unwrap();
         assert!(
-            !live.contains("role='rescue'"),
+            !live.contains("<salvor:role>rescue<"),
             "the rescue still runs:\n{live}"
         );
         if actor.number() == number {

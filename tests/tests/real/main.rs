@@ -34,5 +34,6 @@ mod record;
 mod rescue;
 mod rescue_modes;
 mod scene;
+mod soak;
 mod timing;
 mod watch;
