@@ -230,7 +230,7 @@ pub const fn allowed(verb: Verb, vm_state: VmState) -> Allowed {
             | S::ShelvedOffloaded => No,
         },
         // While a rescue is in force the definition is the rescue's.
-        Verb::AcceptDrift | Verb::RestoreDefinition => match vm_state {
+        Verb::AcceptDrift => match vm_state {
             S::Active | S::Paused | S::Suspended | S::Stopped => Yes,
             S::Building
             | S::Rescued
@@ -238,6 +238,18 @@ pub const fn allowed(verb: Verb, vm_state: VmState) -> Allowed {
             | S::SoftDeleted
             | S::Deleted
             | S::Error
+            | S::Shelved
+            | S::ShelvedOffloaded => No,
+        },
+        // Also from ERROR: without its definition nothing else brings a server back.
+        Verb::RestoreDefinition => match vm_state {
+            S::Active | S::Paused | S::Suspended | S::Stopped => Yes,
+            S::Error => UnlessRescued,
+            S::Building
+            | S::Rescued
+            | S::Resized
+            | S::SoftDeleted
+            | S::Deleted
             | S::Shelved
             | S::ShelvedOffloaded => No,
         },

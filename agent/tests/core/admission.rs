@@ -44,7 +44,7 @@ const TABLE: &str = "
     dumpMemory: active* paused* rescued* resized* error* | deliverPassword* | LM*
     changePassword: active | deliverPassword* | LM
     acceptDrift: active* paused* suspended* stopped* | deliverPassword* | LM*
-    restoreDefinition: active* paused* suspended* stopped* | deliverPassword* | LM*
+    restoreDefinition: active* paused* suspended* stopped* unless:error* | deliverPassword* | LM*
     startRescue: rescued* | | -A*
     create: | deliverPassword* | -M
     adopt: | deliverPassword* | -A*

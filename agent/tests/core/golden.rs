@@ -14,6 +14,7 @@ use salvor_agent::core::{
     reason::Refusal,
     record::{
         Origin, OverlayDisposition, Protection, RescueBus, RescueDevice, RescueMode, ServerRecord,
+        SoftDeletion,
     },
     state::{PowerState, VmState},
 };
@@ -329,6 +330,48 @@ fn plans_of_drift() {
         let restore = format!("restore, {name}");
         book.add(&restore, Some(&server), &Action::RestoreDefinition, &facts);
     }
+    let error = record(Origin::Adopted, VmState::Error);
+    book.add(
+        "restore, gone, from ERROR",
+        Some(&error),
+        &Action::RestoreDefinition,
+        &with(None),
+    );
+    // Somebody undefined it, and its guest goes on.
+    let mut undefined = with(Some(&changed));
+    if let Some(domain) = &mut undefined.domain {
+        domain.persistent = false;
+    }
+    let mut unknown = undefined.clone();
+    unknown.known_xml = None;
+    let adopted = record(Origin::Adopted, VmState::Active);
+    let soft = Action::Reboot(RebootArgs {
+        shutdown: crate::bench::NOVA,
+        or_fail: false,
+    });
+    for (name, server, action) in [
+        ("restore", &server, Action::RestoreDefinition),
+        ("stop", &server, Action::Stop(crate::bench::NOVA)),
+        ("reboot", &server, soft),
+        ("hard reboot, created", &server, Action::HardReboot),
+        ("hard reboot, adopted", &adopted, Action::HardReboot),
+        ("soft delete", &server, Action::SoftDelete),
+    ] {
+        let title = format!("{name}, undefined while it runs");
+        book.add(&title, Some(server), &action, &undefined);
+        let title = format!("{name}, undefined while it runs, not known");
+        book.add(&title, Some(server), &action, &unknown);
+    }
+    let mut deleted = record(Origin::Adopted, VmState::SoftDeleted);
+    deleted.deletion = Some(SoftDeletion {
+        vm_state: VmState::Active,
+        power: PowerState::Running,
+        fault: None,
+        at_ms: 1,
+        reclaim_at_ms: 2,
+    });
+    let title = "restore of a soft-deleted server, gone";
+    book.add(title, Some(&deleted), &Action::Restore, &with(None));
     check("drift.txt", &book.0);
 }
 

@@ -41,6 +41,8 @@ pub(crate) enum Prior {
     Writes,
     /// Somebody removes the domain.
     Undefined,
+    /// Somebody undefines it while it runs.
+    UndefinedRunning,
     /// Somebody changes the definition.
     Changed,
     /// The host goes down, and comes up with everything off.
@@ -323,11 +325,31 @@ pub(crate) fn variants() -> Vec<Variant> {
             restore(),
         ),
         variant(
+            "restore, domain gone",
+            &after(
+                &in_rescue(&foreign(true, true), &Action::SoftDelete),
+                &[Prior::Undefined],
+            ),
+            ON,
+            Action::Restore,
+        ),
+        variant(
             "start rescue",
             &after(&in_rescue(&running, &plain), &[Prior::HostRebooted]),
             ON,
             Action::StartRescue,
         ),
+    ]);
+    let undefined = after(&foreign(true, true), &[Prior::UndefinedRunning]);
+    let soft = Action::Reboot(RebootArgs {
+        shutdown: PROMPT,
+        or_fail: false,
+    });
+    all.extend([
+        variant("stop, undefined", &undefined, ON, Action::Stop(PROMPT)),
+        variant("reboot, undefined", &undefined, ON, soft),
+        variant("hard reboot, undefined", &undefined, ON, Action::HardReboot),
+        variant("soft delete, undefined", &undefined, ON, Action::SoftDelete),
     ]);
     all
 }
@@ -462,6 +484,10 @@ pub(crate) async fn prepare(host: &Host, prior: &[Prior]) {
                     .unwrap()
                     .replace("</devices>", "<input type='tablet' bus='usb'/></devices>");
                 host.define(&changed).await;
+                host.fake.sync_definitions().await.unwrap();
+            }
+            Prior::UndefinedRunning => {
+                host.fake.undefine(SERVER).await.unwrap();
                 host.fake.sync_definitions().await.unwrap();
             }
             Prior::HostRebooted => host.fake.host_reboot(),

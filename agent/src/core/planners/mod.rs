@@ -71,7 +71,7 @@ pub fn plan(
         }
         (Action::Update(fields), Some(server)) => Ok(record::update(server, fields, facts)),
         (Action::ResetState(to), Some(server)) => record::reset(server, *to, facts),
-        (Action::SoftDelete, Some(server)) => Ok(soft_delete::plan(server, facts)),
+        (Action::SoftDelete, Some(server)) => soft_delete::plan(server, facts),
         (Action::Restore, Some(server)) => soft_delete::restore(server, facts),
         (Action::AcceptDrift, Some(server)) => drift::accept(server, facts),
         (Action::RestoreDefinition, Some(server)) => drift::restore(server, facts),

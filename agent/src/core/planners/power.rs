@@ -3,7 +3,11 @@
 
 use salvor_domain_templates::same_but_for_the_name;
 
-use super::{Builder, drift::named_like, need_domain, read_domain};
+use super::{
+    Builder,
+    drift::{keep_defined, named_like, transient},
+    need_domain, read_domain,
+};
 use crate::core::{
     action::{RebootArgs, Shutdown, Verb},
     devices::own_devices,
@@ -39,9 +43,11 @@ const START: Step = Step::StartDomain {
     fresh: false,
 };
 
-/// Shuts the guest down, or ends it. A domain that is gone is off.
+/// Shuts the guest down, or ends it. A domain that is gone is off. One that runs without a definition is given
+/// the known one, if there is one.
 pub(super) fn stop(server: &ServerRecord, shutdown: Shutdown, facts: &Facts) -> Plan {
     let mut builder = Builder::new(Verb::Stop, server.id, facts);
+    keep_defined(&mut builder, server, facts);
     builder.step(Phase::Switch, power_off(shutdown, facts));
     builder.becomes(VmState::Stopped, RescueChange::Keep)
 }
@@ -78,6 +84,9 @@ pub(super) fn reboot(
         ));
     }
     let mut builder = Builder::new(Verb::Reboot, server.id, facts);
+    if !keep_defined(&mut builder, server, facts) {
+        return Err(transient(server, domain));
+    }
     builder.step(
         Phase::Switch,
         Step::PowerOff {
@@ -95,6 +104,9 @@ pub(super) fn reboot(
 pub(super) fn hard_reboot(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refusal> {
     let domain = need_domain(server, facts)?;
     let mut builder = Builder::new(Verb::HardReboot, server.id, facts);
+    if !keep_defined(&mut builder, server, facts) {
+        return Err(transient(server, domain));
+    }
     builder.step(Phase::Switch, power_off(AT_ONCE, facts));
     if domain.managed_save {
         builder.plan.warnings.push(Warning {
@@ -108,6 +120,7 @@ pub(super) fn hard_reboot(server: &ServerRecord, facts: &Facts) -> Result<Plan, 
     // What somebody changed past the agent goes with a created server (Nova makes the definition anew); one
     // that was adopted is its owner's.
     if server.origin == Origin::Created
+        && domain.persistent
         && let Some(known) = &facts.known_xml
     {
         let xml = named_like(known, &domain.xml);
