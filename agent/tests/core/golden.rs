@@ -370,6 +370,19 @@ fn plans_of_drift() {
         at_ms: 1,
         reclaim_at_ms: 2,
     });
+    for (name, state, action) in [
+        ("start", VmState::Stopped, Action::Start),
+        ("hard reboot", VmState::Active, Action::HardReboot),
+    ] {
+        let created = record(Origin::Created, state);
+        let adopted = record(Origin::Adopted, state);
+        let title = format!("{name}, created, gone");
+        book.add(&title, Some(&created), &action, &with(None));
+        let title = format!("{name}, created, gone, not known");
+        book.add(&title, Some(&created), &action, &facts(None, None));
+        let title = format!("{name}, adopted, gone");
+        book.add(&title, Some(&adopted), &action, &with(None));
+    }
     let title = "restore of a soft-deleted server, gone";
     book.add(title, Some(&deleted), &Action::Restore, &with(None));
     check("drift.txt", &book.0);

@@ -5,7 +5,7 @@ use salvor_domain_templates::same_but_for_the_name;
 
 use super::{
     Builder,
-    drift::{keep_defined, named_like, transient},
+    drift::{define_known, keep_defined, named_like, transient},
     need_domain, read_domain,
 };
 use crate::core::{
@@ -28,8 +28,12 @@ const AT_ONCE: Shutdown = Shutdown {
 
 /// Starts the persistent definition. Saved memory is brought back instead of being lost.
 pub(super) fn start(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refusal> {
-    let domain = need_domain(server, facts)?;
     let mut builder = Builder::new(Verb::Start, server.id, facts);
+    if made_again(&mut builder, server, facts) {
+        builder.step(Phase::Switch, START);
+        return Ok(builder.becomes(VmState::Active, RescueChange::Keep));
+    }
+    let domain = need_domain(server, facts)?;
     if domain.managed_save {
         restore(&mut builder, domain)?;
     } else {
@@ -38,9 +42,23 @@ pub(super) fn start(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refusa
     Ok(builder.becomes(VmState::Active, RescueChange::Keep))
 }
 
+/// A created server's domain that somebody removed is defined again as it is known, as Nova makes it from its
+/// record; one that was adopted is its owner's. Says whether it is.
+fn made_again(builder: &mut Builder, server: &ServerRecord, facts: &Facts) -> bool {
+    server.origin == Origin::Created
+        && facts.domain.is_none()
+        && server.rescue.is_none()
+        && define_known(builder, facts)
+}
+
 const START: Step = Step::StartDomain {
     mark: Mark::Own,
     fresh: false,
+};
+
+const FRESH: Step = Step::StartDomain {
+    mark: Mark::Own,
+    fresh: true,
 };
 
 /// Shuts the guest down, or ends it. A domain that is gone is off. One that runs without a definition is given
@@ -100,10 +118,15 @@ pub(super) fn reboot(
     Ok(builder.becomes(VmState::Active, RescueChange::Keep))
 }
 
-/// Ends the guest and starts it again, a created server with the definition that is known. Memory that was saved of it is lost: that is said.
+/// Ends the guest and starts it again, a created server with the definition that is known, whether libvirt still
+/// has its domain or not. Memory that was saved of it is lost: that is said.
 pub(super) fn hard_reboot(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refusal> {
-    let domain = need_domain(server, facts)?;
     let mut builder = Builder::new(Verb::HardReboot, server.id, facts);
+    if made_again(&mut builder, server, facts) {
+        builder.step(Phase::Switch, FRESH);
+        return Ok(builder.becomes(VmState::Active, RescueChange::Keep));
+    }
+    let domain = need_domain(server, facts)?;
     if !keep_defined(&mut builder, server, facts) {
         return Err(transient(server, domain));
     }
@@ -136,13 +159,7 @@ pub(super) fn hard_reboot(server: &ServerRecord, facts: &Facts) -> Result<Plan, 
             );
         }
     }
-    builder.step(
-        Phase::Switch,
-        Step::StartDomain {
-            mark: Mark::Own,
-            fresh: true,
-        },
-    );
+    builder.step(Phase::Switch, FRESH);
     Ok(builder.becomes(VmState::Active, RescueChange::Keep))
 }
 
