@@ -190,18 +190,15 @@ pub const fn allowed(verb: Verb, vm_state: VmState) -> Allowed {
             | S::Shelved
             | S::ShelvedOffloaded => No,
         },
-        // What stopped an active server's CPUs may have been a full disk, or somebody at the host.
+        // What stopped the CPUs of one that should run may have been a full disk, or somebody at the host.
         Verb::Unpause => match vm_state {
             S::Paused => Yes,
-            S::Active => IfPaused,
+            S::Active | S::Rescued | S::Resized | S::Error => IfPaused,
             S::Building
             | S::Suspended
             | S::Stopped
-            | S::Rescued
-            | S::Resized
             | S::SoftDeleted
             | S::Deleted
-            | S::Error
             | S::Shelved
             | S::ShelvedOffloaded => No,
         },
@@ -268,6 +265,7 @@ const fn advice(verb: Verb, vm_state: VmState) -> &'static str {
             | Verb::HardReboot
             | Verb::Pause
             | Verb::Suspend
+            | Verb::Resume
             | Verb::ChangePassword
             | Verb::AcceptDrift
             | Verb::RestoreDefinition,
@@ -288,19 +286,15 @@ const fn advice(verb: Verb, vm_state: VmState) -> &'static str {
             VmState::Stopped,
         ) => "start it first",
         (Verb::Unpause | Verb::Resume, VmState::Stopped) => "it is off; start it",
-        (Verb::Start, VmState::Active) => "it is started already",
+        (Verb::Start, VmState::Active) => {
+            "it is started already; if its guest is gone, reboot it hard"
+        }
         (Verb::Stop, VmState::Stopped) => "it is stopped already",
-        (Verb::Start, VmState::Error) => "stop it first, or unrescue it if a rescue is in force",
-        (Verb::Restore, VmState::Deleted) => "it is gone",
-        (Verb::Restore, _) => "it is not deleted",
         (Verb::SoftDelete, VmState::SoftDeleted) => {
             "it is deleted already and goes when its time is over; restore it, or force its deletion"
         }
         (_, VmState::SoftDeleted) => "restore it first",
         (_, VmState::Building) => "wait until it is built, or delete it",
-        (_, VmState::Error) => {
-            "its fault says what is left on the host; unrescue it if a rescue is in force, else delete it"
-        }
         _ => "its state has to change first",
     }
 }

@@ -37,7 +37,7 @@ const TABLE: &str = "
     hardReboot: active stopped paused suspended unless:error*
         | deliverPassword* start* stop* reboot hardReboot* pause unpause suspend resume | LM
     pause: active | deliverPassword* | LM
-    unpause: paused if-paused:active* | deliverPassword* | LM
+    unpause: paused if-paused:active* if-paused:rescued* if-paused:resized* if-paused:error* | deliverPassword* | LM
     suspend: active | deliverPassword* | LM
     resume: suspended | deliverPassword* | LM
     trigger_crash_dump: active paused rescued resized error | deliverPassword* | LM

@@ -492,7 +492,7 @@ fn plans_of_memory_and_reboots() {
             or_fail,
         })
     };
-    let mut add = |title, server: &ServerRecord, action: Action, facts: &Facts| {
+    let mut add = |title: &str, server: &ServerRecord, action: Action, facts: &Facts| {
         book.add(title, Some(server), &action, facts);
     };
     let running = seen(on, false);
@@ -543,6 +543,11 @@ fn plans_of_memory_and_reboots() {
         Action::Unpause,
         &running,
     );
+    for vm_state in [VmState::Active, VmState::Rescued, VmState::Error] {
+        let halted = server(vm_state, PowerState::Paused, false);
+        let title = format!("unpause, {vm_state}, halted");
+        add(&title, &halted, Action::Unpause, &running);
+    }
     add("suspend", &active, Action::Suspend, &running);
     let mut full = running.clone();
     full.save_room = full.save_room.map(|room| SaveRoom {

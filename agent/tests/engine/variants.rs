@@ -9,6 +9,7 @@ use salvor_agent::{
         change::FieldChange,
         operation::OperationState,
         record::{OverlayDisposition, Protection, RescueMode},
+        state::{ObservationSource, PowerObservation, PowerState},
     },
     dispatch::Target,
     engine::{NoProbe, Point},
@@ -43,6 +44,8 @@ pub(crate) enum Prior {
     Undefined,
     /// Somebody undefines it while it runs.
     UndefinedRunning,
+    /// A full disk halts the guest, and that is seen.
+    DiskFull,
     /// Somebody changes the definition.
     Changed,
     /// The host goes down, and comes up with everything off.
@@ -345,7 +348,22 @@ pub(crate) fn variants() -> Vec<Variant> {
         shutdown: PROMPT,
         or_fail: false,
     });
+    all.push(variant(
+        "unpause, rescued, its disk was full",
+        &after(&in_rescue(&running, &plain), &[Prior::DiskFull]),
+        ON,
+        Action::Unpause,
+    ));
+    let gone = after(&running, &[Prior::Undefined]);
+    let stopped = [Prior::Done(ON, Action::Stop(AT_ONCE)), Prior::Undefined];
     all.extend([
+        variant("hard reboot, domain gone", &gone, ON, Action::HardReboot),
+        variant(
+            "start, domain gone",
+            &after(&running, &stopped),
+            ON,
+            Action::Start,
+        ),
         variant("stop, undefined", &undefined, ON, Action::Stop(PROMPT)),
         variant("reboot, undefined", &undefined, ON, soft),
         variant("hard reboot, undefined", &undefined, ON, Action::HardReboot),
@@ -426,6 +444,12 @@ fn power() -> Vec<Variant> {
             ON,
             Action::Unpause,
         ),
+        variant(
+            "unpause, active, its disk was full",
+            &after(&[Prior::DiskFull]),
+            ON,
+            Action::Unpause,
+        ),
         variant("suspend", &running, ON, Action::Suspend),
         variant("resume", &after(&suspended), ON, Action::Resume),
         variant(
@@ -489,6 +513,17 @@ pub(crate) async fn prepare(host: &Host, prior: &[Prior]) {
             Prior::UndefinedRunning => {
                 host.fake.undefine(SERVER).await.unwrap();
                 host.fake.sync_definitions().await.unwrap();
+            }
+            Prior::DiskFull => {
+                host.fake.disk_fails(SERVER, "no space");
+                let now = std::time::UNIX_EPOCH.elapsed().unwrap();
+                let seen = PowerObservation {
+                    state: PowerState::Paused,
+                    reason: "ioerror".to_owned(),
+                    observed_at_ms: i64::try_from(now.as_millis()).unwrap(),
+                    source: ObservationSource::Poll,
+                };
+                agent.store.observe(SERVER, seen).await.unwrap();
             }
             Prior::HostRebooted => host.fake.host_reboot(),
             Prior::Undefined => {

@@ -173,7 +173,8 @@ pub(super) fn pause(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refusa
     Ok(builder.becomes(VmState::Paused, RescueChange::Keep))
 }
 
-/// Lets the guest's CPUs run, and its clock catch up.
+/// Lets the guest's CPUs run, and its clock catch up. A rescue guest goes on as one, and a server in ERROR stays
+/// so: what failed was not this.
 pub(super) fn unpause(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refusal> {
     need_on(server, "unpause")?;
     let mut builder = Builder::new(Verb::Unpause, server.id, facts);
@@ -181,7 +182,11 @@ pub(super) fn unpause(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refu
     if server.guest_agent {
         builder.step(Phase::CleanUp, Step::SetGuestTime);
     }
-    Ok(builder.becomes(VmState::Active, RescueChange::Keep))
+    let vm_state = match server.vm_state {
+        VmState::Paused => VmState::Active,
+        other => other,
+    };
+    Ok(builder.becomes(vm_state, RescueChange::Keep))
 }
 
 /// By what was seen last, is there a QEMU? What was not seen yet, or cannot be now, is left to the step.
