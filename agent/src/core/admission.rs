@@ -253,10 +253,28 @@ pub const fn allowed(verb: Verb, vm_state: VmState) -> Allowed {
     }
 }
 
-/// What a user can do to get on, said at the end of a refusal.
-const fn advice(verb: Verb, vm_state: VmState) -> &'static str {
+/// What a user can do to get on, said at the end of a refusal. Nothing is to be deleted that something else
+/// brings back.
+const fn advice(verb: Verb, vm_state: VmState, rescued: bool) -> &'static str {
     match (verb, vm_state) {
         (Verb::Rescue, VmState::Rescued) => "unrescue it first",
+        (Verb::Restore, VmState::Deleted) => "it is gone",
+        (
+            Verb::Restore,
+            VmState::Building
+            | VmState::Active
+            | VmState::Paused
+            | VmState::Suspended
+            | VmState::Stopped
+            | VmState::Rescued
+            | VmState::Resized
+            | VmState::Error
+            | VmState::Shelved
+            | VmState::ShelvedOffloaded,
+        ) => "it is not deleted",
+        (Verb::Unpause, VmState::Active | VmState::Rescued | VmState::Resized | VmState::Error) => {
+            "its CPUs are not stopped"
+        }
         (
             Verb::Start
             | Verb::Stop
@@ -271,10 +289,15 @@ const fn advice(verb: Verb, vm_state: VmState) -> &'static str {
             | Verb::RestoreDefinition,
             VmState::Rescued,
         ) => "unrescue it",
-        (Verb::Restore, VmState::Paused | VmState::Suspended) => "it is not deleted",
+        (Verb::AcceptDrift, VmState::Error) if !rescued => {
+            "stop it or reboot it hard first, or put back what is known (server drift --restore)"
+        }
+        (_, VmState::Error) if rescued => "a rescue is in force; unrescue it",
+        (_, VmState::Error) => {
+            "its fault says what is left on the host; stop it or reboot it hard, or have an administrator reset its state"
+        }
         (_, VmState::Paused) => "unpause it first",
         (_, VmState::Suspended) => "resume it first",
-        (Verb::Unpause, VmState::Active) => "its CPUs run",
         (Verb::Resume, VmState::Active) => "it runs already",
         (
             Verb::Reboot
@@ -460,7 +483,7 @@ pub fn admit(verb: Verb, server: &ServerRecord, who: &Who, now_ms: i64) -> Resul
                 format!(
                     "cannot {verb} server {} while it is in vm_state {state}: {}",
                     server.id,
-                    advice(verb, state)
+                    advice(verb, state, rescued)
                 ),
             ))
         }

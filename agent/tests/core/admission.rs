@@ -354,6 +354,34 @@ fn an_operation_is_cancelled_by_those_who_may_change_its_server() {
     }
 }
 
+/// Only what was never built has nothing else to come back to.
+#[test]
+fn a_refusal_never_advises_to_delete_what_something_else_brings_back() {
+    for state in VmState::ALL {
+        for server in records(*state) {
+            for verb in Verb::ALL {
+                let Err(refusal) = admit(*verb, &server, &Who::default(), NOW) else {
+                    continue;
+                };
+                let says = |words: &str| refusal.message.contains(words);
+                let deletes = says("delete it") || says("delete the server");
+                let may = *state == VmState::Building
+                    || (*verb == Verb::Release && server.origin == Origin::Created);
+                assert!(may || !deletes, "{refusal}");
+                if *state == VmState::Error && refusal.reason == Reason::InvalidState {
+                    let rescued = server.rescue.is_some();
+                    let helps = match *verb {
+                        Verb::Restore | Verb::Unpause | Verb::Create | Verb::Adopt => continue,
+                        _ if rescued => "unrescue it",
+                        _ => "reboot it hard",
+                    };
+                    assert!(says(helps), "{refusal}");
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn a_refusal_for_a_lock_says_who_locked_it_and_why() {
     let mut server = record(Origin::Created, VmState::Active);

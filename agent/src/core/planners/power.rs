@@ -213,7 +213,7 @@ pub(super) fn suspend(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refu
         return Err(Refusal::new(
             Reason::DomainTransient,
             format!(
-                "domain {} is transient, and libvirt keeps no saved memory of such a one; define it first",
+                "domain {} is transient, and libvirt keeps no saved memory of such a one; have it defined again as it was known (server drift --restore)",
                 domain.name
             ),
         ));
