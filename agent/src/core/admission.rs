@@ -190,18 +190,15 @@ pub const fn allowed(verb: Verb, vm_state: VmState) -> Allowed {
             | S::Shelved
             | S::ShelvedOffloaded => No,
         },
-        // What stopped an active server's CPUs may have been a full disk, or somebody at the host.
+        // What stopped the CPUs of one that should run may have been a full disk, or somebody at the host.
         Verb::Unpause => match vm_state {
             S::Paused => Yes,
-            S::Active => IfPaused,
+            S::Active | S::Rescued | S::Resized | S::Error => IfPaused,
             S::Building
             | S::Suspended
             | S::Stopped
-            | S::Rescued
-            | S::Resized
             | S::SoftDeleted
             | S::Deleted
-            | S::Error
             | S::Shelved
             | S::ShelvedOffloaded => No,
         },
@@ -230,7 +227,7 @@ pub const fn allowed(verb: Verb, vm_state: VmState) -> Allowed {
             | S::ShelvedOffloaded => No,
         },
         // While a rescue is in force the definition is the rescue's.
-        Verb::AcceptDrift | Verb::RestoreDefinition => match vm_state {
+        Verb::AcceptDrift => match vm_state {
             S::Active | S::Paused | S::Suspended | S::Stopped => Yes,
             S::Building
             | S::Rescued
@@ -241,13 +238,43 @@ pub const fn allowed(verb: Verb, vm_state: VmState) -> Allowed {
             | S::Shelved
             | S::ShelvedOffloaded => No,
         },
+        // Also from ERROR: without its definition nothing else brings a server back.
+        Verb::RestoreDefinition => match vm_state {
+            S::Active | S::Paused | S::Suspended | S::Stopped => Yes,
+            S::Error => UnlessRescued,
+            S::Building
+            | S::Rescued
+            | S::Resized
+            | S::SoftDeleted
+            | S::Deleted
+            | S::Shelved
+            | S::ShelvedOffloaded => No,
+        },
     }
 }
 
-/// What a user can do to get on, said at the end of a refusal.
-const fn advice(verb: Verb, vm_state: VmState) -> &'static str {
+/// What a user can do to get on, said at the end of a refusal. Nothing is to be deleted that something else
+/// brings back.
+const fn advice(verb: Verb, vm_state: VmState, rescued: bool) -> &'static str {
     match (verb, vm_state) {
         (Verb::Rescue, VmState::Rescued) => "unrescue it first",
+        (Verb::Restore, VmState::Deleted) => "it is gone",
+        (
+            Verb::Restore,
+            VmState::Building
+            | VmState::Active
+            | VmState::Paused
+            | VmState::Suspended
+            | VmState::Stopped
+            | VmState::Rescued
+            | VmState::Resized
+            | VmState::Error
+            | VmState::Shelved
+            | VmState::ShelvedOffloaded,
+        ) => "it is not deleted",
+        (Verb::Unpause, VmState::Active | VmState::Rescued | VmState::Resized | VmState::Error) => {
+            "its CPUs are not stopped"
+        }
         (
             Verb::Start
             | Verb::Stop
@@ -256,15 +283,21 @@ const fn advice(verb: Verb, vm_state: VmState) -> &'static str {
             | Verb::HardReboot
             | Verb::Pause
             | Verb::Suspend
+            | Verb::Resume
             | Verb::ChangePassword
             | Verb::AcceptDrift
             | Verb::RestoreDefinition,
             VmState::Rescued,
         ) => "unrescue it",
-        (Verb::Restore, VmState::Paused | VmState::Suspended) => "it is not deleted",
+        (Verb::AcceptDrift, VmState::Error) if !rescued => {
+            "stop it or reboot it hard first, or put back what is known (server drift --restore)"
+        }
+        (_, VmState::Error) if rescued => "a rescue is in force; unrescue it",
+        (_, VmState::Error) => {
+            "its fault says what is left on the host; stop it or reboot it hard, or have an administrator reset its state"
+        }
         (_, VmState::Paused) => "unpause it first",
         (_, VmState::Suspended) => "resume it first",
-        (Verb::Unpause, VmState::Active) => "its CPUs run",
         (Verb::Resume, VmState::Active) => "it runs already",
         (
             Verb::Reboot
@@ -276,19 +309,15 @@ const fn advice(verb: Verb, vm_state: VmState) -> &'static str {
             VmState::Stopped,
         ) => "start it first",
         (Verb::Unpause | Verb::Resume, VmState::Stopped) => "it is off; start it",
-        (Verb::Start, VmState::Active) => "it is started already",
+        (Verb::Start, VmState::Active) => {
+            "it is started already; if its guest is gone, reboot it hard"
+        }
         (Verb::Stop, VmState::Stopped) => "it is stopped already",
-        (Verb::Start, VmState::Error) => "stop it first, or unrescue it if a rescue is in force",
-        (Verb::Restore, VmState::Deleted) => "it is gone",
-        (Verb::Restore, _) => "it is not deleted",
         (Verb::SoftDelete, VmState::SoftDeleted) => {
             "it is deleted already and goes when its time is over; restore it, or force its deletion"
         }
         (_, VmState::SoftDeleted) => "restore it first",
         (_, VmState::Building) => "wait until it is built, or delete it",
-        (_, VmState::Error) => {
-            "its fault says what is left on the host; unrescue it if a rescue is in force, else delete it"
-        }
         _ => "its state has to change first",
     }
 }
@@ -466,7 +495,7 @@ pub fn admit(verb: Verb, server: &ServerRecord, who: &Who, now_ms: i64) -> Resul
                 format!(
                     "cannot {verb} server {} while it is in vm_state {state}: {}",
                     server.id,
-                    advice(verb, state)
+                    advice(verb, state, rescued)
                 ),
             ))
         }

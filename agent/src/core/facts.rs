@@ -182,7 +182,8 @@ pub struct Facts {
     pub image: Option<ImageFacts>,
     /// The saved definition, while a rescue is in force.
     pub saved_xml: Option<String>,
-    /// The definition that is known to be the server's own; only for verbs about that.
+    /// The definition that is known to be the server's own; only for verbs about that,
+    /// and for those that must not lose a domain that has no definition.
     pub known_xml: Option<String>,
     /// For a commit of overlays onto files: the room for each, by the overlay's path.
     pub commit_space: BTreeMap<String, CommitSpace>,

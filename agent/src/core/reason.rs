@@ -309,7 +309,7 @@ impl Reason {
             Self::DomainTransient => (
                 FailedPrecondition,
                 409,
-                "The domain has no persistent definition, so there would be no way back. Define it first.",
+                "The domain has no persistent definition, so there would be no way back. Have it defined again as it was known (`salvor server drift --restore`), or define it.",
             ),
             Self::NotAdopted => (
                 FailedPrecondition,

@@ -39,9 +39,11 @@ impl Mismatch {
                 "start it; [policy] of the configuration says whether the agent does"
             }
             Self::IoError => "make room or mend the disk, then unpause it",
-            Self::Halted => "look at its console, then unpause or reboot it",
+            Self::Halted => {
+                "look at its console, then unpause it, reboot it hard, or unrescue it if it is rescued"
+            }
             Self::Vanished => {
-                "somebody removed its domain; have it defined again as it was known (server drift --restore), or delete the server"
+                "somebody removed its domain; have it defined again as it was known (server drift --restore), or unrescue it if it is rescued"
             }
             Self::RunsAlthoughDeleted => {
                 "somebody started it; stop the domain, or restore the server"

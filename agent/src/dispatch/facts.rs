@@ -119,11 +119,20 @@ impl Dispatcher {
             Action::Delete | Action::ForceDelete => server.filter(commit_begun),
             _ => None,
         };
-        let known_xml = match action {
-            Action::RestoreDefinition | Action::HardReboot => {
-                self.store.known_definition(id).await.map_err(refused)?
-            }
-            _ => None,
+        let undefined = domain.as_ref().is_none_or(|domain| !domain.persistent);
+        let asks_for_known = match action {
+            Action::RestoreDefinition | Action::HardReboot => true,
+            // What would be lost, or is, is defined again.
+            Action::Start
+            | Action::Stop(_)
+            | Action::Reboot(_)
+            | Action::SoftDelete
+            | Action::Restore => undefined,
+            _ => false,
+        };
+        let known_xml = match asks_for_known {
+            true => self.store.known_definition(id).await.map_err(refused)?,
+            false => None,
         };
         // Whoever writes no file there is not refused because that place does not answer.
         let host = self.host_facts(match action {

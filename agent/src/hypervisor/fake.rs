@@ -236,10 +236,10 @@ impl FakeHypervisor {
         lock(&self.host.state).capacity = capacity;
     }
 
-    /// Marks a domain to be started with the host, as `virsh autostart` does.
+    /// Marks a domain to be started with the host, as `virsh autostart` does. A transient one cannot be.
     pub fn set_autostart(&self, id: Uuid) {
         if let Some(domain) = lock(&self.host.state).domains.get_mut(&id) {
-            domain.autostart = true;
+            domain.autostart = domain.inactive.is_some();
         }
     }
 

@@ -195,6 +195,9 @@ pub struct HostFacts {
 /// The word of [`HypervisorEvent::Domain`] for a definition that is new or was changed.
 pub const DEFINED: &str = "defined";
 
+/// Its word for a definition that is gone. The guest may go on without one.
+pub const UNDEFINED: &str = "undefined";
+
 /// Something that happened at the hypervisor.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum HypervisorEvent {

@@ -9,7 +9,7 @@ use virt::sys;
 
 use super::ffi::RawState;
 use crate::core::state::PowerState;
-use crate::hypervisor::DEFINED;
+use crate::hypervisor::{DEFINED, UNDEFINED};
 
 /// The power state and the reason for it.
 ///
@@ -89,7 +89,7 @@ const CRASHED: &[&str] = &[UNKNOWN, "panicked"];
 /// `virDomainEventType`.
 const LIFECYCLE: &[&str] = &[
     DEFINED,
-    "undefined",
+    UNDEFINED,
     "started",
     "suspended",
     "resumed",

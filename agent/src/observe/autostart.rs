@@ -11,7 +11,7 @@ use super::{Observer, due::CALLER, recorded, stopped};
 use crate::{
     core::{
         action::Action,
-        autostart::{Comeback, ComebackState},
+        autostart::{Comeback, ComebackState, Turn, turn},
         caller::Who,
         incident::{Incident, IncidentKind, IncidentReport},
         operation::OperationState,
@@ -175,17 +175,18 @@ impl Observer {
         if server.operation.is_some() {
             return Look::Later;
         }
-        let action = match (server.power.state, server.vm_state) {
-            (PowerState::Unknown, _) => return Look::Later,
-            (power, _) if power.is_on() => return alone("it runs already"),
-            (PowerState::NoState, _) => {
-                return failed("libvirt has no domain of it".to_owned());
-            }
-            (_, VmState::Stopped) => Action::Start,
-            (_, VmState::Rescued) => Action::StartRescue,
-            // What was seen is not drawn into the record yet.
-            (_, VmState::Active | VmState::Paused) => return Look::Later,
-            (_, state) => return failed(format!("it is {state}")),
+        match server.power.state {
+            PowerState::Unknown => return Look::Later,
+            power if power.is_on() => return alone("it runs already"),
+            PowerState::NoState => return failed("libvirt has no domain of it".to_owned()),
+            _ => {}
+        }
+        let action = match turn(comeback.was, server.vm_state) {
+            Turn::Start => Action::Start,
+            Turn::StartRescue => Action::StartRescue,
+            Turn::Wait => return Look::Later,
+            Turn::LeaveOff(why) => return alone(why),
+            Turn::Fail => return failed(format!("it is {}", server.vm_state)),
         };
         let request = Request {
             id: None,

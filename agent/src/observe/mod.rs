@@ -38,6 +38,7 @@ use crate::{
     engine::now_ms,
     hypervisor::{
         DEFINED, Definition, Hypervisor, HypervisorError, HypervisorEvent, LinkState, PowerReading,
+        UNDEFINED,
     },
     store::{Store, StoreResult},
 };
@@ -181,7 +182,7 @@ impl Observer {
                 event = events.recv() => match event {
                     Ok(HypervisorEvent::Domain { id, what }) => {
                         self.ask(&mut questions, Question::Power(id));
-                        if what == DEFINED {
+                        if what == DEFINED || what == UNDEFINED {
                             defined.insert(id);
                             self.look_at_defined(&mut questions, &mut defined);
                         }
@@ -455,19 +456,17 @@ impl Observer {
         let _turn = self.reads.acquire().await;
         let asked_at = now_ms();
         let seen = match self.hypervisor.domain_xml(id, Definition::Inactive).await {
-            Ok(xml) => own_devices(&xml).map(|devices| (xml, devices)),
-            Err(HypervisorError::LinkDown { .. } | HypervisorError::NoDomain { .. }) => None,
+            Ok(xml) => own_devices(&xml).map(|devices| Some((xml, devices))),
+            // Somebody undefined it, and its guest may go on.
+            Err(HypervisorError::NoDomain { .. }) => Some(None),
+            Err(HypervisorError::LinkDown { .. }) => None,
             Err(error) => {
                 tracing::warn!(server = %id, %error, "the definition cannot be looked at");
                 None
             }
         };
-        let Some((xml, devices)) = seen else { return };
-        let noted = self
-            .store
-            .observe_definition(id, xml, devices, asked_at)
-            .await;
-        recorded(id, noted);
+        let Some(seen) = seen else { return };
+        recorded(id, self.store.observe_definition(id, seen, asked_at).await);
     }
 
     /// The link is lost: nothing is known of any server until it is back.

@@ -318,7 +318,10 @@ impl Store {
                         },
                         Some((order, mut record)),
                     ) => {
-                        stands(&mut record, *vm_state, None, lane, now_ms);
+                        // What leaves a server in ERROR says nothing about why it is.
+                        let fault = record.fault.take();
+                        let fault = fault.filter(|_| *vm_state == VmState::Error);
+                        stands(&mut record, *vm_state, fault, lane, now_ms);
                         if known::stands(tx, plan.server, plan.id)? {
                             record.drift_since_ms = None;
                         }

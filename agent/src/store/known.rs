@@ -54,6 +54,7 @@ impl Store {
 
     /// Takes note of a definition that was read at `asked_at_ms`: the record shows its devices, and since
     /// when it is another than the known one. Of a server of which nothing is known it is the known one.
+    /// `None`: there is none any more, which is another than the known one as well.
     /// Not if an operation or a rescue has made another of it since. Says whether the record changed.
     ///
     /// # Errors
@@ -61,8 +62,7 @@ impl Store {
     pub async fn observe_definition(
         &self,
         server: Uuid,
-        xml: String,
-        devices: Devices,
+        seen: Option<(String, Devices)>,
         asked_at_ms: i64,
     ) -> StoreResult<bool> {
         self.run(move |db| {
@@ -73,21 +73,27 @@ impl Store {
                 return Ok(false);
             }
             let known = in_force(&db.connection, server)?;
-            let since = match &known {
-                Some(known) if drifted(known, &xml) => {
-                    Some(record.drift_since_ms.unwrap_or(asked_at_ms))
-                }
-                Some(_) | None => None,
+            let differs = match (&known, &seen) {
+                (Some(known), Some((xml, _))) => drifted(known, xml),
+                (Some(_), None) => true,
+                (None, _) => false,
             };
-            let others = record.show(&devices);
+            let since = differs.then(|| record.drift_since_ms.unwrap_or(asked_at_ms));
+            let others = seen
+                .as_ref()
+                .is_some_and(|(_, devices)| record.show(devices));
             let changed = others || record.drift_since_ms != since;
-            if !changed && known.is_some() {
+            let new = match (&known, &seen) {
+                (None, Some((xml, _))) => Some(xml),
+                (Some(_), _) | (None, None) => None,
+            };
+            if !changed && new.is_none() {
                 return Ok(false);
             }
             record.drift_since_ms = since;
             db.change(Durability::Process, |tx, publish| {
-                if known.is_none() {
-                    put(tx, server, Uuid::nil(), &xml, true)?;
+                if let Some(xml) = new {
+                    put(tx, server, Uuid::nil(), xml, true)?;
                 }
                 if changed {
                     put_server(tx, publish, order, record, asked_at_ms)?;

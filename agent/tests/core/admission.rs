@@ -37,14 +37,14 @@ const TABLE: &str = "
     hardReboot: active stopped paused suspended unless:error*
         | deliverPassword* start* stop* reboot hardReboot* pause unpause suspend resume | LM
     pause: active | deliverPassword* | LM
-    unpause: paused if-paused:active* | deliverPassword* | LM
+    unpause: paused if-paused:active* if-paused:rescued* if-paused:resized* if-paused:error* | deliverPassword* | LM
     suspend: active | deliverPassword* | LM
     resume: suspended | deliverPassword* | LM
     trigger_crash_dump: active paused rescued resized error | deliverPassword* | LM
     dumpMemory: active* paused* rescued* resized* error* | deliverPassword* | LM*
     changePassword: active | deliverPassword* | LM
     acceptDrift: active* paused* suspended* stopped* | deliverPassword* | LM*
-    restoreDefinition: active* paused* suspended* stopped* | deliverPassword* | LM*
+    restoreDefinition: active* paused* suspended* stopped* unless:error* | deliverPassword* | LM*
     startRescue: rescued* | | -A*
     create: | deliverPassword* | -M
     adopt: | deliverPassword* | -A*
@@ -350,6 +350,34 @@ fn an_operation_is_cancelled_by_those_who_may_change_its_server() {
                 (Role::Member, _) => Err(Reason::PermissionDenied),
             };
             assert_eq!(answer, expected, "{who:?}, {:?}", server.lock);
+        }
+    }
+}
+
+/// Only what was never built has nothing else to come back to.
+#[test]
+fn a_refusal_never_advises_to_delete_what_something_else_brings_back() {
+    for state in VmState::ALL {
+        for server in records(*state) {
+            for verb in Verb::ALL {
+                let Err(refusal) = admit(*verb, &server, &Who::default(), NOW) else {
+                    continue;
+                };
+                let says = |words: &str| refusal.message.contains(words);
+                let deletes = says("delete it") || says("delete the server");
+                let may = *state == VmState::Building
+                    || (*verb == Verb::Release && server.origin == Origin::Created);
+                assert!(may || !deletes, "{refusal}");
+                if *state == VmState::Error && refusal.reason == Reason::InvalidState {
+                    let rescued = server.rescue.is_some();
+                    let helps = match *verb {
+                        Verb::Restore | Verb::Unpause | Verb::Create | Verb::Adopt => continue,
+                        _ if rescued => "unrescue it",
+                        _ => "reboot it hard",
+                    };
+                    assert!(says(helps), "{refusal}");
+                }
+            }
         }
     }
 }

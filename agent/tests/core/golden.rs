@@ -14,6 +14,7 @@ use salvor_agent::core::{
     reason::Refusal,
     record::{
         Origin, OverlayDisposition, Protection, RescueBus, RescueDevice, RescueMode, ServerRecord,
+        SoftDeletion,
     },
     state::{PowerState, VmState},
 };
@@ -329,6 +330,61 @@ fn plans_of_drift() {
         let restore = format!("restore, {name}");
         book.add(&restore, Some(&server), &Action::RestoreDefinition, &facts);
     }
+    let error = record(Origin::Adopted, VmState::Error);
+    book.add(
+        "restore, gone, from ERROR",
+        Some(&error),
+        &Action::RestoreDefinition,
+        &with(None),
+    );
+    // Somebody undefined it, and its guest goes on.
+    let mut undefined = with(Some(&changed));
+    if let Some(domain) = &mut undefined.domain {
+        domain.persistent = false;
+    }
+    let mut unknown = undefined.clone();
+    unknown.known_xml = None;
+    let adopted = record(Origin::Adopted, VmState::Active);
+    let soft = Action::Reboot(RebootArgs {
+        shutdown: crate::bench::NOVA,
+        or_fail: false,
+    });
+    for (name, server, action) in [
+        ("restore", &server, Action::RestoreDefinition),
+        ("stop", &server, Action::Stop(crate::bench::NOVA)),
+        ("reboot", &server, soft),
+        ("hard reboot, created", &server, Action::HardReboot),
+        ("hard reboot, adopted", &adopted, Action::HardReboot),
+        ("soft delete", &server, Action::SoftDelete),
+    ] {
+        let title = format!("{name}, undefined while it runs");
+        book.add(&title, Some(server), &action, &undefined);
+        let title = format!("{name}, undefined while it runs, not known");
+        book.add(&title, Some(server), &action, &unknown);
+    }
+    let mut deleted = record(Origin::Adopted, VmState::SoftDeleted);
+    deleted.deletion = Some(SoftDeletion {
+        vm_state: VmState::Active,
+        power: PowerState::Running,
+        fault: None,
+        at_ms: 1,
+        reclaim_at_ms: 2,
+    });
+    for (name, state, action) in [
+        ("start", VmState::Stopped, Action::Start),
+        ("hard reboot", VmState::Active, Action::HardReboot),
+    ] {
+        let created = record(Origin::Created, state);
+        let adopted = record(Origin::Adopted, state);
+        let title = format!("{name}, created, gone");
+        book.add(&title, Some(&created), &action, &with(None));
+        let title = format!("{name}, created, gone, not known");
+        book.add(&title, Some(&created), &action, &facts(None, None));
+        let title = format!("{name}, adopted, gone");
+        book.add(&title, Some(&adopted), &action, &with(None));
+    }
+    let title = "restore of a soft-deleted server, gone";
+    book.add(title, Some(&deleted), &Action::Restore, &with(None));
     check("drift.txt", &book.0);
 }
 
@@ -436,7 +492,7 @@ fn plans_of_memory_and_reboots() {
             or_fail,
         })
     };
-    let mut add = |title, server: &ServerRecord, action: Action, facts: &Facts| {
+    let mut add = |title: &str, server: &ServerRecord, action: Action, facts: &Facts| {
         book.add(title, Some(server), &action, facts);
     };
     let running = seen(on, false);
@@ -487,6 +543,11 @@ fn plans_of_memory_and_reboots() {
         Action::Unpause,
         &running,
     );
+    for vm_state in [VmState::Active, VmState::Rescued, VmState::Error] {
+        let halted = server(vm_state, PowerState::Paused, false);
+        let title = format!("unpause, {vm_state}, halted");
+        add(&title, &halted, Action::Unpause, &running);
+    }
     add("suspend", &active, Action::Suspend, &running);
     let mut full = running.clone();
     full.save_room = full.save_room.map(|room| SaveRoom {

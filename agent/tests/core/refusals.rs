@@ -61,7 +61,7 @@ fn a_transient_domain_has_no_way_back() {
     says(
         &refusal,
         Reason::DomainTransient,
-        &["no way back", "define it first"],
+        &["no way back", "server drift --restore"],
     );
     let mut transient = facts(Some(domain(fixture("minimal"), PowerState::Running)), None);
     transient.domain.as_mut().unwrap().persistent = false;
@@ -83,10 +83,27 @@ fn saved_memory_would_come_back_instead_of_the_rescue() {
 #[test]
 fn without_its_domain_a_server_is_neither_rescued_nor_started() {
     let refusal = rescue_refused(|facts, _| facts.domain = None);
-    says(&refusal, Reason::DomainNotFound, &["delete the server"]);
+    says(
+        &refusal,
+        Reason::DomainNotFound,
+        &["server drift --restore"],
+    );
     let stopped = record(Origin::Created, VmState::Stopped);
     let refusal = refused(Some(&stopped), &Action::Start, &facts(None, None));
-    says(&refusal, Reason::DomainNotFound, &["delete the server"]);
+    says(
+        &refusal,
+        Reason::DomainNotFound,
+        &["server drift --restore"],
+    );
+    let (server, _) = rescued(&active(), fixture("virt-manager"), rescue_args());
+    let refusal = refused(Some(&server), &Action::DumpMemory, &facts(None, None));
+    says(&refusal, Reason::DomainNotFound, &["unrescue it"]);
+    let unknown = refused(
+        Some(&stopped),
+        &Action::RestoreDefinition,
+        &facts(None, None),
+    );
+    says(&unknown, Reason::InvalidState, &["virsh define"]);
     let adopt = Action::Adopt(AdoptArgs { name: None });
     says(
         &refused(None, &adopt, &facts(None, None)),

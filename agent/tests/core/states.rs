@@ -4,6 +4,8 @@
 use std::collections::BTreeMap;
 
 use salvor_agent::core::{
+    action::Verb,
+    autostart::{Turn, comes_back, turn},
     reconcile::{is_stale, reconcile},
     record::Origin,
     state::{ObservationSource, PowerObservation, PowerState, Status, TaskState, VmState, status},
@@ -156,4 +158,48 @@ fn an_observation_is_stale_if_a_newer_one_is_known_unless_the_clock_was_set_back
             "{at}"
         );
     }
+}
+
+#[test]
+fn a_server_that_ran_comes_back_whatever_was_under_way_unless_that_was_to_end_it() {
+    let ends = [
+        Verb::Stop,
+        Verb::Delete,
+        Verb::ForceDelete,
+        Verb::SoftDelete,
+        Verb::Release,
+    ];
+    for vm_state in VmState::ALL {
+        let mut server = record(Origin::Adopted, *vm_state);
+        let runs = [VmState::Active, VmState::Paused, VmState::Rescued].contains(vm_state);
+        assert_eq!(comes_back(&server), runs, "{vm_state}");
+        for verb in Verb::ALL {
+            server.give_lane(Some((Uuid::from_u128(9), *verb)));
+            let expected = runs && !ends.contains(verb);
+            assert_eq!(comes_back(&server), expected, "{verb} in {vm_state}");
+        }
+    }
+    let mut server = record(Origin::Adopted, VmState::Active);
+    server.power.state = PowerState::Shutdown;
+    assert!(!comes_back(&server));
+    server.power.state = PowerState::Running;
+    server.autostart = false;
+    assert!(!comes_back(&server));
+}
+
+#[test]
+fn what_ended_meanwhile_stays_off_after_a_reboot_of_the_host() {
+    use VmState as S;
+    assert_eq!(turn(S::Active, S::Stopped), Turn::Start);
+    assert_eq!(turn(S::Paused, S::Stopped), Turn::Start);
+    assert_eq!(turn(S::Rescued, S::Rescued), Turn::StartRescue);
+    for (was, vm_state) in [
+        (S::Rescued, S::Stopped),
+        (S::Active, S::Suspended),
+        (S::Active, S::SoftDeleted),
+    ] {
+        let left = matches!(turn(was, vm_state), Turn::LeaveOff(_));
+        assert!(left, "{was} {vm_state}");
+    }
+    assert_eq!(turn(S::Active, S::Error), Turn::Fail);
 }

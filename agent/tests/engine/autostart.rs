@@ -5,13 +5,13 @@ use std::{num::NonZeroUsize, sync::Arc, time::Duration};
 
 use salvor_agent::{
     core::{
-        action::Verb,
+        action::{Action, ChangePasswordArgs, Verb},
         autostart::{Comeback, ComebackState},
         incident::IncidentKind,
         state::{PowerState, VmState},
     },
     dispatch::Target,
-    engine::NoProbe,
+    engine::{Event, NoProbe, Point},
     hypervisor::{Boot, Hypervisor as _, HypervisorError},
     observe::{Autostart, Observer},
     store::{Change, Store},
@@ -20,7 +20,8 @@ use tokio::{sync::watch, task::JoinHandle};
 use uuid::Uuid;
 
 use crate::{
-    host::{Agent, Host, ON, SERVER, adopt, rescue_action},
+    crash::Plot,
+    host::{Agent, Host, NEW, ON, SERVER, adopt, hash, rescue_action},
     observe::Watched,
 };
 
@@ -182,6 +183,64 @@ async fn a_paused_server_is_started_and_its_lost_memory_is_told() {
             break;
         }
         tokio::task::yield_now().await;
+    }
+}
+
+/// The power goes in the middle of an action, and the next agent takes that up.
+async fn cut_off(action: Action) -> (Agent, Comeback, watch::Sender<bool>) {
+    let host = Host::new();
+    host.fake.define(&host.foreign_domain(false)).await.unwrap();
+    host.fake.start(SERVER, Boot::Resume).await.unwrap();
+    host.fake.guest_agent(SERVER, true);
+    let adopted = host.agent(Arc::new(NoProbe)).await;
+    adopted.succeed(NEW, adopt()).await;
+    adopted.store.note_boot(FIRST_BOOT, true).await.unwrap();
+    drop(adopted);
+    let verb = action.verb();
+    let dying = host
+        .agent(Plot::new(&[(Point::BeforeStep(0), Event::Die)]))
+        .await;
+    dying.submit(ON, action).await.unwrap();
+    assert_eq!(dying.record().operation_verb, Some(verb));
+    drop(dying);
+    host.fake.host_reboot();
+    let store = Store::open(&host.database(), 1_000).unwrap();
+    assert_eq!(
+        store.note_boot(SECOND_BOOT, true).await.unwrap(),
+        1,
+        "{verb}"
+    );
+    drop(store);
+    let agent = host.agent(Arc::new(NoProbe)).await;
+    let (stop, _) = observe(&agent);
+    let done = all_done(&agent.store).await.remove(0);
+    (agent, done, stop)
+}
+
+#[tokio::test]
+async fn a_server_comes_back_although_something_else_was_under_way() {
+    let password = Action::ChangePassword(ChangePasswordArgs {
+        user: None,
+        password: hash(),
+    });
+    for action in [
+        Action::Pause,
+        Action::Suspend,
+        Action::CrashDump,
+        Action::DumpMemory,
+        password,
+        Action::AcceptDrift,
+        Action::RestoreDefinition,
+        Action::HardReboot,
+    ] {
+        let (agent, done, stop) = cut_off(action.clone()).await;
+        let record = agent.record();
+        assert_eq!(
+            (record.vm_state, record.power.state),
+            (VmState::Active, PowerState::Running),
+            "{action:?}: {done:?}"
+        );
+        stop.send_replace(true);
     }
 }
 

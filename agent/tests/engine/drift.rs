@@ -3,7 +3,7 @@
 
 use salvor_agent::{
     core::{
-        action::Action,
+        action::{Action, RebootArgs, ResetTo},
         reason::Reason,
         reconcile::Mismatch,
         state::{PowerState, VmState},
@@ -14,7 +14,7 @@ use salvor_agent::{
 
 use crate::{
     gate::until,
-    host::{ON, SERVER, anonymous, unrescue},
+    host::{AT_ONCE, ON, SERVER, anonymous, unrescue},
     observe::Watched,
 };
 
@@ -99,6 +99,54 @@ async fn a_domain_that_somebody_removed_comes_back_as_it_is_known() {
     watched.becomes(VmState::Stopped).await;
     assert_eq!(mismatch(), None);
     watched.agent.succeed(ON, Action::Start).await;
+    watched.end().await;
+}
+
+#[tokio::test]
+async fn a_domain_that_is_undefined_while_it_runs_is_shown_and_not_lost_with_its_guest() {
+    let soft = Action::Reboot(RebootArgs {
+        shutdown: AT_ONCE,
+        or_fail: false,
+    });
+    for action in [
+        soft,
+        Action::HardReboot,
+        Action::Stop(AT_ONCE),
+        Action::SoftDelete,
+    ] {
+        let watched = Watched::with(|settings| settings.reclaim_ms = 3_600_000).await;
+        let own = definition(&watched).await;
+        watched.host.fake.undefine(SERVER).await.unwrap();
+        until("it is drift", || drifted(&watched)).await;
+        assert!(diff(&watched).await.contains("-<domain"));
+        assert_eq!(watched.agent.record().vm_state, VmState::Active);
+        watched.agent.succeed(ON, action.clone()).await;
+        assert_eq!(definition(&watched).await, own, "{action:?}");
+        if action == Action::SoftDelete {
+            watched.agent.succeed(ON, Action::Restore).await;
+        }
+        until("it is drift no more", || !drifted(&watched)).await;
+        watched.end().await;
+    }
+}
+
+#[tokio::test]
+async fn a_server_in_error_gets_its_definition_back_and_keeps_its_fault() {
+    let watched = Watched::new().await;
+    let own = definition(&watched).await;
+    let reset = Action::ResetState(ResetTo::Error);
+    watched.agent.succeed(ON, reset).await;
+    let fault = watched.agent.record().fault.clone();
+    assert!(fault.is_some());
+    watched.host.fake.undefine(SERVER).await.unwrap();
+    until("it is drift", || drifted(&watched)).await;
+    watched.agent.succeed(ON, Action::RestoreDefinition).await;
+    assert_eq!(definition(&watched).await, own);
+    let record = watched.agent.record();
+    assert_eq!((record.vm_state, &record.fault), (VmState::Error, &fault));
+    watched.agent.succeed(ON, Action::HardReboot).await;
+    assert_eq!(watched.agent.record().vm_state, VmState::Active);
+    assert_eq!(watched.agent.record().fault, None);
     watched.end().await;
 }
 

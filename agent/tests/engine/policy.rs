@@ -3,7 +3,7 @@
 
 use salvor_agent::{
     core::{
-        action::{Action, Verb},
+        action::{Action, ResetTo, Verb},
         incident::{Incident, IncidentKind},
         reconcile::Mismatch,
         state::{PowerState, VmState},
@@ -15,7 +15,7 @@ use salvor_agent::{
 
 use crate::{
     gate::{stays, until},
-    host::{ON, SERVER},
+    host::{ON, SERVER, rescue_action},
     observe::Watched,
 };
 
@@ -119,6 +119,38 @@ async fn a_guest_paused_by_an_io_error_is_active_and_says_which_disk_and_why() {
     watched.sees(PowerState::Running).await;
     assert_eq!(mismatch(&watched), None);
     watched.end().await;
+}
+
+#[tokio::test]
+async fn a_guest_that_a_full_disk_has_halted_goes_on_when_asked_whatever_its_server_is() {
+    let prepared: [(VmState, Vec<Action>); 3] = [
+        (VmState::Active, Vec::new()),
+        (VmState::Rescued, vec![rescue_action()]),
+        (VmState::Error, vec![Action::ResetState(ResetTo::Error)]),
+    ];
+    for (vm_state, before) in prepared {
+        let watched = Watched::new().await;
+        for action in before {
+            watched.agent.succeed(ON, action).await;
+        }
+        let fault = watched.agent.record().fault.clone();
+        let refused = watched.agent.submit(ON, Action::Unpause).await;
+        let refusal = refused.unwrap_err();
+        assert!(refusal.message.contains("not stopped"), "{refusal}");
+        watched.host.fake.disk_fails(SERVER, "no space");
+        until("it is told", || {
+            mismatch(&watched) == Some(Mismatch::IoError)
+        })
+        .await;
+        watched.agent.succeed(ON, Action::Unpause).await;
+        let record = watched.agent.record();
+        assert_eq!(
+            (record.vm_state, record.power.state),
+            (vm_state, PowerState::Running)
+        );
+        assert_eq!((&record.fault, record.mismatch), (&fault, None));
+        watched.end().await;
+    }
 }
 
 #[tokio::test]

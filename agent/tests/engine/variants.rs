@@ -9,6 +9,7 @@ use salvor_agent::{
         change::FieldChange,
         operation::OperationState,
         record::{OverlayDisposition, Protection, RescueMode},
+        state::{ObservationSource, PowerObservation, PowerState},
     },
     dispatch::Target,
     engine::{NoProbe, Point},
@@ -41,6 +42,10 @@ pub(crate) enum Prior {
     Writes,
     /// Somebody removes the domain.
     Undefined,
+    /// Somebody undefines it while it runs.
+    UndefinedRunning,
+    /// A full disk halts the guest, and that is seen.
+    DiskFull,
     /// Somebody changes the definition.
     Changed,
     /// The host goes down, and comes up with everything off.
@@ -323,11 +328,46 @@ pub(crate) fn variants() -> Vec<Variant> {
             restore(),
         ),
         variant(
+            "restore, domain gone",
+            &after(
+                &in_rescue(&foreign(true, true), &Action::SoftDelete),
+                &[Prior::Undefined],
+            ),
+            ON,
+            Action::Restore,
+        ),
+        variant(
             "start rescue",
             &after(&in_rescue(&running, &plain), &[Prior::HostRebooted]),
             ON,
             Action::StartRescue,
         ),
+    ]);
+    let undefined = after(&foreign(true, true), &[Prior::UndefinedRunning]);
+    let soft = Action::Reboot(RebootArgs {
+        shutdown: PROMPT,
+        or_fail: false,
+    });
+    all.push(variant(
+        "unpause, rescued, its disk was full",
+        &after(&in_rescue(&running, &plain), &[Prior::DiskFull]),
+        ON,
+        Action::Unpause,
+    ));
+    let gone = after(&running, &[Prior::Undefined]);
+    let stopped = [Prior::Done(ON, Action::Stop(AT_ONCE)), Prior::Undefined];
+    all.extend([
+        variant("hard reboot, domain gone", &gone, ON, Action::HardReboot),
+        variant(
+            "start, domain gone",
+            &after(&running, &stopped),
+            ON,
+            Action::Start,
+        ),
+        variant("stop, undefined", &undefined, ON, Action::Stop(PROMPT)),
+        variant("reboot, undefined", &undefined, ON, soft),
+        variant("hard reboot, undefined", &undefined, ON, Action::HardReboot),
+        variant("soft delete, undefined", &undefined, ON, Action::SoftDelete),
     ]);
     all
 }
@@ -404,6 +444,12 @@ fn power() -> Vec<Variant> {
             ON,
             Action::Unpause,
         ),
+        variant(
+            "unpause, active, its disk was full",
+            &after(&[Prior::DiskFull]),
+            ON,
+            Action::Unpause,
+        ),
         variant("suspend", &running, ON, Action::Suspend),
         variant("resume", &after(&suspended), ON, Action::Resume),
         variant(
@@ -463,6 +509,21 @@ pub(crate) async fn prepare(host: &Host, prior: &[Prior]) {
                     .replace("</devices>", "<input type='tablet' bus='usb'/></devices>");
                 host.define(&changed).await;
                 host.fake.sync_definitions().await.unwrap();
+            }
+            Prior::UndefinedRunning => {
+                host.fake.undefine(SERVER).await.unwrap();
+                host.fake.sync_definitions().await.unwrap();
+            }
+            Prior::DiskFull => {
+                host.fake.disk_fails(SERVER, "no space");
+                let now = std::time::UNIX_EPOCH.elapsed().unwrap();
+                let seen = PowerObservation {
+                    state: PowerState::Paused,
+                    reason: "ioerror".to_owned(),
+                    observed_at_ms: i64::try_from(now.as_millis()).unwrap(),
+                    source: ObservationSource::Poll,
+                };
+                agent.store.observe(SERVER, seen).await.unwrap();
             }
             Prior::HostRebooted => host.fake.host_reboot(),
             Prior::Undefined => {

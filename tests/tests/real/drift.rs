@@ -159,10 +159,23 @@ async fn a_domain_that_somebody_undefined_comes_back_as_it_was() {
     let id = scene.tiny(&TinyGuest::new("undefined")).await;
     let console = scene.console(id);
     let own = scene.libvirt.inactive_xml(id).unwrap();
-    // While it runs: what is left is a transient domain.
+    // While it runs: what is left is a transient domain, which is shown.
     scene.libvirt.undefine(id).unwrap();
+    until_drifted(&mut scene, id).await;
+    assert!(drift(&mut scene, id).await.diff.contains("-<domain"));
     restore(&mut scene, id).await;
     assert_eq!(scene.libvirt.inactive_xml(id).unwrap(), own);
+    // Its guest's end is not its own: a hard reboot and a stop define it first.
+    scene.libvirt.undefine(id).unwrap();
+    let mark = console.mark();
+    scene.client.act(Plain::HardReboot, id).await.done();
+    console.wait_line(mark, "TINY-READY undefined", SOON);
+    assert_eq!(scene.libvirt.inactive_xml(id).unwrap(), own);
+    scene.libvirt.undefine(id).unwrap();
+    scene.client.stop(id, None).await.done();
+    assert_eq!(scene.libvirt.inactive_xml(id).unwrap(), own);
+    let server = scene.client.start(id).await.done().server.unwrap();
+    Client::assert_settled(&server, VmState::Active);
     // And altogether.
     scene.libvirt.destroy(id).unwrap();
     scene.libvirt.undefine(id).unwrap();

@@ -8,7 +8,7 @@ use salvor_proto::v1::{
     watch_events_response::Item,
 };
 use salvor_tests::agent::AgentSettings;
-use salvor_tests::client::Client;
+use salvor_tests::client::{Client, Plain};
 use salvor_tests::console::{Console, Mark};
 use salvor_tests::guests::TinyGuest;
 use salvor_tests::host::TestHost;
@@ -191,7 +191,7 @@ async fn a_guest_whose_disk_is_full_says_so_and_goes_on_when_there_is_room() {
     scene.client.wait_server(id, "it says why", says).await;
 
     std::fs::remove_file(filler).unwrap();
-    resume(&scene, id);
+    scene.client.act(Plain::Unpause, id).await.done();
     let server = scene.wait_power(id, PowerState::Running).await;
     assert_eq!(
         (server.vm_state(), mismatch_of(&server)),

@@ -7,7 +7,7 @@ use super::{Builder, need_domain, read_domain};
 use crate::core::{
     action::Verb,
     devices::own_devices,
-    facts::Facts,
+    facts::{DomainFacts, Facts},
     plan::{Mark, Phase, Plan, RescueChange, Step},
     reason::{Reason, Refusal},
     record::{Flavor, ServerRecord},
@@ -65,6 +65,51 @@ pub(super) fn named_like(known: &str, now: &str) -> String {
     named.unwrap_or_else(|| known.to_owned())
 }
 
+/// A domain that somebody undefined while it runs goes with its guest, and the state of its TPM with it. Where
+/// the guest is to end it is first defined again as it is known; says whether that is so, or not needed.
+///
+/// The definition of a rescue is not the server's own, and is not known.
+pub(super) fn keep_defined(builder: &mut Builder, server: &ServerRecord, facts: &Facts) -> bool {
+    match &facts.domain {
+        Some(domain) if !domain.persistent && server.rescue.is_none() => {
+            define_known(builder, facts)
+        }
+        Some(_) | None => true,
+    }
+}
+
+/// Defines a domain that has no definition as it is known; says whether it is known.
+pub(super) fn define_known(builder: &mut Builder, facts: &Facts) -> bool {
+    let Some(known) = &facts.known_xml else {
+        return false;
+    };
+    let xml = match &facts.domain {
+        Some(domain) => named_like(known, &domain.xml),
+        None => known.clone(),
+    };
+    builder.devices = own_devices(&xml);
+    builder.step(
+        Phase::Switch,
+        Step::DefineDomain {
+            xml,
+            mark: Mark::Own,
+            before: None,
+        },
+    );
+    true
+}
+
+/// The refusal where a domain without a definition would be lost with its guest, and none is known.
+pub(super) fn transient(server: &ServerRecord, domain: &DomainFacts) -> Refusal {
+    Refusal::new(
+        Reason::DomainTransient,
+        format!(
+            "somebody undefined domain {} while its guest runs, and nothing is known of how server {} was defined: it would be gone with its guest; define it first (`virsh dumpxml`, `virsh define`)",
+            domain.name, server.id
+        ),
+    )
+}
+
 /// The domain is defined again as it is known, also one that somebody has undefined. A guest that runs
 /// goes on as it is until its next start.
 pub(super) fn restore(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refusal> {
@@ -73,8 +118,15 @@ pub(super) fn restore(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refu
             "known_definition",
             "none",
             format!(
-                "nothing is known yet of how server {} was defined; the agent notes it with its next look",
-                server.id
+                "nothing is known yet of how server {} was defined; {}",
+                server.id,
+                match &facts.domain {
+                    Some(domain) if domain.persistent => {
+                        "the agent notes it with its next look"
+                    }
+                    Some(_) => "define what runs (`virsh dumpxml`, `virsh define`)",
+                    None => "define it by hand (`virsh define`)",
+                }
             ),
         ));
     };

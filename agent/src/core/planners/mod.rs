@@ -71,7 +71,7 @@ pub fn plan(
         }
         (Action::Update(fields), Some(server)) => Ok(record::update(server, fields, facts)),
         (Action::ResetState(to), Some(server)) => record::reset(server, *to, facts),
-        (Action::SoftDelete, Some(server)) => Ok(soft_delete::plan(server, facts)),
+        (Action::SoftDelete, Some(server)) => soft_delete::plan(server, facts),
         (Action::Restore, Some(server)) => soft_delete::restore(server, facts),
         (Action::AcceptDrift, Some(server)) => drift::accept(server, facts),
         (Action::RestoreDefinition, Some(server)) => drift::restore(server, facts),
@@ -163,13 +163,21 @@ impl Builder {
     }
 }
 
-/// The server's domain, which most verbs cannot do without.
+/// The server's domain, which most verbs cannot do without. A refusal says what brings it back.
 fn need_domain<'a>(server: &ServerRecord, facts: &'a Facts) -> Result<&'a DomainFacts, Refusal> {
     facts.domain.as_ref().ok_or_else(|| {
+        let helps = match (server.rescue.is_some(), server.vm_state) {
+            // The saved definition is in the store.
+            (true, VmState::SoftDeleted) => {
+                "have an administrator reset its state to active, and unrescue it"
+            }
+            (true, _) => "unrescue it, which defines its own domain again",
+            (false, _) => "have it defined again as it was known (server drift --restore)",
+        };
         Refusal::new(
             Reason::DomainNotFound,
             format!(
-                "libvirt has no domain {} for server {}; somebody removed it; delete the server",
+                "libvirt has no domain {} for server {}: somebody removed it; {helps}",
                 server.domain_name, server.id
             ),
         )

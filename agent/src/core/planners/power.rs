@@ -3,7 +3,11 @@
 
 use salvor_domain_templates::same_but_for_the_name;
 
-use super::{Builder, drift::named_like, need_domain, read_domain};
+use super::{
+    Builder,
+    drift::{define_known, keep_defined, named_like, transient},
+    need_domain, read_domain,
+};
 use crate::core::{
     action::{RebootArgs, Shutdown, Verb},
     devices::own_devices,
@@ -24,8 +28,12 @@ const AT_ONCE: Shutdown = Shutdown {
 
 /// Starts the persistent definition. Saved memory is brought back instead of being lost.
 pub(super) fn start(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refusal> {
-    let domain = need_domain(server, facts)?;
     let mut builder = Builder::new(Verb::Start, server.id, facts);
+    if made_again(&mut builder, server, facts) {
+        builder.step(Phase::Switch, START);
+        return Ok(builder.becomes(VmState::Active, RescueChange::Keep));
+    }
+    let domain = need_domain(server, facts)?;
     if domain.managed_save {
         restore(&mut builder, domain)?;
     } else {
@@ -34,14 +42,30 @@ pub(super) fn start(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refusa
     Ok(builder.becomes(VmState::Active, RescueChange::Keep))
 }
 
+/// A created server's domain that somebody removed is defined again as it is known, as Nova makes it from its
+/// record; one that was adopted is its owner's. Says whether it is.
+fn made_again(builder: &mut Builder, server: &ServerRecord, facts: &Facts) -> bool {
+    server.origin == Origin::Created
+        && facts.domain.is_none()
+        && server.rescue.is_none()
+        && define_known(builder, facts)
+}
+
 const START: Step = Step::StartDomain {
     mark: Mark::Own,
     fresh: false,
 };
 
-/// Shuts the guest down, or ends it. A domain that is gone is off.
+const FRESH: Step = Step::StartDomain {
+    mark: Mark::Own,
+    fresh: true,
+};
+
+/// Shuts the guest down, or ends it. A domain that is gone is off. One that runs without a definition is given
+/// the known one, if there is one.
 pub(super) fn stop(server: &ServerRecord, shutdown: Shutdown, facts: &Facts) -> Plan {
     let mut builder = Builder::new(Verb::Stop, server.id, facts);
+    keep_defined(&mut builder, server, facts);
     builder.step(Phase::Switch, power_off(shutdown, facts));
     builder.becomes(VmState::Stopped, RescueChange::Keep)
 }
@@ -78,6 +102,9 @@ pub(super) fn reboot(
         ));
     }
     let mut builder = Builder::new(Verb::Reboot, server.id, facts);
+    if !keep_defined(&mut builder, server, facts) {
+        return Err(transient(server, domain));
+    }
     builder.step(
         Phase::Switch,
         Step::PowerOff {
@@ -91,10 +118,18 @@ pub(super) fn reboot(
     Ok(builder.becomes(VmState::Active, RescueChange::Keep))
 }
 
-/// Ends the guest and starts it again, a created server with the definition that is known. Memory that was saved of it is lost: that is said.
+/// Ends the guest and starts it again, a created server with the definition that is known, whether libvirt still
+/// has its domain or not. Memory that was saved of it is lost: that is said.
 pub(super) fn hard_reboot(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refusal> {
-    let domain = need_domain(server, facts)?;
     let mut builder = Builder::new(Verb::HardReboot, server.id, facts);
+    if made_again(&mut builder, server, facts) {
+        builder.step(Phase::Switch, FRESH);
+        return Ok(builder.becomes(VmState::Active, RescueChange::Keep));
+    }
+    let domain = need_domain(server, facts)?;
+    if !keep_defined(&mut builder, server, facts) {
+        return Err(transient(server, domain));
+    }
     builder.step(Phase::Switch, power_off(AT_ONCE, facts));
     if domain.managed_save {
         builder.plan.warnings.push(Warning {
@@ -108,6 +143,7 @@ pub(super) fn hard_reboot(server: &ServerRecord, facts: &Facts) -> Result<Plan, 
     // What somebody changed past the agent goes with a created server (Nova makes the definition anew); one
     // that was adopted is its owner's.
     if server.origin == Origin::Created
+        && domain.persistent
         && let Some(known) = &facts.known_xml
     {
         let xml = named_like(known, &domain.xml);
@@ -123,13 +159,7 @@ pub(super) fn hard_reboot(server: &ServerRecord, facts: &Facts) -> Result<Plan, 
             );
         }
     }
-    builder.step(
-        Phase::Switch,
-        Step::StartDomain {
-            mark: Mark::Own,
-            fresh: true,
-        },
-    );
+    builder.step(Phase::Switch, FRESH);
     Ok(builder.becomes(VmState::Active, RescueChange::Keep))
 }
 
@@ -143,7 +173,8 @@ pub(super) fn pause(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refusa
     Ok(builder.becomes(VmState::Paused, RescueChange::Keep))
 }
 
-/// Lets the guest's CPUs run, and its clock catch up.
+/// Lets the guest's CPUs run, and its clock catch up. A rescue guest goes on as one, and a server in ERROR stays
+/// so: what failed was not this.
 pub(super) fn unpause(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refusal> {
     need_on(server, "unpause")?;
     let mut builder = Builder::new(Verb::Unpause, server.id, facts);
@@ -151,7 +182,11 @@ pub(super) fn unpause(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refu
     if server.guest_agent {
         builder.step(Phase::CleanUp, Step::SetGuestTime);
     }
-    Ok(builder.becomes(VmState::Active, RescueChange::Keep))
+    let vm_state = match server.vm_state {
+        VmState::Paused => VmState::Active,
+        other => other,
+    };
+    Ok(builder.becomes(vm_state, RescueChange::Keep))
 }
 
 /// By what was seen last, is there a QEMU? What was not seen yet, or cannot be now, is left to the step.
@@ -178,7 +213,7 @@ pub(super) fn suspend(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refu
         return Err(Refusal::new(
             Reason::DomainTransient,
             format!(
-                "domain {} is transient, and libvirt keeps no saved memory of such a one; define it first",
+                "domain {} is transient, and libvirt keeps no saved memory of such a one; have it defined again as it was known (server drift --restore)",
                 domain.name
             ),
         ));

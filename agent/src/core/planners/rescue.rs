@@ -404,7 +404,7 @@ fn check_domain(server: &ServerRecord, domain: &DomainFacts) -> Result<(), Refus
         return Err(Refusal::new(
             Reason::DomainTransient,
             format!(
-                "domain {} is transient: there would be no way back; define it first",
+                "domain {} is transient: there would be no way back; have it defined again as it was known (server drift --restore)",
                 domain.name
             ),
         ));
