@@ -68,6 +68,8 @@ pub enum Plain {
     Delete,
     /// RebootServer, hard.
     HardReboot,
+    /// RebootServer, soft, with the time that is usual.
+    SoftReboot,
 }
 
 /// An operation that has ended.
@@ -376,10 +378,14 @@ impl Client {
             Plain::CrashDump => ask!(trigger_crash_dump, TriggerCrashDumpRequest),
             Plain::DumpMemory => ask!(dump_server_memory, DumpServerMemoryRequest),
             Plain::Delete => ask!(delete_server, DeleteServerRequest),
-            Plain::HardReboot => {
+            Plain::HardReboot | Plain::SoftReboot => {
+                let kind = match verb {
+                    Plain::HardReboot => RebootType::Hard,
+                    _ => RebootType::Soft,
+                };
                 let request = RebootServerRequest {
                     server,
-                    r#type: RebootType::Hard.into(),
+                    r#type: kind.into(),
                     ..RebootServerRequest::default()
                 };
                 self.servers

@@ -216,6 +216,13 @@ fn reap(ended: &Ended) {
     }
 }
 
+/// The state letter of a process (`Z` for a zombie), if there is one.
+fn state(pid: i32) -> Option<char> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (_, fields) = stat.rsplit_once(')')?;
+    fields.trim_start().chars().next()
+}
+
 fn obey(order: Order, ended: &Ended) -> Result<Answer> {
     match order {
         Order::Spawn {
@@ -243,17 +250,19 @@ fn obey(order: Order, ended: &Ended) -> Result<Answer> {
             Ok(Answer::Done)
         }
         Order::Status { pid } => {
-            if let Some(how) = ended
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .get(&pid)
-            {
-                Ok(Answer::Ended(how.clone()))
-            } else if Path::new("/proc").join(pid.to_string()).exists() {
-                Ok(Answer::Running)
-            } else {
-                Ok(Answer::Ended("unknown".into()))
+            // What lives comes before what was noted: its number may have been another's before (the kernel
+            // begins anew at 32,768, and every thread takes one).
+            let state = state(pid);
+            if state.is_some_and(|state| state != 'Z') {
+                return Ok(Answer::Running);
             }
+            let ended = ended.lock().unwrap_or_else(PoisonError::into_inner);
+            Ok(match (ended.get(&pid), state) {
+                (Some(how), _) => Answer::Ended(how.clone()),
+                // Dead, but not noted yet.
+                (None, Some(_)) => Answer::Running,
+                (None, None) => Answer::Ended("unknown".into()),
+            })
         }
         Order::WithArgument(text) => {
             let mut pids = Vec::new();

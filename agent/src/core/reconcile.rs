@@ -264,6 +264,18 @@ pub fn is_stale(server: &ServerRecord, seen: &PowerObservation) -> bool {
     is_before(seen.observed_at_ms, server.power.observed_at_ms)
 }
 
+/// For how many milliseconds a look that begins now would tell nothing of the vm state, because an operation
+/// has just ended: what such a look sees may be that operation's own work.
+#[must_use]
+pub fn too_early(server: &ServerRecord, now_ms: i64) -> Option<u64> {
+    let early = now_ms == server.settled_at_ms || is_before(now_ms, server.settled_at_ms);
+    let left = server
+        .settled_at_ms
+        .saturating_sub(now_ms)
+        .saturating_add(1);
+    u64::try_from(left).ok().filter(|_| early)
+}
+
 /// Folds an observation into a record; `None` if it tells nothing new.
 ///
 /// While an operation is under way the vm state is the operation's business; what [`follow`] says counts
@@ -282,9 +294,7 @@ pub fn reconcile(server: &ServerRecord, seen: impl Into<Seen>) -> Option<Reconci
         seen.reason.clone_from(&server.power.reason);
     }
     // Seen before the last operation ended: what it saw may be that operation's own work.
-    let settled = server.operation.is_none()
-        && seen.observed_at_ms != server.settled_at_ms
-        && !is_before(seen.observed_at_ms, server.settled_at_ms);
+    let settled = server.operation.is_none() && too_early(server, seen.observed_at_ms).is_none();
     let (vm_state, told) = if settled {
         follow(server.vm_state, seen.state, &seen.reason, saved_memory)
     } else {

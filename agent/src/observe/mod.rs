@@ -29,7 +29,7 @@ use crate::{
         action::Verb,
         devices::{may_follow, own_devices},
         incident::{IncidentReport, Incidents},
-        reconcile::{IO_ERROR, NO_DOMAIN, Seen, needs_saved_memory},
+        reconcile::{IO_ERROR, NO_DOMAIN, Seen, needs_saved_memory, too_early},
         record::ServerRecord,
         state::{ObservationSource, PowerObservation, PowerState, VmState},
         text,
@@ -72,7 +72,7 @@ enum Question {
 /// Questions under way, each in a task of its own: a domain that is slow to answer holds up nobody.
 #[derive(Debug, Default)]
 struct Questions {
-    /// Each says whether there was an answer. What it told is recorded.
+    /// Each says whether the answer is good for what it was put for. What it told is recorded.
     tasks: JoinSet<bool>,
     under_way: HashMap<tokio::task::Id, Question>,
     /// To be asked once more: something happened after the question was put.
@@ -249,6 +249,10 @@ impl Observer {
                             }
                         }
                         Question::GuestAgent(id) if answered => self.deliver_password(id, &mut tried),
+                        Question::Power(id) if !answered && self.is_busy(id) => {
+                            questions.unsettled.insert(id);
+                        }
+                        Question::Power(_) if !answered => self.ask(&mut questions, question),
                         Question::GuestAgent(_) | Question::Power(_) | Question::Definition(_) => {}
                     }
                     if questions.again.remove(&question) {
@@ -324,11 +328,6 @@ impl Observer {
     /// Asks; what is being asked already is asked again after the answer, which may be older than what
     /// is to be seen now.
     fn ask(self: &Arc<Self>, questions: &mut Questions, question: Question) {
-        if let Question::Power(id) = question
-            && self.is_busy(id)
-        {
-            questions.unsettled.insert(id);
-        }
         if questions.under_way.values().any(|asked| *asked == question) {
             questions.again.insert(question);
             return;
@@ -337,7 +336,9 @@ impl Observer {
         let task = questions.tasks.spawn(async move {
             match question {
                 Question::All => observer.look_at_all().await,
-                Question::Power(id) => observer.look_at(id, ObservationSource::Event).await,
+                Question::Power(id) => {
+                    return observer.look_at(id, ObservationSource::Event).await;
+                }
                 Question::Definition(id) => observer.look_at_definition(id).await,
                 Question::GuestAgent(id) => {
                     return observer.hypervisor.ping_guest_agent(id).await.is_ok();
@@ -348,10 +349,15 @@ impl Observer {
         questions.under_way.insert(task.id(), question);
     }
 
-    async fn look_at(&self, id: Uuid, source: ObservationSource) {
+    /// Looks at a domain. `false`: an operation is under way, or has ended meanwhile, so that nothing could be
+    /// concluded from what was seen.
+    async fn look_at(&self, id: Uuid, source: ObservationSource) -> bool {
         let Some(server) = self.store.server(id) else {
-            return;
+            return true;
         };
+        if let Some(left) = too_early(&server, now_ms()) {
+            tokio::time::sleep(Duration::from_millis(left)).await;
+        }
         let asked_at = now_ms();
         match self.hypervisor.power(id).await {
             Ok(reading) => {
@@ -363,6 +369,9 @@ impl Observer {
             Err(HypervisorError::LinkDown { .. }) => {}
             Err(error) => tracing::warn!(server = %id, %error, "the domain cannot be looked at"),
         }
+        self.store.server(id).is_none_or(|server| {
+            server.operation.is_none() && too_early(&server, asked_at).is_none()
+        })
     }
 
     /// What a look at the power alone does not show: whether memory was saved of a guest that is off, and

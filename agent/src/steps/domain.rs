@@ -387,7 +387,7 @@ impl Steps {
             Some(status) if status.power == PowerState::Paused => {
                 return Err(StepError::untouched(
                     Reason::LibvirtRefused,
-                    format!("domain {id} is paused: resume it (`virsh resume {id}`) or stop it"),
+                    format!("domain {id} is paused: unpause the server or stop it"),
                 ));
             }
             // What is left of a guest that crashed cannot go on, and is in the way of a new start.

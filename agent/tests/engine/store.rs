@@ -181,6 +181,25 @@ async fn an_accepted_operation_and_its_lane_survive_the_agent_together() {
 }
 
 #[tokio::test]
+async fn old_operations_are_forgotten_but_not_those_that_are_under_way() {
+    let folder = folder();
+    let store = open(&folder);
+    adopt(&store, A).await;
+    let ended = plan(Verb::Stop, A, becomes(VmState::Stopped));
+    done(&store, &ended).await;
+    let under_way = plan(Verb::Start, A, becomes(VmState::Active));
+    accept(&store, &under_way, request(None, "")).await.unwrap();
+    let kept = async |id| store.operation(id).await.unwrap().is_some();
+
+    // Made at 10 ms: what began before that is old, and nothing did.
+    assert_eq!(store.forget_operations(10).await.unwrap(), 0);
+    assert!(kept(ended.id).await && kept(under_way.id).await);
+    // The adoption and the stop.
+    assert_eq!(store.forget_operations(11).await.unwrap(), 2);
+    assert!(!kept(ended.id).await && kept(under_way.id).await);
+}
+
+#[tokio::test]
 async fn a_request_id_begins_one_operation_also_after_a_restart() {
     let folder = folder();
     let store = open(&folder);

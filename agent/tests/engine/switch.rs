@@ -401,7 +401,7 @@ async fn a_domain_that_is_paused_is_not_called_started() {
     let operation = agent.carry_out(ON, Action::Start).await;
     assert_eq!(operation.state, OperationState::Failed);
     let error = operation.error.unwrap();
-    assert!(error.message.contains("virsh resume"), "{error}");
+    assert!(error.message.contains("unpause the server"), "{error}");
     let status = host.fake.domain(SERVER).await.unwrap().unwrap();
     assert_eq!(status.power, PowerState::Paused);
 }

@@ -497,6 +497,7 @@ async fn an_agent_killed_anywhere_in_suspend_resume_and_reboot_leaves_a_server_t
         (Plain::Suspend, "suspend", 1),
         (Plain::Resume, "resume", 1),
         (Plain::HardReboot, "hardReboot", 2),
+        (Plain::SoftReboot, "reboot", 2),
     ] {
         for point in points(steps, steps) {
             let state = scene.client.get(actor.id).await.vm_state();
@@ -533,7 +534,9 @@ async fn an_agent_killed_anywhere_in_suspend_resume_and_reboot_leaves_a_server_t
                     assert!(ticks(&mut console) >= before, "{point}: memory is lost");
                     assert_eq!(actor.last_ready(mark), None, "{name} {point}");
                 }
-                (Plain::HardReboot, VmState::Active) => actor.wait_ready(mark, "killed"),
+                (Plain::HardReboot | Plain::SoftReboot, VmState::Active) => {
+                    actor.wait_ready(mark, "killed")
+                }
                 (_, state) => panic!("{name} {point}: {state:?}"),
             }
             cases += 1;

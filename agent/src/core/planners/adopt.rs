@@ -111,7 +111,10 @@ pub(super) fn plan(args: &AdoptArgs, facts: &Facts) -> Result<Plan, Refusal> {
     Ok(builder.ends(Outcome::Insert(Box::new(record))))
 }
 
-/// Forgets the record.
+/// Forgets the record, and removes what dumps of the guest's memory there are: nobody would know of them.
 pub(super) fn release(server: &ServerRecord, facts: &Facts) -> Plan {
-    Builder::new(Verb::Release, server.id, facts).ends(Outcome::Remove)
+    let mut builder = Builder::new(Verb::Release, server.id, facts);
+    let path = facts.host.layout.dumps(server.id);
+    builder.step(Phase::CleanUp, Step::RemoveFolder { path });
+    builder.ends(Outcome::Remove)
 }
