@@ -249,6 +249,7 @@ impl TestHost {
     /// Starts libvirtd and waits until it answers.
     #[track_caller]
     pub fn start_libvirtd(&self) {
+        self.forget_half_started();
         let log = self.folder.join("log/libvirtd.out");
         let libvirtd = self.spawn(Path::new("/usr/sbin/libvirtd"), &[], &BTreeMap::new(), &log);
         self.state().libvirtd = Some(libvirtd.0);
@@ -267,6 +268,19 @@ impl TestHost {
                 "libvirtd did not answer: {}",
                 fs::read_to_string(&log).unwrap_or_default()
             );
+        }
+    }
+
+    /// Does what an operator has to do after libvirtd has died in the first moments of a start, before it had
+    /// noted QEMU's pid: libvirt (9.0) takes such a guest for one that runs and is being started, for ever, and
+    /// nobody can destroy it any more. Its QEMU has ended, because nobody told it to go on.
+    fn forget_half_started(&self) {
+        let notes = fs::read_dir(self.plan.run.join("libvirt/qemu"));
+        for note in notes.into_iter().flatten().flatten() {
+            let text = fs::read_to_string(note.path()).unwrap_or_default();
+            if text.contains("<domstatus state='paused' reason='starting up' pid='0'>") {
+                fs::remove_file(note.path()).unwrap();
+            }
         }
     }
 

@@ -4,15 +4,17 @@
 use std::collections::BTreeMap;
 
 use salvor_agent::core::{
-    action::Verb,
+    action::{Action, AdoptArgs, Verb},
     autostart::{Turn, comes_back, turn},
-    reconcile::{is_stale, reconcile},
+    plan::Outcome,
+    planners::plan,
+    reconcile::{Mismatch, is_stale, reconcile},
     record::Origin,
     state::{ObservationSource, PowerObservation, PowerState, Status, TaskState, VmState, status},
 };
 use uuid::Uuid;
 
-use crate::bench::record;
+use crate::bench::{domain, facts, fixture, record, templates};
 
 /// `_STATE_MAP` of `nova/api/openstack/common.py`: the row's default, then exceptions by task state.
 const NOVA: &str = "
@@ -202,4 +204,46 @@ fn what_ended_meanwhile_stays_off_after_a_reboot_of_the_host() {
         assert!(left, "{was} {vm_state}");
     }
     assert_eq!(turn(S::Active, S::Error), Turn::Fail);
+}
+
+#[test]
+fn an_adopted_server_is_at_once_what_its_domain_is_seen_to_be() {
+    for (power, reason, saved, expected) in [
+        (
+            PowerState::Running,
+            "booted",
+            false,
+            (VmState::Active, None),
+        ),
+        (PowerState::Paused, "user", false, (VmState::Paused, None)),
+        (
+            PowerState::Paused,
+            "ioerror",
+            false,
+            (VmState::Active, Some(Mismatch::IoError)),
+        ),
+        (
+            PowerState::Shutdown,
+            "saved",
+            true,
+            (VmState::Suspended, None),
+        ),
+        (
+            PowerState::Shutdown,
+            "crashed",
+            false,
+            (VmState::Stopped, None),
+        ),
+    ] {
+        let mut seen = domain(fixture("virt-manager"), power);
+        seen.power_reason = reason.to_owned();
+        seen.managed_save = saved;
+        let adopt = Action::Adopt(AdoptArgs { name: None });
+        let adopted = plan(None, &adopt, &facts(Some(seen), None), templates()).unwrap();
+        let Outcome::Insert(server) = adopted.outcome else {
+            panic!("{:?}", adopted.outcome);
+        };
+        let mismatch = server.mismatch.map(|mismatch| mismatch.what);
+        assert_eq!((server.vm_state, mismatch), expected, "{power} ({reason})");
+    }
 }

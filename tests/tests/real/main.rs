@@ -16,6 +16,7 @@ mod autostart;
 mod console;
 mod crash;
 mod create;
+mod crowd;
 mod deploy;
 mod drift;
 mod ends;

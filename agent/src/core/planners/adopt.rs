@@ -10,6 +10,7 @@ use crate::core::{
     facts::Facts,
     plan::{Outcome, Phase, Plan, Step},
     reason::{Reason, Refusal},
+    reconcile::{Mismatched, Told, follow},
     record::{Devices, Flavor, Origin, ServerRecord},
     state::{ObservationSource, PowerObservation, VmState},
 };
@@ -50,16 +51,31 @@ pub(super) fn plan(args: &AdoptArgs, facts: &Facts) -> Result<Plan, Refusal> {
         ..
     } = devices(&parsed);
     let now = facts.host.now_ms;
+    let as_begun = if domain.power.is_on() {
+        VmState::Active
+    } else {
+        VmState::Stopped
+    };
+    // As if it had been ours and seen so: somebody may have paused it, or saved its memory.
+    let (vm_state, told) = follow(
+        as_begun,
+        domain.power,
+        &domain.power_reason,
+        Some(domain.managed_save),
+    );
+    let mismatch = match told {
+        Told::Is(what) => Some(Mismatched {
+            what,
+            since_ms: now,
+        }),
+        Told::Keep | Told::StillOff | Told::Clear => None,
+    };
     let record = ServerRecord {
         id: domain.id,
         name: args.name.clone().unwrap_or_else(|| domain.name.clone()),
         origin: Origin::Adopted,
         domain_name: domain.name.clone(),
-        vm_state: if domain.power.is_on() {
-            VmState::Active
-        } else {
-            VmState::Stopped
-        },
+        vm_state,
         task_state: None,
         power: PowerObservation {
             state: domain.power,
@@ -88,7 +104,7 @@ pub(super) fn plan(args: &AdoptArgs, facts: &Facts) -> Result<Plan, Refusal> {
         hostname: String::new(),
         public_keys: BTreeMap::new(),
         guest_agent,
-        mismatch: None,
+        mismatch,
         owner: facts.owner(),
         lock: None,
         description: None,
