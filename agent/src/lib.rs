@@ -22,3 +22,4 @@ pub mod steps;
 pub mod storage;
 pub mod store;
 pub mod telemetry;
+mod turns;

@@ -70,6 +70,12 @@ impl Api {
             caller: call.caller.to_string(),
             who: call.who.clone(),
         };
+        // A call that is made again before it was answered waits for the first one, and does not overtake
+        // what that has begun.
+        let turn = match &request.id {
+            Some(id) => Some(self.turns.of(id).lock_owned().await),
+            None => None,
+        };
         // First of all: what a repeated request names may be gone by now, by its own doing.
         if request.id.is_some()
             && let Some(record) = self
@@ -85,12 +91,15 @@ impl Api {
         // Between the journal and the engine there is no place to stop: a caller that goes away must
         // not take the task with it that has just given an operation its lane.
         let dispatcher = self.dispatcher.clone();
-        let work =
-            async move { dispatcher.submit(target, action, request).await }.in_current_span();
+        let work = async move {
+            let submitted = dispatcher.submit(target, action, request).await;
+            drop(turn);
+            submitted
+        };
         let Submitted {
             operation: record,
             plan,
-        } = tokio::spawn(work)
+        } = tokio::spawn(work.in_current_span())
             .await
             .map_err(|_| Refusal::new(Reason::Internal, "submitting an action panicked"))??;
         let first = plan.map(|plan| First {

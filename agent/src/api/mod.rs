@@ -54,6 +54,7 @@ use crate::{
     hypervisor::Hypervisor,
     storage::images::ImageFiles,
     store::Store,
+    turns::Turns,
 };
 
 pub use errors::DOMAIN;
@@ -108,6 +109,8 @@ struct Shared {
     parts: Parts,
     known: host::Known,
     importing: import::Importing,
+    /// One at a time of the calls with the same request id.
+    turns: Turns,
 }
 
 /// A handle to the parts, which is what the services are implemented for.
@@ -150,6 +153,7 @@ pub fn routes(parts: Parts) -> Result<Routes, tonic_reflection::server::Error> {
     let api = Api(Arc::new(Shared {
         known: host::Known::follow(&parts.hypervisor),
         importing: import::Importing::default(),
+        turns: Turns::default(),
         parts,
     }));
     let mut routes = RoutesBuilder::default();

@@ -11,7 +11,7 @@
 //!   `virDomainGetState`, `virDomainGetXMLDesc`, lookups and listings.
 //! * libvirtd holds a domain's own lock while it destroys it: 0.2 s as a rule, 10 s if its QEMU hangs.
 //!   Who looks that domain up meanwhile waits, and while waiting keeps everybody from defining
-//!   domains. So reads of a domain wait for our destroy of it on this side (`turns`), and for each
+//!   domains. So reads of a domain wait for our destroy of it on this side (`turns.rs`), and for each
 //!   other.
 //! * Guest agents are asked with a time limit that libvirt itself keeps, because a guest could
 //!   otherwise hold a thread for as long as it likes.
@@ -27,7 +27,6 @@ mod schema;
 #[cfg(test)]
 mod tests;
 mod threads;
-mod turns;
 mod words;
 
 use std::fs::File;
@@ -54,13 +53,13 @@ use self::connections::{Class, Connections, Notice, Supervisor, is_alive};
 use self::errors::{Failure, agent_failure, is, is_silent_end, refusal, schema_failure};
 use self::reads::{all, capacity, facts, find, power, status};
 use self::threads::{Job, Ticket};
-use self::turns::Turns;
 use crate::core::{facts::Capacity, state::PowerState};
 use crate::hypervisor::{
     Ask, Boot, ConsoleSink, Control, Counters, CryptHash, Definition, DiskError, DomainStatus,
     GuestInfo, HostFacts, Hypervisor, HypervisorError, HypervisorEvent, HypervisorResult,
     LinkState, PowerReading, StuckCall,
 };
+use crate::turns::Turns;
 
 /// How many events a receiver may be behind before it has to look at everything anew.
 const EVENT_BUFFER: usize = 4096;

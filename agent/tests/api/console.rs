@@ -9,6 +9,7 @@ use std::{
 };
 
 use salvor_agent::hypervisor::{Boot, Hypervisor as _};
+use salvor_proto::google::longrunning::Operation;
 use salvor_proto::v1::{
     self, attach_console_request::Item as Sent, attach_console_response::Item as Told,
     get_console_log_request::From,
@@ -18,7 +19,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Streaming};
 use uuid::Uuid;
 
-use crate::harness::{Agent, of, refusal};
+use crate::harness::{Agent, of, refusal, stop};
 
 const SOON: Duration = Duration::from_secs(20);
 
@@ -438,4 +439,34 @@ async fn whoever_may_not_change_a_server_reads_all_of_it_and_writes_nothing() {
     let request = of("member", "q", request);
     let diagnostics = agent.servers().get_server_diagnostics(request).await;
     assert!(diagnostics.unwrap().into_inner().domain.is_some());
+}
+
+#[tokio::test]
+async fn of_a_server_that_is_off_there_is_the_log_and_nothing_to_attach_to() {
+    let agent = Agent::start().await;
+    let id = with_log(&agent, "web").await;
+    say(&agent, "last words\n");
+    agent.ended(stopped(&agent, id).await).await;
+    for read_only in [false, true] {
+        let open = v1::ConsoleOpen {
+            read_only,
+            ..open("web")
+        };
+        let refused = Line::attach(&agent, open).await.err().unwrap();
+        let message = refused.message().to_owned();
+        assert!(message.contains("it is SHUTOFF); start it"), "{message}");
+        let (code, reason, _) = refusal::<()>(Err(refused));
+        assert_eq!(
+            (code, reason.as_str()),
+            (Code::FailedPrecondition, "GUEST_NOT_RUNNING")
+        );
+    }
+    assert_eq!(log(&agent, from("web", None)).await.data, b"last words\n");
+}
+
+/// Stops a server whose steps do nothing: its guest goes by itself.
+async fn stopped(agent: &Agent, id: Uuid) -> Option<Operation> {
+    agent.hypervisor.guest_powers_off(id);
+    let stopped = agent.servers().stop_server(stop(id)).await.unwrap();
+    stopped.into_inner().operation
 }

@@ -11,6 +11,7 @@
     unreachable_pub
 )]
 
+mod bad_input;
 mod console;
 mod diagnostics;
 mod error_info;

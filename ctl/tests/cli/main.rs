@@ -12,6 +12,7 @@
 
 mod actions;
 mod console;
+mod drift;
 mod exit_codes;
 mod images;
 mod made;

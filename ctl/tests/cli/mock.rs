@@ -45,6 +45,7 @@ pub struct State {
     pub admin_pass: String,
     pub warnings: Vec<v1::Warning>,
     pub plan: v1::PlanActionResponse,
+    pub drift: v1::GetServerDriftResponse,
     pub events: Vec<v1::WatchEventsResponse>,
     pub console: crate::console::Says,
     /// Every call on a server, and imports, are refused with this.
@@ -66,6 +67,8 @@ pub struct State {
     pub locks: Vec<v1::LockServerRequest>,
     pub updates: Vec<v1::UpdateServerRequest>,
     pub resets: Vec<v1::ResetServerStateRequest>,
+    /// The servers whose drift was asked for or dealt with.
+    pub drifts: Vec<String>,
     pub abandons: Vec<v1::AbandonOperationRequest>,
     /// Role, user and project of calls that change a record.
     pub for_whom: Vec<[Option<String>; 3]>,
@@ -337,27 +340,20 @@ impl ServerService for Services {
         &self,
         request: Request<v1::GetServerDriftRequest>,
     ) -> Answer<v1::GetServerDriftResponse> {
-        let state = self.call("drift", |_| ())?;
-        let name = request.into_inner().server;
-        let server = state.servers.into_iter().find(|server| server.name == name);
-        let since = server.and_then(|server| server.drift_time);
-        Ok(Response::new(v1::GetServerDriftResponse {
-            drifted: since.is_some(),
-            diff: match since {
-                Some(_) => "--- before\n+++ after\n@@ -1 +1 @@\n-<vcpu>1\n+<vcpu>2\n".into(),
-                None => String::new(),
-            },
-            since,
-            unknown: false,
-        }))
+        let server = request.into_inner().server;
+        let state = self.call("drift", |state| state.drifts.push(server))?;
+        Ok(Response::new(state.drift))
     }
 
     async fn accept_server_drift(
         &self,
         request: Request<v1::AcceptServerDriftRequest>,
     ) -> Answer<v1::AcceptServerDriftResponse> {
+        let request = request.into_inner();
         let state = self
-            .accept("accept-drift", &request.get_ref().request_id, |_| ())
+            .accept("accept drift", &request.request_id, |state| {
+                state.drifts.push(request.server);
+            })
             .await?;
         Ok(Response::new(v1::AcceptServerDriftResponse {
             operation: Some(state.operation),
@@ -368,8 +364,11 @@ impl ServerService for Services {
         &self,
         request: Request<v1::RestoreServerDefinitionRequest>,
     ) -> Answer<v1::RestoreServerDefinitionResponse> {
+        let request = request.into_inner();
         let state = self
-            .accept("restore-definition", &request.get_ref().request_id, |_| ())
+            .accept("restore definition", &request.request_id, |state| {
+                state.drifts.push(request.server);
+            })
             .await?;
         Ok(Response::new(v1::RestoreServerDefinitionResponse {
             operation: Some(state.operation),

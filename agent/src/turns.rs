@@ -1,22 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Whose turn it is to read: one reader at a time for each subject, so that a subject that cannot be
-//! read for a while holds up one thread and not all of them.
+//! Whose turn it is: one at a time for each subject. It does not know what the subjects are: a domain whose
+//! reads wait for each other, so that one that hangs holds up one thread and not all of them; the id of a
+//! call that is made again before it was answered.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, Weak};
-
-use super::threads::lock;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 type Turn = tokio::sync::Mutex<()>;
 
 /// The turns that somebody has or waits for.
 #[derive(Debug, Default)]
-pub(super) struct Turns(Mutex<HashMap<String, Weak<Turn>>>);
+pub(crate) struct Turns(Mutex<HashMap<String, Weak<Turn>>>);
 
 impl Turns {
     /// The turn of this subject, to be locked.
-    pub(super) fn of(&self, subject: &str) -> Arc<Turn> {
-        let mut turns = lock(&self.0);
+    pub(crate) fn of(&self, subject: &str) -> Arc<Turn> {
+        let mut turns = self.all();
         if let Some(turn) = turns.get(subject).and_then(Weak::upgrade) {
             return turn;
         }
@@ -24,6 +23,11 @@ impl Turns {
         let turn = Arc::new(Turn::default());
         turns.insert(subject.to_owned(), Arc::downgrade(&turn));
         turn
+    }
+
+    fn all(&self) -> MutexGuard<'_, HashMap<String, Weak<Turn>>> {
+        // Nothing panics that holds it.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -48,6 +52,6 @@ mod tests {
         for subject in 0..1000 {
             drop(turns.of(&subject.to_string()));
         }
-        assert!(lock(&turns.0).len() <= 1);
+        assert!(turns.all().len() <= 1);
     }
 }
