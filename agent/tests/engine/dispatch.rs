@@ -21,7 +21,7 @@ use salvor_agent::{
 use crate::{
     gate::{Gate, stays, until},
     host::{
-        AT_ONCE, Agent, BASE, Host, NEW, ON, PATIENCE, SERVER, adopt, anonymous, create,
+        AT_ONCE, Agent, BASE, Host, NEW, ON, PATIENCE, SERVER, adopt, anonymous, create, hash,
         rescue_action, unrescue,
     },
 };
@@ -176,6 +176,54 @@ async fn what_the_agent_does_of_its_own_stands_in_nobodys_way() {
     );
     assert!(agent.ended(id).await.state.is_final());
     assert_eq!(agent.record().vm_state, VmState::Active);
+}
+
+/// One that hangs in what it is asked for costs as much each time as one that does not answer a ping.
+#[tokio::test]
+async fn an_agent_that_answers_pings_and_hangs_in_the_change_of_a_password_is_given_up_too() {
+    let host = Host::new();
+    let agent = host.agent(Arc::new(NoProbe)).await;
+    host.define(&host.foreign_domain(false)).await;
+    host.fake.start(SERVER, Boot::Resume).await.unwrap();
+    host.fake.guest_agent(SERVER, true);
+    agent.succeed(NEW, adopt()).await;
+    let password = || {
+        Action::ChangePassword(ChangePasswordArgs {
+            user: None,
+            password: hash(),
+        })
+    };
+    let given_up = |refusal: &Refusal| refusal.message.contains("3 times in a row");
+    // What succeeds between is the end of the row.
+    for (hangs, times) in [(true, 2), (false, 1), (true, 3)] {
+        for _ in 0..times {
+            if hangs {
+                agent.fake.fail_next(
+                    "set_user_password",
+                    HypervisorError::NoGuestAgent {
+                        reason: "timed out".to_owned(),
+                    },
+                );
+            }
+            let ended = agent.carry_out(ON, password()).await;
+            assert_eq!(ended.state == OperationState::Failed, hangs, "{ended:?}");
+        }
+    }
+    // It is counted a moment after the operation has ended.
+    let refusal = loop {
+        match agent
+            .dispatcher
+            .preview(ON, &password(), &Who::default())
+            .await
+        {
+            Err(refusal) => break refusal,
+            Ok(_) => tokio::task::yield_now().await,
+        }
+    };
+    assert_eq!(refusal.reason, Reason::GuestAgentUnavailable);
+    assert!(given_up(&refusal), "{refusal}");
+    agent.dispatcher.agent_connected(SERVER);
+    agent.succeed(ON, password()).await;
 }
 
 #[tokio::test]
