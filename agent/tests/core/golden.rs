@@ -432,6 +432,14 @@ fn plans_of_power_and_end() {
         adopted = *record;
     }
     book.add("delete, adopted", Some(&adopted), &Action::Delete, &foreign);
+    let uefi = fixture("virt-manager").replace("</devices>", "<tpm model='tpm-crb'/></devices>");
+    let uefi = facts(Some(domain(&uefi, PowerState::Running)), None);
+    book.add(
+        "delete, adopted, UEFI and TPM",
+        Some(&adopted),
+        &Action::Delete,
+        &uefi,
+    );
     book.add(
         "release",
         Some(&adopted),
