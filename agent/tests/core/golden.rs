@@ -623,6 +623,8 @@ fn plans_of_memory_and_reboots() {
         };
         add(title, &active, password(None), &facts);
     }
+    let paused = seen(PowerState::Paused, false);
+    add("password, paused", &active, password(None), &paused);
     let without = facts(Some(domain(fixture("three-disks"), on)), None);
     add("password, no channel", &active, password(None), &without);
     check("memory-and-reboots.txt", &book.0);
