@@ -10,6 +10,7 @@ use super::{
     convert::operation::operation,
     edge::Call,
     errors::{About, status},
+    password::Password,
     resolve,
     wish::{Ask, Subject, Wish},
 };
@@ -170,13 +171,16 @@ impl Api {
             Some(word) => Some(resolve::image(&self.store, word).await?.0.id),
             None => None,
         };
+        let given = matches!(wish.password, Password::Given(_));
         let (password, hashed) = match hash {
             Hash::Made => wish.password.hashed().await?.unzip(),
             Hash::Omitted => (None, None),
         };
         let mut action = wish.action;
         fill(&mut action, image, hashed);
-        Ok((action, password))
+        // Nova answers a create and a rescue with the password whoever chose it, and a change with none.
+        let told = !given || !matches!(action, Action::ChangePassword(_));
+        Ok((action, password.filter(|_| told)))
     }
 }
 
