@@ -651,6 +651,7 @@ pub(crate) fn operation(operation: &Operation) -> String {
                 .cloned()
                 .unwrap_or_default(),
         )
+        .add("Nova's event", &metadata.instance_event)
         .add("server", &metadata.server_id)
         .add("state", operation_word(metadata.state))
         .add("request id", &metadata.request_id)

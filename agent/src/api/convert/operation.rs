@@ -71,6 +71,7 @@ pub(in crate::api) fn operation(
         user_id: record.user.clone(),
         project_id: record.project.clone(),
         instance_action: record.verb.action_name().to_owned(),
+        instance_event: record.verb.event_name().unwrap_or_default().to_owned(),
     };
     longrunning::Operation {
         name: operation_name(record.id),
