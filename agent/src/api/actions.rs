@@ -19,11 +19,10 @@ use crate::{
         action::Action,
         operation::OperationRecord,
         password::CryptHash,
-        plan::Plan,
         reason::{Code, Reason, Refusal},
         record::PasswordDelivery,
     },
-    dispatch::{Submitted, Target, refused},
+    dispatch::{self, Submitted, Target, refused},
     secret::AdminPass,
     store::Request,
 };
@@ -48,9 +47,9 @@ pub(super) struct Done {
 
 /// A dry run.
 pub(super) struct Preview {
-    /// The plan and the difference of the domain's definition, if there is a plan.
-    pub(super) plan: Option<(Plan, String)>,
-    /// Why the action would be refused.
+    /// What would be done, if there is a plan.
+    pub(super) planned: Option<dispatch::Preview>,
+    /// Why the action would be refused, plan or not.
     pub(super) refusal: Option<Refusal>,
 }
 
@@ -125,7 +124,7 @@ impl Api {
                 Err(status(&refusal, &about))
             }
             Err(refusal) => Ok(Preview {
-                plan: None,
+                planned: None,
                 refusal: Some(refusal),
             }),
         }
@@ -149,8 +148,8 @@ impl Api {
         let (action, _) = self.action(wish, Hash::Omitted).await?;
         let preview = self.dispatcher.preview(target, &action, &call.who).await?;
         Ok(Preview {
-            plan: Some((preview.plan, preview.domain_diff)),
-            refusal: preview.refusal,
+            refusal: preview.refusal.clone(),
+            planned: Some(preview),
         })
     }
 

@@ -4,15 +4,21 @@
 use std::collections::BTreeMap;
 
 use salvor_agent::core::{
-    action::Verb,
+    action::{Action, Verb},
     autostart::{Turn, comes_back, turn},
+    change::FieldChange,
+    effects::effects,
+    plan::Plan,
+    planners::plan,
     reconcile::{is_stale, reconcile},
-    record::Origin,
+    record::{Origin, ServerRecord},
     state::{ObservationSource, PowerObservation, PowerState, Status, TaskState, VmState, status},
 };
 use uuid::Uuid;
 
-use crate::bench::record;
+use crate::bench::{
+    NOW, created_xml, domain, facts, record, rescue_args, rescued, templates, unrescue_args,
+};
 
 /// `_STATE_MAP` of `nova/api/openstack/common.py`: the row's default, then exceptions by task state.
 const NOVA: &str = "
@@ -202,4 +208,34 @@ fn what_ended_meanwhile_stays_off_after_a_reboot_of_the_host() {
         assert!(left, "{was} {vm_state}");
     }
     assert_eq!(turn(S::Active, S::Error), Turn::Fail);
+}
+
+#[test]
+fn a_dry_run_says_what_changes_in_the_record() {
+    let told = |plan: &Plan, server: Option<&ServerRecord>| {
+        let effects = effects(plan, server, NOW).into_iter();
+        let told = effects.map(|it| format!("{}: {} -> {}", it.field, it.before, it.after));
+        told.collect::<Vec<_>>()
+    };
+    let active = record(Origin::Created, VmState::Active);
+    let on = facts(Some(domain(&created_xml(false), PowerState::Running)), None);
+    let made = |server, action: Action| plan(server, &action, &on, templates()).unwrap();
+    let pause = made(Some(&active), Action::Pause);
+    assert_eq!(told(&pause, Some(&active)), ["vm_state: active -> paused"]);
+    let nothing = made(Some(&active), Action::CrashDump);
+    assert_eq!(told(&nothing, Some(&active)), Vec::<String>::new());
+    let gone = told(&made(Some(&active), Action::Delete), Some(&active));
+    assert!(gone.contains(&"name: web -> ".to_owned()), "{gone:?}");
+    let metadata = [("k".to_owned(), "v".to_owned())].into();
+    let update = made(
+        Some(&active),
+        Action::Update(vec![FieldChange::Metadata(metadata)]),
+    );
+    assert_eq!(told(&update, Some(&active)), ["metadata.k:  -> v"]);
+    let (server, in_rescue) = rescued(&active, &created_xml(false), rescue_args());
+    let unrescue = Action::Unrescue(unrescue_args());
+    let unrescue = plan(Some(&server), &unrescue, &in_rescue, templates()).unwrap();
+    let told = told(&unrescue, Some(&server));
+    assert_eq!(told[0], "vm_state: rescued -> active");
+    assert!(told[1].starts_with("rescue: image 7e5c0000"), "{told:?}");
 }

@@ -6,11 +6,12 @@ use std::{sync::Arc, time::Duration};
 
 use salvor_agent::{
     core::{
-        action::{Action, Shutdown, Verb},
+        action::{Action, ChangePasswordArgs, ResetTo, Shutdown, Verb},
         caller::Who,
+        change::FieldChange,
         operation::OperationState,
         plan::{PlannedStep, Step},
-        reason::Reason,
+        reason::{Reason, Refusal},
         state::{PowerState, TaskState, VmState},
     },
     engine::{NoProbe, Point, Probe},
@@ -45,6 +46,52 @@ pub(crate) async fn with_server(host: &Host, probe: Arc<dyn Probe>) -> Agent {
     host.fake.start(SERVER, Boot::Resume).await.unwrap();
     agent.succeed(NEW, adopt()).await;
     agent
+}
+
+/// A dry run of what touches nothing on the host says what it changes, and what would be cancelled for it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_dry_run_tells_of_the_record_of_the_host_and_of_what_is_overtaken() {
+    let host = Host::new();
+    let gate = Gate::new(Verb::Pause, Point::BeforeStep(0));
+    let agent = with_server(&host, Arc::clone(&gate) as _).await;
+    let preview = async |action: Action| {
+        let who = Who::default();
+        agent.dispatcher.preview(ON, &action, &who).await.unwrap()
+    };
+    let name = FieldChange::Name("db".to_owned());
+    let renamed = preview(Action::Update(vec![name])).await;
+    let [effect] = renamed.effects.as_slice() else {
+        panic!("{renamed:?}")
+    };
+    assert_eq!(
+        (effect.field.as_str(), effect.after.as_str()),
+        ("name", "db")
+    );
+    assert_eq!(renamed.overtakes, None);
+    let pause = agent.submit(ON, Action::Pause).await.unwrap();
+    gate.reached().await;
+    for action in [
+        Action::HardReboot,
+        Action::Delete,
+        Action::ResetState(ResetTo::Error),
+    ] {
+        let planned = preview(action.clone()).await;
+        assert_eq!(planned.overtakes, Some(pause.operation.id), "{action:?}");
+        let reset = matches!(action, Action::ResetState(_));
+        let report = planned.plan.host_report();
+        assert_eq!(
+            report.map(|it| it.power),
+            reset.then_some(PowerState::Running)
+        );
+    }
+    let update = Action::Update(vec![FieldChange::Autostart(false)]);
+    assert_eq!(preview(update).await.overtakes, None);
+    gate.open();
+    agent.ended(pause.operation.id).await;
+    assert_eq!(
+        agent.record().name,
+        preview(Action::Delete).await.effects[0].before
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]

@@ -277,6 +277,13 @@ fn record_fields(fields: &mut Fields, server: &v1::Server) {
     }
 }
 
+/// What the host shows of a server, on its own.
+pub(crate) fn host_report(report: &v1::HostReport) -> String {
+    let mut fields = Fields::new();
+    report_fields(&mut fields, report);
+    fields.render()
+}
+
 /// What the host shows of a server whose state was reset.
 fn report_fields(fields: &mut Fields, report: &v1::HostReport) {
     let reason = match report.power_reason.as_str() {
