@@ -390,7 +390,10 @@ fn steps() -> Vec<Step> {
         Step::DropSavedDefinition,
         Step::Pause { was_running: true },
         Step::Unpause,
-        Step::SaveMemory { memory_kib: 0 },
+        Step::SaveMemory {
+            file: String::new(),
+            memory_kib: 0,
+        },
         Step::RestoreMemory { memory_kib: 0 },
         Step::SetGuestTime,
         Step::InjectNmi,

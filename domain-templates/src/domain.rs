@@ -344,6 +344,11 @@ impl Domain {
         }
     }
 
+    /// Has it a TPM?
+    pub fn has_tpm(&self) -> bool {
+        devices_of(&self.root).any(|device| device.name == "tpm")
+    }
+
     /// Is there a channel for the QEMU guest agent?
     pub fn has_guest_agent_channel(&self) -> bool {
         devices_of(&self.root)

@@ -10,6 +10,7 @@ use super::{
     convert::operation::operation,
     edge::Call,
     errors::{About, status},
+    password::Password,
     resolve,
     wish::{Ask, Subject, Wish},
 };
@@ -18,11 +19,10 @@ use crate::{
         action::Action,
         operation::OperationRecord,
         password::CryptHash,
-        plan::Plan,
         reason::{Code, Reason, Refusal},
         record::PasswordDelivery,
     },
-    dispatch::{Submitted, Target, refused},
+    dispatch::{self, Submitted, Target, refused},
     secret::AdminPass,
     store::Request,
 };
@@ -47,9 +47,9 @@ pub(super) struct Done {
 
 /// A dry run.
 pub(super) struct Preview {
-    /// The plan and the difference of the domain's definition, if there is a plan.
-    pub(super) plan: Option<(Plan, String)>,
-    /// Why the action would be refused.
+    /// What would be done, if there is a plan.
+    pub(super) planned: Option<dispatch::Preview>,
+    /// Why the action would be refused, plan or not.
     pub(super) refusal: Option<Refusal>,
 }
 
@@ -133,7 +133,7 @@ impl Api {
                 Err(status(&refusal, &about))
             }
             Err(refusal) => Ok(Preview {
-                plan: None,
+                planned: None,
                 refusal: Some(refusal),
             }),
         }
@@ -157,8 +157,8 @@ impl Api {
         let (action, _) = self.action(wish, Hash::Omitted).await?;
         let preview = self.dispatcher.preview(target, &action, &call.who).await?;
         Ok(Preview {
-            plan: Some((preview.plan, preview.domain_diff)),
-            refusal: preview.refusal,
+            refusal: preview.refusal.clone(),
+            planned: Some(preview),
         })
     }
 
@@ -179,13 +179,16 @@ impl Api {
             Some(word) => Some(resolve::image(&self.store, word).await?.0.id),
             None => None,
         };
+        let given = matches!(wish.password, Password::Given(_));
         let (password, hashed) = match hash {
             Hash::Made => wish.password.hashed().await?.unzip(),
             Hash::Omitted => (None, None),
         };
         let mut action = wish.action;
         fill(&mut action, image, hashed);
-        Ok((action, password))
+        // Nova answers a create and a rescue with the password whoever chose it, and a change with none.
+        let told = !given || !matches!(action, Action::ChangePassword(_));
+        Ok((action, password.filter(|_| told)))
     }
 }
 

@@ -14,8 +14,8 @@ use super::{
     Api,
     actions::{Done, Preview},
     convert::{
-        operation::warnings,
-        server::server,
+        operation::{host_report, warnings},
+        server::{operation_name, server},
         states::Wire,
         time::{duration, timestamp},
     },
@@ -26,6 +26,7 @@ use super::{
 };
 use crate::{
     core::{
+        plan::Plan,
         reason::Refusal,
         record::{Origin, PasswordDelivery, ServerRecord},
         state::{PowerState, Status as ServerStatus, VmState},
@@ -158,10 +159,8 @@ fn deliveries(ways: &[PasswordDelivery]) -> Vec<i32> {
 }
 
 fn plan_response(preview: &Preview) -> v1::PlanActionResponse {
-    let (plan, domain_diff) = match &preview.plan {
-        Some((plan, domain_diff)) => (Some(plan), domain_diff.clone()),
-        None => (None, String::new()),
-    };
+    let planned = preview.planned.as_ref();
+    let plan = planned.map(|planned| &planned.plan);
     let steps = plan.map(|plan| plan.steps.as_slice()).unwrap_or_default();
     v1::PlanActionResponse {
         accepted: preview.refusal.is_none(),
@@ -182,7 +181,23 @@ fn plan_response(preview: &Preview) -> v1::PlanActionResponse {
                 deadline: Some(duration(Duration::from_millis(planned.step.deadline_ms()))),
             })
             .collect(),
-        domain_diff,
+        domain_diff: planned
+            .map(|planned| planned.domain_diff.clone())
+            .unwrap_or_default(),
+        changes: planned
+            .iter()
+            .flat_map(|planned| &planned.effects)
+            .map(|effect| v1::RecordEffect {
+                field: effect.field.clone(),
+                before: effect.before.clone(),
+                after: effect.after.clone(),
+            })
+            .collect(),
+        overtakes: planned
+            .and_then(|planned| planned.overtakes)
+            .map(operation_name)
+            .unwrap_or_default(),
+        host: plan.and_then(Plan::host_report).map(host_report),
         files: steps
             .iter()
             .flat_map(|planned| planned.step.files())

@@ -90,6 +90,40 @@ impl Verb {
         }
     }
 
+    /// The name of Nova's event within that action: what its compute service calls the method that does it, or its
+    /// API (`wrap_instance_event` of `nova/compute/utils.py`). Nova has none for what it does not record.
+    #[must_use]
+    pub const fn event_name(self) -> Option<&'static str> {
+        Some(match self {
+            Self::Create => "compute__do_build_and_run_instance",
+            Self::Delete | Self::ForceDelete => "compute_terminate_instance",
+            Self::SoftDelete => "compute_soft_delete_instance",
+            Self::Restore => "compute_restore_instance",
+            Self::Start => "compute_start_instance",
+            Self::Stop => "compute_stop_instance",
+            Self::Rescue => "compute_rescue_instance",
+            Self::Unrescue => "compute_unrescue_instance",
+            Self::Reboot | Self::HardReboot => "compute_reboot_instance",
+            Self::Pause => "compute_pause_instance",
+            Self::Unpause => "compute_unpause_instance",
+            Self::Suspend => "compute_suspend_instance",
+            Self::Resume => "compute_resume_instance",
+            Self::CrashDump => "compute_trigger_crash_dump",
+            Self::ChangePassword => "compute_set_admin_password",
+            Self::Lock => "api_lock",
+            Self::Unlock => "api_unlock",
+            Self::Adopt
+            | Self::Release
+            | Self::DeliverPassword
+            | Self::DumpMemory
+            | Self::ResetState
+            | Self::Update
+            | Self::AcceptDrift
+            | Self::RestoreDefinition
+            | Self::StartRescue => return None,
+        })
+    }
+
     /// Does a lock keep everybody but the administrator from it? What changes a server does; what the agent
     /// asks for itself, what makes a server and what is about the lock does not. Nova lets images, backups
     /// and networks of a locked server be changed; verbs for these belong to the first group here.

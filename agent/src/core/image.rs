@@ -91,7 +91,12 @@ pub struct Understood {
     /// `os_admin_user`: whose password is set. Without it `Administrator` where `os_type` is `windows`
     /// and `root` elsewhere (Nova: `set_admin_password` of its libvirt driver).
     pub admin_user: String,
+    /// `os_shutdown_timeout`: how long a guest made from it may take to shut down, in milliseconds.
+    pub shutdown_timeout_ms: Option<u64>,
 }
+
+/// The longest time to shut down that is taken of an image, in seconds: as in requests.
+const LONGEST_SHUTDOWN: u64 = 3_600;
 
 impl Understood {
     /// Reads an image's properties.
@@ -106,6 +111,7 @@ impl Understood {
             rule,
         };
         let (bus, device, user) = ("hw_rescue_bus", "hw_rescue_device", "os_admin_user");
+        let shutdown = "os_shutdown_timeout";
         Ok(Self {
             rescue_bus: read(bus)
                 .map(|value| {
@@ -117,6 +123,16 @@ impl Understood {
                 .map(|value| {
                     RescueDevice::from_name(value)
                         .ok_or_else(|| wrong(device, value, "must be disk or cdrom"))
+                })
+                .transpose()?,
+            shutdown_timeout_ms: read(shutdown)
+                .map(|value| match value.parse::<u64>() {
+                    Ok(seconds) if seconds <= LONGEST_SHUTDOWN => Ok(seconds.saturating_mul(1000)),
+                    Ok(_) | Err(_) => Err(wrong(
+                        shutdown,
+                        value,
+                        "must be 0 to 3600 seconds, as a number",
+                    )),
                 })
                 .transpose()?,
             admin_user: match read(user) {
@@ -159,11 +175,17 @@ mod tests {
     #[test]
     fn what_is_understood_has_rules_and_what_is_not_has_none() {
         assert_eq!(read("os_admin_user", "_a-1").unwrap().admin_user, "_a-1");
+        let timeout = |value| read("os_shutdown_timeout", value).unwrap();
+        assert_eq!(timeout("90").shutdown_timeout_ms, Some(90_000));
+        assert_eq!(timeout("0").shutdown_timeout_ms, Some(0));
         assert_eq!(read("os_distro", "\u{1f600} x").unwrap().admin_user, "root");
         let long = "a".repeat(33);
         for (name, wrong) in [
             ("hw_rescue_bus", "floppy"),
             ("hw_rescue_device", "tape"),
+            ("os_shutdown_timeout", "1m"),
+            ("os_shutdown_timeout", "-1"),
+            ("os_shutdown_timeout", "3601"),
             ("os_admin_user", ""),
             ("os_admin_user", "a:b"),
             ("os_admin_user", "-a"),

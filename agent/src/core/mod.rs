@@ -17,6 +17,7 @@ pub mod backing;
 pub mod caller;
 pub mod change;
 pub mod devices;
+pub mod effects;
 pub mod errors;
 pub mod facts;
 pub mod image;

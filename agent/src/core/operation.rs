@@ -9,8 +9,7 @@ use uuid::Uuid;
 use super::{
     action::Verb,
     caller::Who,
-    change::RecordChange,
-    plan::{Outcome, Plan},
+    plan::Plan,
     reason::{Refusal, Warning},
     state::{PowerState, named_states},
 };
@@ -231,10 +230,7 @@ impl OperationRecord {
             warnings: plan.warnings.clone(),
             user: who.user.clone(),
             project: who.project.clone(),
-            host: match &plan.outcome {
-                Outcome::Record(RecordChange::Reset { host, .. }) => Some(host.clone()),
-                _ => None,
-            },
+            host: plan.host_report().cloned(),
         }
     }
 }

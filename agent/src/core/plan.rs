@@ -234,6 +234,9 @@ pub enum Step {
     Unpause,
     /// The guest's memory is saved, and the guest is off.
     SaveMemory {
+        /// The file that libvirt writes; empty if it is not known.
+        #[serde(default)]
+        file: String,
         /// Memory of the guest in KiB.
         memory_kib: u64,
     },
@@ -368,7 +371,7 @@ impl Step {
             Self::DropSavedDefinition => "forget the saved definition".to_owned(),
             Self::Pause { .. } => "stop the guest's CPUs".to_owned(),
             Self::Unpause => "let the guest's CPUs run".to_owned(),
-            Self::SaveMemory { memory_kib } => {
+            Self::SaveMemory { memory_kib, .. } => {
                 format!("save the guest's memory ({} MiB)", memory_kib / 1024)
             }
             Self::RestoreMemory { .. } => "start the guest from its saved memory".to_owned(),
@@ -413,7 +416,7 @@ impl Step {
             Self::SetUserPassword { .. } | Self::SetGuestTime => 30_000,
             Self::Pause { .. } | Self::Unpause | Self::InjectNmi => 60_000,
             // At 10 MB/s at least, which is what a disk gives that many guests use.
-            Self::SaveMemory { memory_kib }
+            Self::SaveMemory { memory_kib, .. }
             | Self::RestoreMemory { memory_kib }
             | Self::DumpMemory { memory_kib, .. } => TURN_WAIT_MS + 180_000 + *memory_kib / 10,
         }
@@ -485,6 +488,7 @@ impl Step {
             Self::CopyFile { to, .. } => vec![(to.clone(), "create")],
             Self::NoteOwners { note, .. } => vec![(note.clone(), "create")],
             Self::DumpMemory { path, .. } => vec![(path.clone(), "create")],
+            Self::SaveMemory { file, .. } if !file.is_empty() => vec![(file.clone(), "create")],
             Self::ReserveNote { .. } => Vec::new(),
             Self::CommitOverlay { base, .. } => vec![(base.clone(), "write")],
             Self::EmptyOverlay { path, .. } => vec![(path.clone(), "write")],

@@ -547,7 +547,8 @@ named_states! {
         SpaceMayRunOut = "SPACE_MAY_RUN_OUT",
         /// The configured rescue timeout does not apply, for nobody said what becomes of the overlays.
         TimeoutNotApplied = "TIMEOUT_NOT_APPLIED",
-        /// The disks of an adopted server stay where they are when it is deleted.
+        /// The disks of an adopted server stay where they are when it is deleted, with its UEFI variables and
+        /// its TPM's state.
         DisksKept = "DISKS_KEPT",
         /// The protection of disks does not cover everything that the rescue guest can write to.
         NotProtected = "NOT_PROTECTED",
@@ -575,7 +576,7 @@ impl WarningName {
                 "The configured rescue timeout does not apply, for nobody said what becomes of the overlays when it is over."
             }
             Self::DisksKept => {
-                "The disks of an adopted server stay where they are when it is deleted."
+                "The disks of an adopted server stay where they are when it is deleted, and so do its UEFI variables and the state of its TPM. The message names them."
             }
             Self::NotProtected => {
                 "The protection of disks does not cover everything that the rescue guest can write to: host devices passed through, shared folders, and floppies beside overlays. The message names what stays writable."

@@ -6,6 +6,8 @@ use std::{
     fs, io,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
 };
 
 use salvor_domain_templates::{Disk, Domain, Firmware, Role};
@@ -22,7 +24,7 @@ use crate::{
             AgentLook, CommitSpace, DomainFacts, Facts, HostFacts, ImageFacts, SaveRoom, live_only,
         },
         image::{ImageFormat, ImageRecord},
-        operation::HostReport,
+        operation::{HostReport, OperationRecord, OperationState},
         planners::{HostImage, choose_image, machine},
         reason::{Reason, Refusal},
         record::{OverlayDisposition, Protection, ServerRecord},
@@ -38,6 +40,9 @@ use crate::{
         look_at_disk,
     },
 };
+
+/// No change of a password takes longer: its step has half a minute, and taking it back is nothing.
+const AGENT_AT_MOST: Duration = Duration::from_secs(120);
 
 /// Where libvirt's QEMU driver keeps UEFI variables, in `NAME_VARS.fd` (`qemuDomainNVRAMPathFormat`).
 const LIBVIRTS_NVRAM: &str = "/var/lib/libvirt/qemu/nvram";
@@ -257,15 +262,35 @@ impl Dispatcher {
             };
         }
         match self.hypervisor.ping_guest_agent(id).await {
-            Ok(()) => {
-                self.agents.answered(id);
-                AgentLook::Answers
-            }
+            // Whether it also does what it is asked for shows when it has: see `heed_agent`.
+            Ok(()) => AgentLook::Answers,
             Err(error) => {
                 self.agents.silent(id);
                 AgentLook::Silent(error.to_string())
             }
         }
+    }
+
+    /// An agent may answer when it is pinged, and hang in what it is asked for: that counts as silence, too.
+    pub(super) fn heed_agent(&self, operation: &OperationRecord) {
+        let (engine, agents) = (self.engine.clone(), Arc::clone(&self.agents));
+        let (id, server) = (operation.id, operation.server);
+        tokio::spawn(async move {
+            // It ends by its steps' deadlines; one that does not tells nothing.
+            let Ok(Some(view)) = engine.wait(id, AGENT_AT_MOST).await else {
+                return;
+            };
+            match (view.operation.state, &view.operation.error) {
+                (OperationState::Done, _) => agents.answered(server),
+                (_, Some(error)) if error.reason == Reason::GuestAgentUnavailable => {
+                    agents.silent(server);
+                }
+                (_, Some(error)) if error.reason == Reason::GuestAgentRefused => {
+                    agents.answered(server);
+                }
+                _ => {}
+            }
+        });
     }
 
     fn host_facts(&self, free_bytes: u64) -> HostFacts {

@@ -204,10 +204,15 @@ impl Dispatcher {
             now_ms: now_ms(),
         };
         match self.engine.submit(accept).await.map_err(refused)? {
-            Accepted::New(operation) => Ok(Submitted {
-                operation: *operation,
-                plan: Some(plan),
-            }),
+            Accepted::New(operation) => {
+                if operation.verb == Verb::ChangePassword {
+                    self.heed_agent(&operation);
+                }
+                Ok(Submitted {
+                    operation: *operation,
+                    plan: Some(plan),
+                })
+            }
             Accepted::Before(operation) => Ok(Submitted {
                 operation: *operation,
                 plan: None,

@@ -3,13 +3,18 @@
 
 use salvor_domain_templates::without_secrets;
 use similar::TextDiff;
+use uuid::Uuid;
 
 use super::{Dispatcher, Target};
-use crate::core::{
-    action::Action,
-    caller::Who,
-    plan::{Plan, Step},
-    reason::Refusal,
+use crate::{
+    core::{
+        action::Action,
+        caller::Who,
+        effects::{Effect, effects},
+        plan::{Plan, Step},
+        reason::Refusal,
+    },
+    engine::now_ms,
 };
 
 /// What an action would do.
@@ -21,6 +26,10 @@ pub struct Preview {
     pub refusal: Option<Refusal>,
     /// How the domain's definition would change, as a unified diff without secrets.
     pub domain_diff: String,
+    /// What would change in the server's record.
+    pub effects: Vec<Effect>,
+    /// The operation under way that would first be cancelled, and taken back.
+    pub overtakes: Option<Uuid>,
 }
 
 impl Dispatcher {
@@ -38,11 +47,13 @@ impl Dispatcher {
         let server = self.admitted(target, &action, who)?;
         let plan = self.plan(target, server.as_deref(), &action, who).await?;
         let refusal = self.validate(&plan).await.err();
-        let domain_diff = domain_diff(&plan);
+        let lane = server.as_ref().and_then(|server| server.operation);
         Ok(Preview {
-            plan,
             refusal,
-            domain_diff,
+            domain_diff: domain_diff(&plan),
+            effects: effects(&plan, server.as_deref(), now_ms()),
+            overtakes: lane.filter(|_| plan.verb.needs_lane()),
+            plan,
         })
     }
 }

@@ -486,16 +486,23 @@ async fn what_was_done_to_a_server_is_listed_with_novas_names_and_kept_when_it_i
         .map(|operation| {
             let metadata = metadata(operation);
             assert!(metadata.end_time.is_some() && operation.done);
-            (metadata.action, metadata.instance_action)
+            (
+                metadata.action,
+                metadata.instance_action,
+                metadata.instance_event,
+            )
         })
         .collect();
     let expected = [
-        ("forceDelete", "delete"),
-        ("lock", "lock"),
-        ("adopt", "adopt"),
+        ("forceDelete", "delete", "compute_terminate_instance"),
+        ("lock", "lock", "api_lock"),
+        // Nova adopts nothing.
+        ("adopt", "adopt", ""),
     ];
     assert_eq!(
         names,
-        expected.map(|(ours, novas)| (ours.to_owned(), novas.to_owned()))
+        expected.map(|(ours, action, event)| {
+            (ours.to_owned(), action.to_owned(), event.to_owned())
+        })
     );
 }

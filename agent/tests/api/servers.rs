@@ -344,6 +344,30 @@ async fn a_server_is_rescued_once_and_put_back() {
 }
 
 #[tokio::test]
+async fn a_changed_password_is_told_only_if_the_agent_made_it() {
+    let agent = Agent::start().await;
+    let id = agent.server("web").await;
+    let own = agent.hypervisor.domain_xml(id, Definition::Inactive).await;
+    let channel = "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel></devices>";
+    let with_agent = own.unwrap().replace("</devices>", channel);
+    agent.hypervisor.define(&with_agent).await.unwrap();
+    agent.hypervisor.guest_agent(id, true);
+    let server = id.to_string();
+    for given in [None, Some("Correct-Horse-7".to_owned())] {
+        let request = v1::ChangeServerPasswordRequest {
+            server: server.clone(),
+            admin_pass: given.clone(),
+            ..Default::default()
+        };
+        let answer = agent.servers().change_server_password(request).await;
+        let answer = answer.unwrap().into_inner();
+        agent.ended(answer.operation).await;
+        let told = if given.is_some() { 0 } else { 12 };
+        assert_eq!(answer.admin_pass.len(), told, "{given:?}");
+    }
+}
+
+#[tokio::test]
 async fn no_password_is_in_the_store() {
     let agent = Agent::start().await;
     let image = agent.image("rescue").await;

@@ -7,6 +7,7 @@ use std::{fmt::Write as _, fs, path::PathBuf};
 use salvor_agent::core::{
     action::{Action, AdoptArgs, ChangePasswordArgs, RebootArgs, RescueArgs, Shutdown},
     backing::References,
+    effects::effects,
     facts::{AgentLook, DomainFacts, Facts, SaveRoom},
     image::ImageFormat,
     plan::{Outcome, Plan, RescueChange, Step},
@@ -55,7 +56,7 @@ fn short(xml: &str) -> String {
 }
 
 /// A plan, for people.
-fn listing(plan: &Plan) -> String {
+fn listing(plan: &Plan, server: Option<&ServerRecord>) -> String {
     let mut text = String::new();
     let out = &mut text;
     if let Some(initial) = &plan.initial {
@@ -142,6 +143,18 @@ fn listing(plan: &Plan) -> String {
         for (path, what) in step.files() {
             detail(format!("{what} {path}"));
         }
+    }
+    // Of what changes the record alone there is nothing else to be listed.
+    let alone = plan.record_change().map(|_| ());
+    for effect in alone
+        .into_iter()
+        .flat_map(|()| effects(plan, server, crate::bench::NOW))
+    {
+        let _ = writeln!(
+            out,
+            "  record    {}: {:?} -> {:?}",
+            effect.field, effect.before, effect.after
+        );
     }
     let _ = writeln!(out, "  outcome   {}", outcome(&plan.outcome));
     if !plan.password_delivery.is_empty() {
@@ -246,7 +259,7 @@ impl Book {
         facts: &Facts,
     ) {
         let text = match made(server, action, facts) {
-            Ok(plan) => listing(&plan),
+            Ok(plan) => listing(&plan, server),
             Err(refusal) => format!("  refused   {}: {}\n", refusal.reason, refusal.message),
         };
         let _ = write!(self.0, "{title}\n{text}\n");
@@ -432,6 +445,14 @@ fn plans_of_power_and_end() {
         adopted = *record;
     }
     book.add("delete, adopted", Some(&adopted), &Action::Delete, &foreign);
+    let uefi = fixture("virt-manager").replace("</devices>", "<tpm model='tpm-crb'/></devices>");
+    let uefi = facts(Some(domain(&uefi, PowerState::Running)), None);
+    book.add(
+        "delete, adopted, UEFI and TPM",
+        Some(&adopted),
+        &Action::Delete,
+        &uefi,
+    );
     book.add(
         "release",
         Some(&adopted),
@@ -615,6 +636,8 @@ fn plans_of_memory_and_reboots() {
         };
         add(title, &active, password(None), &facts);
     }
+    let paused = seen(PowerState::Paused, false);
+    add("password, paused", &active, password(None), &paused);
     let without = facts(Some(domain(fixture("three-disks"), on)), None);
     add("password, no channel", &active, password(None), &without);
     check("memory-and-reboots.txt", &book.0);

@@ -140,6 +140,7 @@ fn properties_of_an_image_that_mean_nothing_are_refused_before_the_guest_is_stop
         ("hw_rescue_bus", "xen", "virtio, scsi, usb, sata or ide"),
         ("hw_rescue_device", "floppy", "disk or cdrom"),
         ("os_admin_user", "root:x\n", "1 to 32 of the characters"),
+        ("os_shutdown_timeout", "soon", "0 to 3600 seconds"),
     ] {
         let refusal = rescue_refused(|facts, _| {
             let properties = &mut facts.image.as_mut().unwrap().record.properties;
@@ -504,6 +505,25 @@ fn a_rescue_takes_the_keys_that_the_server_was_made_with() {
         _ => None,
     });
     assert_eq!(drive.unwrap().public_keys, keys);
+}
+
+#[test]
+fn a_server_takes_the_time_to_shut_down_from_its_image() {
+    let mut base = image(BASE, "base", ImageFormat::Qcow2);
+    let create = Action::Create(Box::new(create_args()));
+    for (value, expected) in [
+        (None, None),
+        (Some("90"), Some(90_000)),
+        (Some("0"), Some(0)),
+    ] {
+        if let Some(value) = value {
+            let properties = &mut base.record.properties;
+            properties.insert("os_shutdown_timeout".to_owned(), value.to_owned());
+        }
+        let facts = facts(None, Some(base.clone()));
+        let plan = plan(None, &create, &facts, templates()).unwrap();
+        assert_eq!(plan.initial.unwrap().shutdown_timeout_ms, expected);
+    }
 }
 
 #[test]

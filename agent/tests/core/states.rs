@@ -6,15 +6,20 @@ use std::collections::BTreeMap;
 use salvor_agent::core::{
     action::{Action, AdoptArgs, Verb},
     autostart::{Turn, comes_back, turn},
-    plan::Outcome,
+    change::FieldChange,
+    effects::effects,
+    plan::{Outcome, Plan},
     planners::plan,
     reconcile::{Mismatch, is_stale, reconcile},
-    record::Origin,
+    record::{Origin, ServerRecord},
     state::{ObservationSource, PowerObservation, PowerState, Status, TaskState, VmState, status},
 };
 use uuid::Uuid;
 
-use crate::bench::{domain, facts, fixture, record, templates};
+use crate::bench::{
+    NOW, created_xml, domain, facts, fixture, record, rescue_args, rescued, templates,
+    unrescue_args,
+};
 
 /// `_STATE_MAP` of `nova/api/openstack/common.py`: the row's default, then exceptions by task state.
 const NOVA: &str = "
@@ -246,4 +251,34 @@ fn an_adopted_server_is_at_once_what_its_domain_is_seen_to_be() {
         let mismatch = server.mismatch.map(|mismatch| mismatch.what);
         assert_eq!((server.vm_state, mismatch), expected, "{power} ({reason})");
     }
+}
+
+#[test]
+fn a_dry_run_says_what_changes_in_the_record() {
+    let told = |plan: &Plan, server: Option<&ServerRecord>| {
+        let effects = effects(plan, server, NOW).into_iter();
+        let told = effects.map(|it| format!("{}: {} -> {}", it.field, it.before, it.after));
+        told.collect::<Vec<_>>()
+    };
+    let active = record(Origin::Created, VmState::Active);
+    let on = facts(Some(domain(&created_xml(false), PowerState::Running)), None);
+    let made = |server, action: Action| plan(server, &action, &on, templates()).unwrap();
+    let pause = made(Some(&active), Action::Pause);
+    assert_eq!(told(&pause, Some(&active)), ["vm_state: active -> paused"]);
+    let nothing = made(Some(&active), Action::CrashDump);
+    assert_eq!(told(&nothing, Some(&active)), Vec::<String>::new());
+    let gone = told(&made(Some(&active), Action::Delete), Some(&active));
+    assert!(gone.contains(&"name: web -> ".to_owned()), "{gone:?}");
+    let metadata = [("k".to_owned(), "v".to_owned())].into();
+    let update = made(
+        Some(&active),
+        Action::Update(vec![FieldChange::Metadata(metadata)]),
+    );
+    assert_eq!(told(&update, Some(&active)), ["metadata.k:  -> v"]);
+    let (server, in_rescue) = rescued(&active, &created_xml(false), rescue_args());
+    let unrescue = Action::Unrescue(unrescue_args());
+    let unrescue = plan(Some(&server), &unrescue, &in_rescue, templates()).unwrap();
+    let told = told(&unrescue, Some(&server));
+    assert_eq!(told[0], "vm_state: rescued -> active");
+    assert!(told[1].starts_with("rescue: image 7e5c0000"), "{told:?}");
 }

@@ -17,7 +17,10 @@ use uuid::Uuid;
 
 use crate::power_off::{Bench, plan_of, run};
 
-const SAVE: Step = Step::SaveMemory { memory_kib: 1024 };
+const SAVE: &Step = &Step::SaveMemory {
+    memory_kib: 1024,
+    file: String::new(),
+};
 
 const IDS: [Uuid; 4] = [
     Uuid::from_u128(1),
@@ -70,16 +73,16 @@ async fn a_save_that_is_cancelled_before_its_turn_never_happens() {
     let [a, b, c, last] = IDS;
     let first = async {
         tokio::join!(
-            bench.to(a, &SAVE, Cancel::never(), Cancel::never()),
-            bench.to(b, &SAVE, Cancel::never(), Cancel::never()),
-            bench.to(c, &SAVE, Cancel::never(), Cancel::never()),
+            bench.to(a, SAVE, Cancel::never(), Cancel::never()),
+            bench.to(b, SAVE, Cancel::never(), Cancel::never()),
+            bench.to(c, SAVE, Cancel::never(), Cancel::never()),
         )
     };
     let begun = Instant::now();
     let fourth = async {
         sleep(Duration::from_secs(1)).await;
         let cancelled = bench
-            .to(last, &SAVE, after(Duration::from_secs(5)), Cancel::never())
+            .to(last, SAVE, after(Duration::from_secs(5)), Cancel::never())
             .await;
         assert_eq!(cancelled.unwrap_err().reason, Reason::Cancelled);
         assert_eq!(begun.elapsed(), Duration::from_secs(6), "at once");
@@ -103,7 +106,7 @@ async fn a_save_that_does_not_heed_its_end_is_given_up_and_does_not_come_later()
     bench.fake.hang(Some("save"));
     let begun = Instant::now();
     let cancelled = bench
-        .to(id, &SAVE, after(Duration::from_secs(5)), Cancel::never())
+        .to(id, SAVE, after(Duration::from_secs(5)), Cancel::never())
         .await;
     assert_eq!(cancelled.unwrap_err().reason, Reason::Cancelled);
     assert_eq!(begun.elapsed(), Duration::from_secs(35));

@@ -8,7 +8,7 @@ use crate::{
     cli::PlanCommand,
     connect::{ask, repeat},
     errors::Failure,
-    output::{table::Table, text::clean},
+    output::{show, table::Table, text::clean},
     requests,
     units::{from_api, show_duration},
 };
@@ -82,6 +82,12 @@ fn text(plan: &v1::PlanActionResponse, colour: bool) -> String {
             ));
         }
     }
+    if !plan.overtakes.is_empty() {
+        text.push_str(&format!(
+            "First {} would be cancelled and taken back.\n",
+            clean(&plan.overtakes)
+        ));
+    }
     for warning in &plan.warnings {
         text.push_str(&format!(
             "Warning: {} ({})\n",
@@ -105,6 +111,20 @@ fn text(plan: &v1::PlanActionResponse, colour: bool) -> String {
             ]);
         }
         text.push_str(&format!("\nSteps:\n{}", table.render()));
+    }
+    if !plan.changes.is_empty() {
+        let mut table = Table::new(&["FIELD", "NOW", "THEN"]);
+        for change in &plan.changes {
+            table.row([
+                change.field.clone(),
+                change.before.clone(),
+                change.after.clone(),
+            ]);
+        }
+        text.push_str(&format!("\nThe record:\n{}", table.render()));
+    }
+    if let Some(report) = &plan.host {
+        text.push_str(&format!("\nThe host:\n{}", show::host_report(report)));
     }
     if !plan.files.is_empty() {
         text.push_str("\nFiles:\n");

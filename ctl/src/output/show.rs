@@ -277,6 +277,13 @@ fn record_fields(fields: &mut Fields, server: &v1::Server) {
     }
 }
 
+/// What the host shows of a server, on its own.
+pub(crate) fn host_report(report: &v1::HostReport) -> String {
+    let mut fields = Fields::new();
+    report_fields(&mut fields, report);
+    fields.render()
+}
+
 /// What the host shows of a server whose state was reset.
 fn report_fields(fields: &mut Fields, report: &v1::HostReport) {
     let reason = match report.power_reason.as_str() {
@@ -651,6 +658,7 @@ pub(crate) fn operation(operation: &Operation) -> String {
                 .cloned()
                 .unwrap_or_default(),
         )
+        .add("Nova's event", &metadata.instance_event)
         .add("server", &metadata.server_id)
         .add("state", operation_word(metadata.state))
         .add("request id", &metadata.request_id)

@@ -416,6 +416,12 @@ async fn a_plan_shows_steps_files_and_the_difference_and_is_3_if_refused() {
             path: "/srv/x".into(),
             effect: "create".into(),
         }],
+        changes: vec![v1::RecordEffect {
+            field: "vm_state".into(),
+            before: "active".into(),
+            after: "rescued".into(),
+        }],
+        overtakes: "operations/1".into(),
         ..Default::default()
     };
     let mock = Mock::new(State {
@@ -429,10 +435,15 @@ async fn a_plan_shows_steps_files_and_the_difference_and_is_3_if_refused() {
     assert_eq!(
         ended.out,
         "The action would be accepted.\n\
+         First operations/1 would be cancelled and taken back.\n\
          \n\
          Steps:\n\
          #  PHASE   STEP      AT MOST     WHAT\n\
          1  switch  PowerOff  1 min 30 s  Stop the guest\n\
+         \n\
+         The record:\n\
+         FIELD     NOW     THEN\n\
+         vm_state  active  rescued\n\
          \n\
          Files:\n  \
            create  /srv/x\n\

@@ -189,6 +189,17 @@ async fn no_name_reaches_the_terminal_raw() {
             // Its lines are its own.
             domain_diff: format!("+<name>{}</name>\n", evil.replace('\n', "")),
             warnings: state.warnings.clone(),
+            changes: vec![v1::RecordEffect {
+                field: evil.into(),
+                before: evil.into(),
+                after: evil.into(),
+            }],
+            overtakes: evil.into(),
+            host: Some(v1::HostReport {
+                power_reason: evil.into(),
+                unknown: evil.into(),
+                ..Default::default()
+            }),
         };
         let mut metadata: v1::OperationMetadata =
             state.operation.metadata.as_ref().unwrap().to_msg().unwrap();

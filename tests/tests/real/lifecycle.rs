@@ -294,7 +294,7 @@ async fn a_suspend_or_dump_that_is_cancelled_leaves_a_guest_that_goes_on_and_no_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn memory_that_was_saved_before_the_agent_came_is_started_not_lost() {
+async fn memory_that_was_saved_before_the_agent_came_is_resumed_not_lost() {
     let folder = RunFolder::for_this_test();
     let host = salvor_tests::host::TestHost::shared();
     let mut scene = Scene::on(host, folder.path(), AgentSettings::default()).await;
@@ -307,8 +307,13 @@ async fn memory_that_was_saved_before_the_agent_came_is_started_not_lost() {
         .libvirt
         .domain(id, |domain| domain.managed_save(0))
         .unwrap();
-    scene.client.adopt(id).await;
-    scene.client.start(id).await.done();
+    let adopted = scene.client.adopt(id).await;
+    Client::assert_settled(&adopted, VmState::Suspended);
+    // As with any suspended server a start is refused, and says what there is to do.
+    let refused = scene.client.begin(Plain::Start, id).await.unwrap_err();
+    assert_eq!(reason(&refused), "INVALID_STATE");
+    assert!(refused.message().contains("resume"), "{refused:?}");
+    scene.client.act(Plain::Resume, id).await.done();
     assert!(ticks(&mut console) >= before);
     assert!(
         !console.since(mark).contains("TINY-READY"),

@@ -71,6 +71,7 @@ pub(in crate::api) fn operation(
         user_id: record.user.clone(),
         project_id: record.project.clone(),
         instance_action: record.verb.action_name().to_owned(),
+        instance_event: record.verb.event_name().unwrap_or_default().to_owned(),
     };
     longrunning::Operation {
         name: operation_name(record.id),
@@ -89,7 +90,7 @@ fn outcome(record: &OperationRecord, now: Option<&ServerRecord>) -> Option<Outco
                 .guest_stop
                 .map(|stop| stop.wire())
                 .unwrap_or_default(),
-            host: record.host.as_ref().map(host),
+            host: record.host.as_ref().map(host_report),
         }))),
         OperationState::Failed | OperationState::Cancelled => {
             // Each of these is written with its reason; a record without one still gets an error.
@@ -108,7 +109,8 @@ fn outcome(record: &OperationRecord, now: Option<&ServerRecord>) -> Option<Outco
     }
 }
 
-fn host(report: &HostReport) -> v1::HostReport {
+/// What the host shows of a server.
+pub(in crate::api) fn host_report(report: &HostReport) -> v1::HostReport {
     v1::HostReport {
         power_state: report.power.wire(),
         power_reason: report.power_reason.clone(),

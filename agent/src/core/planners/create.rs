@@ -44,7 +44,7 @@ pub(super) fn plan(
     if let Some(capacity) = &facts.capacity {
         check_capacity(args, capacity)?;
     }
-    let admin_user = properties(image)?.admin_user;
+    let understood = properties(image)?;
     check_space(facts, FILES_NEED)?;
     let xml = render_server(templates, &spec(args, facts, image)).map_err(|error| {
         Refusal::new(
@@ -60,7 +60,11 @@ pub(super) fn plan(
     })?;
 
     let mut builder = Builder::new(Verb::Create, args.id, facts);
-    builder.plan.initial = Some(Box::new(record(args, facts, &rendered)));
+    builder.plan.initial = Some(Box::new(ServerRecord {
+        // Nova reads it of the image, too; an update of the server says otherwise.
+        shutdown_timeout_ms: understood.shutdown_timeout_ms,
+        ..record(args, facts, &rendered)
+    }));
     builder
         .plan
         .password_delivery
@@ -74,7 +78,7 @@ pub(super) fn plan(
             ),
         });
     }
-    let drive = drive(args, admin_user);
+    let drive = drive(args, understood.admin_user);
     prepare(&mut builder, drive, facts, image, size);
     builder.step(
         Phase::Switch,

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Delete: the domain goes, and what the agent made for it. Disks that it did not make stay.
 
+use salvor_domain_templates::{Domain, Firmware};
+
 use super::{
     Builder, disk_holder,
     protect::{commit_overlay, put_owners_back},
@@ -58,13 +60,18 @@ pub(super) fn plan(verb: Verb, server: &ServerRecord, facts: &Facts) -> Result<P
             .filter(|disk| !disk.source.is_empty())
             .map(|disk| disk.source.as_str())
             .collect();
-        if !kept.is_empty() {
+        let mut message = match kept.is_empty() {
+            true => String::new(),
+            false => format!("its disks stay: {}", kept.join(", ")),
+        };
+        if let Some(beside) = kept_beside_disks(facts) {
+            let and = if message.is_empty() { "" } else { "; " };
+            message = format!("{message}{and}{beside}");
+        }
+        if !message.is_empty() {
             builder.plan.warnings.push(Warning {
                 name: WarningName::DisksKept,
-                message: format!(
-                    "the server was adopted, so its disks stay: {}",
-                    kept.join(", ")
-                ),
+                message: format!("the server was adopted, so {message}"),
             });
         }
     }
@@ -101,6 +108,25 @@ pub(super) fn plan(verb: Verb, server: &ServerRecord, facts: &Facts) -> Result<P
     }
     builder.step(Phase::CleanUp, Step::DropSavedDefinition);
     Ok(builder.ends(Outcome::Remove))
+}
+
+/// What an adopted server's own definition has besides its disks that stays on the host.
+fn kept_beside_disks(facts: &Facts) -> Option<String> {
+    let own = facts.saved_xml.as_ref();
+    let own = own.or(facts.domain.as_ref().map(|domain| &domain.xml))?;
+    let own = Domain::parse(own).ok()?;
+    let nvram = match own.firmware() {
+        Firmware::Uefi { nvram, .. } => Some(match nvram {
+            Some(path) => format!("its UEFI variables stay ({path})"),
+            None => "its UEFI variables stay where libvirt keeps them".to_owned(),
+        }),
+        Firmware::Bios => None,
+    };
+    let tpm = own
+        .has_tpm()
+        .then(|| "the state of its TPM stays where libvirt keeps it".to_owned());
+    let kept: Vec<String> = nvram.into_iter().chain(tpm).collect();
+    (!kept.is_empty()).then(|| kept.join("; "))
 }
 
 /// Overlays whose commit has begun and did not end: the disks under them are half written, and only

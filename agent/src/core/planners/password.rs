@@ -9,6 +9,7 @@ use crate::core::{
     plan::{Outcome, Phase, Plan, Step},
     reason::{Reason, Refusal},
     record::ServerRecord,
+    state::PowerState,
 };
 
 /// Has the guest agent set the password. Whether there is one that answers is known before.
@@ -19,6 +20,16 @@ pub(super) fn change(
 ) -> Result<Plan, Refusal> {
     need_on(server, "change a password of")?;
     let domain = need_domain(server, facts)?;
+    if matches!(domain.power, PowerState::Paused | PowerState::Suspended) {
+        return Err(Refusal::state(
+            "power_state",
+            domain.power.name(),
+            format!(
+                "cannot change a password of server {}: its guest is {} ({}), and its agent cannot answer; let it run first",
+                server.id, domain.power, domain.power_reason
+            ),
+        ));
+    }
     if !read_domain(&domain.xml)?.has_guest_agent_channel() {
         return Err(Refusal::new(
             Reason::GuestAgentUnavailable,

@@ -237,7 +237,11 @@ pub(super) fn suspend(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refu
         ));
     }
     let mut builder = Builder::new(Verb::Suspend, server.id, facts);
-    builder.step(Phase::Switch, Step::SaveMemory { memory_kib });
+    // libvirt's own name for it (`qemuDomainManagedSavePath`).
+    let room = facts.save_room.as_ref();
+    let file = room.map(|room| format!("{}/{}.save", room.folder, domain.name));
+    let file = file.unwrap_or_default();
+    builder.step(Phase::Switch, Step::SaveMemory { file, memory_kib });
     Ok(builder.becomes(VmState::Suspended, RescueChange::Keep))
 }
 

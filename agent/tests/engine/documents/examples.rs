@@ -315,6 +315,7 @@ fn switch() -> Vec<Step> {
         Step::Pause { was_running: true },
         Step::Unpause,
         Step::SaveMemory {
+            file: text("/save/web.save"),
             memory_kib: 1 << 20,
         },
         Step::InjectNmi,
