@@ -351,12 +351,7 @@ impl Observer {
         let Some(server) = self.store.server(id) else {
             return;
         };
-        let mut asked_at = now_ms();
-        // The record was read before, so what is seen comes after the end of its last operation, also where a
-        // clock of milliseconds does not tell them apart. Nobody would look again.
-        if server.operation.is_none() && asked_at == server.settled_at_ms {
-            asked_at = asked_at.saturating_add(1);
-        }
+        let asked_at = now_ms();
         match self.hypervisor.power(id).await {
             Ok(reading) => {
                 let seen = self
