@@ -5,9 +5,8 @@ use std::{num::NonZeroUsize, sync::Arc, time::Duration};
 
 use salvor_agent::{
     core::{
-        action::{Action, Verb},
+        action::Verb,
         autostart::{Comeback, ComebackState},
-        change::FieldChange,
         incident::IncidentKind,
         state::{PowerState, VmState},
     },
@@ -118,6 +117,7 @@ async fn servers_that_ran_come_back_in_their_order_and_others_do_not() {
 
 #[tokio::test]
 async fn servers_come_back_by_their_number_and_those_without_one_last() {
+    use salvor_agent::core::{action::Action::Update, change::FieldChange};
     let (host, agent, ids) = host_with(7).await;
     for (index, change) in [
         (5, FieldChange::AutostartOrder(Some(0))),
@@ -127,7 +127,7 @@ async fn servers_come_back_by_their_number_and_those_without_one_last() {
         (3, FieldChange::Autostart(false)),
     ] {
         let target = Target::Server(ids[index]);
-        agent.succeed(target, Action::Update(vec![change])).await;
+        agent.succeed(target, Update(vec![change])).await;
     }
     host.fake.host_reboot();
     host.fake.clear_calls();
