@@ -20,6 +20,7 @@ mod place;
 mod protect;
 mod rename;
 mod rescue;
+mod same;
 mod secrets;
 mod server;
 mod spec;
@@ -33,8 +34,9 @@ pub use domain::{
 };
 pub use image::BaseImage;
 pub use place::PlaceError;
-pub use rename::{renamed, same_but_for_the_name};
+pub use rename::renamed;
 pub use rescue::{TemplateError, render_rescue};
+pub use same::{in_order, same_definition};
 pub use secrets::without_secrets;
 pub use server::{
     DomainKind, NicSource, NicSpec, ServerDisk, ServerFirmware, ServerSpec, render_server,

@@ -35,12 +35,6 @@ pub fn renamed(definition: &str, name: &str) -> Option<String> {
     }
 }
 
-/// Are these one definition but for the name?
-pub fn same_but_for_the_name(one: &str, other: &str) -> bool {
-    one == other
-        || renamed(one, "").is_some_and(|one| renamed(other, "").as_deref() == Some(one.as_str()))
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
@@ -68,17 +62,5 @@ mod tests {
         ] {
             assert_eq!(renamed(odd, "y"), None, "{odd}");
         }
-    }
-
-    #[test]
-    fn definitions_are_the_same_whatever_their_names() {
-        let other = renamed(DOMAIN, "other").unwrap();
-        assert!(same_but_for_the_name(DOMAIN, &other));
-        assert!(!same_but_for_the_name(
-            DOMAIN,
-            &other.replace("kvm", "qemu")
-        ));
-        assert!(same_but_for_the_name("x", "x"));
-        assert!(!same_but_for_the_name("x", "y"));
     }
 }

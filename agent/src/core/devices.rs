@@ -73,8 +73,9 @@ pub fn may_follow(server: &ServerRecord) -> bool {
 }
 
 /// Is the definition another than the one that is known to be the server's own? Both are as libvirt
-/// prints them, so what libvirt adds is in both. Another name is no drift: records follow names.
+/// prints them, so what libvirt adds is in both. Another name is no drift: records follow names. Nor is
+/// another order of controllers: libvirt changes it by itself.
 #[must_use]
 pub fn drifted(known: &str, current: &str) -> bool {
-    !salvor_domain_templates::same_but_for_the_name(known, current)
+    !salvor_domain_templates::same_definition(known, current)
 }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! How a server's definition differs from the one that is known to be its own.
 
+use salvor_domain_templates::in_order;
+
 use super::{Dispatcher, preview::unified, refused};
 use crate::{
     core::{devices::drifted, reason::Refusal, record::ServerRecord},
@@ -47,7 +49,10 @@ impl Dispatcher {
             },
         };
         let diff = match drifted(&known, &current) {
-            true => Some(unified(&known, &current)).filter(|diff| !diff.is_empty()),
+            true => {
+                let ordered = |xml: &str| in_order(xml).unwrap_or_else(|| xml.to_owned());
+                Some(unified(&ordered(&known), &ordered(&current))).filter(|diff| !diff.is_empty())
+            }
             false => Some(String::new()),
         };
         Ok(Drift {

@@ -18,9 +18,10 @@ use virt::error::{Error, ErrorNumber};
 use virt::stream::Stream;
 use virt::sys;
 
+use super::Config;
+use super::call::Call;
 use super::connections;
 use super::errors::{is, refusal};
-use super::{Call, Config};
 use crate::hypervisor::{ConsoleSaid, ConsoleSink, HypervisorError, HypervisorResult};
 
 /// So many lines may be open at once.

@@ -4,7 +4,7 @@
 use virt::enumutil::Enum;
 use virt::error::{Error, ErrorNumber};
 
-use super::Call;
+use super::call::Call;
 use super::schema::SchemaError;
 use crate::hypervisor::HypervisorError;
 

@@ -16,14 +16,18 @@
 //! * Guest agents are asked with a time limit that libvirt itself keeps, because a guest could
 //!   otherwise hold a thread for as long as it likes.
 
+mod call;
 mod connections;
 mod console;
+mod definitions;
 mod errors;
 mod ffi;
+mod guests;
 mod link;
 mod probes;
 mod reads;
 mod schema;
+mod setup;
 #[cfg(test)]
 mod tests;
 mod threads;
@@ -31,8 +35,8 @@ mod words;
 
 use std::fs::File;
 use std::io;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock, mpsc};
+use std::path::Path;
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -48,9 +52,13 @@ use virt::sys;
 
 use self::schema::SchemaChecks;
 pub use self::schema::{SchemaError, check_schema};
+use self::setup::start_event_loop;
+pub use self::setup::{Config, OpenError};
 
+use self::call::{Call, Waiting, link_down, panicked};
 use self::connections::{Class, Connections, Notice, Supervisor, is_alive};
-use self::errors::{Failure, agent_failure, is, is_silent_end, refusal, schema_failure};
+use self::definitions::{UNDEFINE_FLAGS, UNDEFINE_FLAGS_WITH_TPM};
+use self::errors::{Failure, is, is_silent_end, refusal};
 use self::reads::{all, capacity, facts, find, power, status};
 use self::threads::{Job, Ticket};
 use crate::core::{facts::Capacity, state::PowerState};
@@ -64,9 +72,6 @@ use crate::turns::Turns;
 /// How many events a receiver may be behind before it has to look at everything anew.
 const EVENT_BUFFER: usize = 4096;
 
-/// How long libvirt waits for a guest agent.
-const AGENT_TIMEOUT: Duration = Duration::from_secs(5);
-
 /// How long a question that nothing depends on may take.
 const PROBE: Duration = Duration::from_secs(4);
 
@@ -75,66 +80,6 @@ const PICTURE: Duration = Duration::from_secs(20);
 
 /// How long libvirt waits for each answer of a guest agent that nothing depends on.
 const PROBE_AGENT_SECONDS: i32 = 2;
-
-/// How to talk to libvirt.
-#[derive(Debug, Clone)]
-pub struct Config {
-    /// libvirt's URI, `qemu:///system` as a rule.
-    pub uri: String,
-    /// The folder in which it keeps the definitions of domains.
-    pub definitions: PathBuf,
-    /// How long a call may take that should take no time.
-    pub call_timeout: Duration,
-    /// How long a call may take that asks a guest or its QEMU (shutdown, guest agent). It is to be
-    /// shorter: when it has passed, the threads that hang are replaced.
-    pub guest_timeout: Duration,
-    /// How long a start may take.
-    pub start_timeout: Duration,
-    /// How long a destroy may take. A QEMU that hangs needs more than 10 s: libvirt first asks it to
-    /// end, then kills it.
-    pub destroy_timeout: Duration,
-    /// How often each connection is probed; whole seconds.
-    pub keepalive_interval: Duration,
-    /// How many probes may go unanswered before the connection counts as lost.
-    pub keepalive_count: u32,
-}
-
-impl Config {
-    /// The defaults for a URI.
-    #[must_use]
-    pub fn new(uri: impl Into<String>) -> Self {
-        Self {
-            uri: uri.into(),
-            definitions: PathBuf::from("/etc/libvirt/qemu"),
-            call_timeout: Duration::from_secs(30),
-            guest_timeout: Duration::from_secs(10),
-            start_timeout: Duration::from_secs(120),
-            destroy_timeout: Duration::from_secs(40),
-            keepalive_interval: Duration::from_secs(5),
-            keepalive_count: 3,
-        }
-    }
-}
-
-/// Why the layer could not be set up. That libvirt is away is no reason.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// The URI cannot be one.
-    #[error("the libvirt URI {uri:?} contains a NUL; give one like qemu:///system")]
-    Uri {
-        /// The URI.
-        uri: String,
-    },
-    /// libvirt's event loop could not be set up.
-    #[error("libvirt's event loop cannot be set up: {message}")]
-    EventLoop {
-        /// libvirt's message.
-        message: String,
-    },
-    /// A thread could not be started.
-    #[error("a thread for libvirt cannot be started")]
-    Thread(#[source] io::Error),
-}
 
 /// A libvirt as a hypervisor.
 pub struct Libvirt {
@@ -240,36 +185,6 @@ impl Libvirt {
         answer.await.unwrap_or_else(|_| Err(call.too_late()))
     }
 
-    /// Like [`Self::call`], for what asks a guest or its QEMU: while an earlier call of the domain
-    /// hangs, a further one would only hang too.
-    async fn ask_guest<T, F>(&self, id: Uuid, name: &'static str, work: F) -> HypervisorResult<T>
-    where
-        T: Send + 'static,
-        F: FnOnce(&Domain) -> Result<T, Failure> + Send + 'static,
-    {
-        if let Some(stuck) = self.shared.stuck.of(id).filter(|stuck| self.hangs(stuck)) {
-            return Err(HypervisorError::Deadline {
-                call: stuck.call,
-                after: stuck.age,
-            });
-        }
-        let call = Call::new(name, self.shared.config.guest_timeout).about(id);
-        self.call(Class::Mutate, call, move |connect| {
-            work(&connect.lookup_domain_by_uuid(id)?)
-        })
-        .await
-    }
-
-    async fn ask_agent(&self, id: Uuid, command: String) -> HypervisorResult<()> {
-        let timeout = AGENT_TIMEOUT.min(self.shared.config.guest_timeout / 2);
-        let seconds = i32::try_from(timeout.as_secs().max(1)).unwrap_or(i32::MAX);
-        self.ask_guest(id, "virDomainQemuAgentCommand", move |domain| {
-            let asked = domain.qemu_agent_command(&command, seconds, 0);
-            asked.map(drop).map_err(agent_failure)
-        })
-        .await
-    }
-
     /// Like [`Self::call`], for questions that nothing depends on: they have few threads, and while one
     /// about the domain hangs no other is asked.
     async fn probe<T, F>(&self, id: Uuid, call: Call, work: F) -> HypervisorResult<T>
@@ -299,117 +214,14 @@ impl Drop for Libvirt {
     }
 }
 
-/// Which libvirt function is called about what, and for how long it is waited for.
-#[derive(Debug, Clone, Copy)]
-struct Call {
-    name: &'static str,
-    domain: Option<Uuid>,
-    deadline: Duration,
-}
-
-impl Call {
-    const fn new(name: &'static str, deadline: Duration) -> Self {
-        Self {
-            name,
-            domain: None,
-            deadline,
-        }
-    }
-
-    const fn about(mut self, domain: Uuid) -> Self {
-        self.domain = Some(domain);
-        self
-    }
-
-    const fn too_late(&self) -> HypervisorError {
-        HypervisorError::Deadline {
-            call: self.name,
-            after: self.deadline,
-        }
-    }
-}
-
-/// A caller that waits. When it stops waiting without an answer, at its deadline or because it was
-/// dropped, the call is given up.
-struct Waiting<'a> {
-    shared: &'a Connections,
-    ticket: Option<&'a Arc<Ticket>>,
-}
-
-impl Drop for Waiting<'_> {
-    fn drop(&mut self) {
-        if let Some(ticket) = self.ticket {
-            self.shared.stuck.give_up(ticket);
-        }
-    }
-}
-
-fn link_down(shared: &Connections, error: &virt::error::Error) -> HypervisorError {
-    shared.notify(Notice::Look);
-    let reason = error.message().to_owned();
-    HypervisorError::LinkDown { reason }
-}
-
-fn panicked(call: &'static str) -> HypervisorError {
-    HypervisorError::Refused {
-        call,
-        message: "the libvirt binding panicked; the log says where".to_owned(),
-    }
-}
-
 /// Ends the process while calls to libvirt may be under way, which cannot be told to return. Whatever is to
 /// outlive the process must be written before.
 pub fn leave(code: u8) -> ! {
     ffi::exit_at_once(code)
 }
 
-/// Registers libvirt's default event loop and starts its thread, once per process. It has to be
-/// there before the first connection is opened, or that one has neither events nor keepalive.
-fn start_event_loop() -> Result<(), OpenError> {
-    static STARTED: OnceLock<Result<(), String>> = OnceLock::new();
-    let started = STARTED.get_or_init(|| {
-        virt::error::clear_error_callback();
-        virt::event::event_register_default_impl().map_err(|e| e.message().to_owned())?;
-        std::thread::Builder::new()
-            .name("lv-events".to_owned())
-            .spawn(run_event_loop)
-            .map(drop)
-            .map_err(|error| error.to_string())
-    });
-    started
-        .clone()
-        .map_err(|message| OpenError::EventLoop { message })
-}
-
-fn run_event_loop() {
-    loop {
-        if let Err(error) = virt::event::event_run_default_impl() {
-            tracing::error!(error = error.message(), "libvirt's event loop failed");
-            // poll(2) failed, for want of memory as a rule. Do not spin.
-            std::thread::park_timeout(Duration::from_millis(100));
-        }
-    }
-}
-
 /// A call that was given up on and is as old as this hangs.
 const HANGS: Duration = Duration::from_secs(1);
-
-/// The flags of an undefine, best first: an older libvirt does not know the later ones, and without
-/// that for NVRAM it refuses rather than to choose for us. What it notes of snapshots and checkpoints
-/// goes: it would refuse otherwise, and a server with a snapshot could not be deleted.
-const UNDEFINE_FLAGS: [sys::virDomainUndefineFlagsValues; 3] = {
-    let saved = sys::VIR_DOMAIN_UNDEFINE_MANAGED_SAVE | sys::VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA;
-    let files =
-        saved | sys::VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA | sys::VIR_DOMAIN_UNDEFINE_KEEP_NVRAM;
-    [files | sys::VIR_DOMAIN_UNDEFINE_KEEP_TPM, files, saved]
-};
-
-/// The same for a domain whose TPM goes with it. A libvirt that does not know the flag (before 8.9) removes
-/// the state of a TPM with every definition.
-const UNDEFINE_FLAGS_WITH_TPM: [sys::virDomainUndefineFlagsValues; 3] = {
-    let [_, files, saved] = UNDEFINE_FLAGS;
-    [files | sys::VIR_DOMAIN_UNDEFINE_TPM, files, saved]
-};
 
 /// Syncs a folder, or everything if that cannot be done for this one.
 fn sync_folder(folder: &Path) -> io::Result<()> {
@@ -432,42 +244,6 @@ fn percent(processed: u64, total: u64) -> Option<u8> {
         .saturating_mul(100)
         .checked_div(total)?;
     u8::try_from(percent).ok()
-}
-
-/// Which domain is defined by this? Nobody asks for one without a uuid, which would be a new one.
-fn uuid_of(xml: &str) -> Option<Uuid> {
-    let domain = salvor_domain_templates::Domain::parse(xml).ok()?;
-    Uuid::parse_str(&domain.uuid()?).ok()
-}
-
-impl Libvirt {
-    /// Removes a definition with the first flags that this libvirt knows.
-    async fn undefine_with(
-        &self,
-        id: Uuid,
-        flags: &'static [sys::virDomainUndefineFlagsValues],
-    ) -> HypervisorResult<()> {
-        let call = self.call_named("virDomainUndefineFlags").about(id);
-        self.call(Class::Mutate, call, move |connect| {
-            let Some(domain) = find(connect, id)? else {
-                return Ok(());
-            };
-            if !domain.is_persistent()? {
-                return Ok(());
-            }
-            let mut answer = Ok(());
-            for &flags in flags {
-                answer = domain.undefine_flags(flags);
-                match &answer {
-                    Err(error) if is(error, ErrorNumber::InvalidArg) => {}
-                    Err(error) if is(error, ErrorNumber::NoDomain) => return Ok(()),
-                    _ => break,
-                }
-            }
-            Ok(answer?)
-        })
-        .await
-    }
 }
 
 #[async_trait]
@@ -540,36 +316,11 @@ impl Hypervisor for Libvirt {
     }
 
     async fn validate(&self, xml: &str) -> HypervisorResult<()> {
-        let name = "virConnectDomainXMLToNative";
-        let (checks, checked) = (Arc::clone(&self.schema), xml.to_owned());
-        let schema = self.call(Class::Mutate, self.call_named(name), move |_| {
-            checks
-                .check(&checked)
-                .map_err(|error| schema_failure(name, &error))
-        });
-        let asked = xml.to_owned();
-        let native = self.call(Class::Mutate, self.call_named(name), move |connect| {
-            match connect.domain_xml_to_native("qemu-argv", &asked, 0) {
-                Ok(_) => Ok(()),
-                // Not QEMU: there is nothing more to ask.
-                Err(error) if is(&error, ErrorNumber::NoSupport) => Ok(()),
-                Err(error) => Err(error.into()),
-            }
-        });
-        // One works in this process, the other in libvirt's: together they take no longer than one.
-        let (schema, native) = tokio::join!(schema, native);
-        schema.and(native)
+        self.validate_definition(xml).await
     }
 
     async fn define(&self, xml: &str) -> HypervisorResult<()> {
-        let mut call = self.call_named("virDomainDefineXML");
-        call.domain = uuid_of(xml);
-        let xml = xml.to_owned();
-        self.call(Class::Mutate, call, move |connect| {
-            connect.define_domain_xml(&xml)?;
-            Ok(())
-        })
-        .await
+        self.define_domain(xml).await
     }
 
     async fn undefine(&self, id: Uuid) -> HypervisorResult<()> {
@@ -635,25 +386,7 @@ impl Hypervisor for Libvirt {
     }
 
     async fn shutdown(&self, id: Uuid, how: Ask) -> HypervisorResult<()> {
-        if how == Ask::GuestAgent {
-            // The agent answers a shutdown that it makes by not answering: libvirt's own call knows that.
-            return self
-                .ask_guest(id, "virDomainShutdownFlags", |domain| {
-                    domain
-                        .shutdown_flags(sys::VIR_DOMAIN_SHUTDOWN_GUEST_AGENT)
-                        .map_err(agent_failure)
-                })
-                .await;
-        }
-        self.ask_guest(id, "virDomainShutdownFlags", |domain| {
-            match domain.shutdown_flags(sys::VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN) {
-                // A driver with one way only, such as the test driver. (QEMU's would go to the
-                // guest agent without the flag.)
-                Err(error) if is(&error, ErrorNumber::InvalidArg) => Ok(domain.shutdown()?),
-                answer => Ok(answer?),
-            }
-        })
-        .await
+        self.ask_to_shut_down(id, how).await
     }
 
     async fn pause(&self, id: Uuid) -> HypervisorResult<()> {

@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use tokio::time::timeout;
 
+use super::definitions::uuid_of;
 use super::*;
 
 const PATIENCE: Duration = Duration::from_secs(30);

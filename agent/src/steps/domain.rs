@@ -3,7 +3,7 @@
 
 use std::{borrow::Cow, sync::Arc, time::Duration};
 
-use salvor_domain_templates::{Domain, Role, renamed, same_but_for_the_name};
+use salvor_domain_templates::{Domain, Role, renamed, same_definition};
 use tokio::{
     sync::broadcast::error::RecvError,
     time::{Instant, timeout_at},
@@ -275,7 +275,7 @@ impl Steps {
     ) -> Result<Option<String>, StepError> {
         let current = self.xml(id, Definition::Inactive).await?;
         if let Some(current) = &current
-            && !before.is_some_and(|before| same_but_for_the_name(current, before))
+            && !before.is_some_and(|before| same_definition(current, before))
             && !is_of(current, xml, mark)
         {
             return Err(StepError::new(
@@ -491,7 +491,7 @@ fn is_of(current: &str, xml: &str, mark: Mark) -> bool {
     match mark {
         Mark::Plan(_) => carries(current, mark),
         // Our saved text is libvirt's own, so it prints the same again.
-        Mark::Own => same_but_for_the_name(current, xml),
+        Mark::Own => same_definition(current, xml),
     }
 }
 

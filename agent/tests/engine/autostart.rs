@@ -117,6 +117,32 @@ async fn servers_that_ran_come_back_in_their_order_and_others_do_not() {
 }
 
 #[tokio::test]
+async fn servers_come_back_by_their_number_and_those_without_one_last() {
+    use salvor_agent::core::{action::Action::Update, change::FieldChange};
+    let (host, agent, ids) = host_with(7).await;
+    for (index, change) in [
+        (5, FieldChange::AutostartOrder(Some(0))),
+        (4, FieldChange::AutostartOrder(Some(7))),
+        (1, FieldChange::AutostartOrder(Some(7))),
+        (2, FieldChange::AutostartOrder(Some(u32::MAX - 1))),
+        (3, FieldChange::Autostart(false)),
+    ] {
+        let target = Target::Server(ids[index]);
+        agent.succeed(target, Update(vec![change])).await;
+    }
+    host.fake.host_reboot();
+    host.fake.clear_calls();
+    assert_eq!(agent.store.note_boot(SECOND_BOOT, true).await.unwrap(), 5);
+    let (stop, observer) = observe(&agent);
+    all_done(&agent.store).await;
+    // Of two with the same number the one that was made first.
+    let expected = [5, 1, 4, 2, 0].map(|index: usize| format!("start {}", ids[index]));
+    assert_eq!(starts(&host), expected);
+    stop.send_replace(true);
+    observer.await.unwrap();
+}
+
+#[tokio::test]
 async fn a_server_that_cannot_be_started_is_told_of_and_holds_up_no_other() {
     let (host, agent, _) = host_with(3).await;
     host.fake.host_reboot();

@@ -2,6 +2,10 @@
 //! What real guests say and show: the log over boots and rescues, the serial port with several clients, the
 //! screen, and diagnostics of guests that run, are off, or are frozen.
 
+use std::fs::{self, OpenOptions};
+use std::io::Write as _;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use salvor_proto::v1::{
@@ -14,7 +18,7 @@ use salvor_tests::client::{assert_refused, reason};
 use salvor_tests::guests::{LinuxGuest, TinyGuest, linux_slot};
 use salvor_tests::host::TestHost;
 use salvor_tests::run_folder::RunFolder;
-use salvor_tests::wait::{BOOT, SOON};
+use salvor_tests::wait::{BOOT, SOON, wait_for};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
@@ -22,6 +26,7 @@ use tonic::{Code, Status, Streaming};
 use uuid::Uuid;
 
 use crate::actor::{Actor, FIXER, Kind, tiny};
+use crate::ends::ticks;
 use crate::scene::Scene;
 
 async fn log(
@@ -148,6 +153,50 @@ async fn only_so_many_boots_of_a_made_server_are_kept_and_none_outlives_it() {
         assert!(Instant::now() < deadline, "the note stays");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_has_grown_too_long_is_cut_under_a_guest_that_goes_on_writing() {
+    const KEPT: u64 = 1 << 20;
+    let settings = AgentSettings::default().set("console.max_size", "1MiB");
+    let mut scene = Scene::with(settings).await;
+    let actor = Actor::made(&mut scene, "chatty", Kind::Made).await;
+    let mut console = scene.console(actor.id);
+    let number = actor.number();
+    let old = log(&mut scene, actor.id, From::LastBytes(-1), USUAL).await;
+    // As if the guest had said it: QEMU appends to the same file.
+    let is_log = |file: &PathBuf| file.ends_with("console.log");
+    let path = scene.files_of(actor.id).into_iter().find(is_log).unwrap();
+    let mut file = OpenOptions::new().append(true).open(&path).unwrap();
+    let line = "y".repeat(63) + "\n";
+    file.write_all(line.repeat(5 << 14).as_bytes()).unwrap();
+    ticks(&mut console);
+    let length = || fs::metadata(&path).unwrap().len();
+    assert!(length() > 5 * KEPT);
+    wait_for("the log is cut", SOON, || {
+        let held = fs::metadata(&path).unwrap().blocks() * 512;
+        (held <= 2 * KEPT).then_some(())
+    });
+    let before = length();
+    ticks(&mut console);
+    assert!(length() > before, "it goes on at the end");
+    assert_eq!(actor.number(), number, "it is the same QEMU");
+
+    let new = log(&mut scene, actor.id, From::LastBytes(-1), USUAL).await;
+    let said = text(&new);
+    assert!(
+        said.trim_end()
+            .rsplit('\n')
+            .next()
+            .unwrap()
+            .contains("TINY-TICK")
+    );
+    assert!(u64::try_from(said.len()).unwrap() <= KEPT && !said.contains('\0'));
+    // Who went on from a place that is gone is told so.
+    let rest = log(&mut scene, actor.id, From::Cursor(old.next_cursor), USUAL).await;
+    assert!(rest.gap);
+    assert!(text(&rest).starts_with('y'), "{:?}", &text(&rest)[..80]);
+    scene.client.delete(actor.id).await.done();
 }
 
 #[tokio::test(flavor = "multi_thread")]

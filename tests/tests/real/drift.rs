@@ -1,8 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Real definitions that somebody changes with virsh: seen, shown, accepted, put back.
 
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
 use salvor_proto::v1::{
-    AcceptServerDriftRequest, CreateServerRequest, Flavor, GetServerDriftRequest,
+    AcceptServerDriftRequest, CreateServerRequest, Firmware, Flavor, GetServerDriftRequest,
     GetServerDriftResponse, PowerState, RestoreServerDefinitionRequest, Server, VmState,
 };
 use salvor_tests::client::{Client, Plain};
@@ -10,6 +14,7 @@ use salvor_tests::guests::TinyGuest;
 use salvor_tests::wait::SOON;
 use uuid::Uuid;
 
+use crate::create::server_from;
 use crate::scene::{Scene, rescue_with, unrescue_of};
 
 async fn drift(scene: &mut Scene<'_>, id: Uuid) -> GetServerDriftResponse {
@@ -187,4 +192,68 @@ async fn a_domain_that_somebody_undefined_comes_back_as_it_was() {
     let mark = console.mark();
     scene.client.start(id).await.done();
     console.wait_line(mark, "TINY-READY undefined", SOON);
+}
+
+/// Where a definition has its UEFI variables.
+fn variables(xml: &str) -> PathBuf {
+    let element = xml.split("<nvram").nth(1).expect("an <nvram>");
+    let text = element.split_once('>').unwrap().1;
+    text.split("</nvram>").next().unwrap().into()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_in_uefi_variables_is_no_drift_and_where_they_are_is() {
+    let mut scene = Scene::new().await;
+    let image = scene.tiny_image("made").await;
+    let request = CreateServerRequest {
+        firmware: Firmware::Uefi.into(),
+        ..server_from(&image, 32)
+    };
+    let (answer, ended) = scene.client.create(request).await;
+    ended.done();
+    let made: Uuid = answer.server_id.parse().unwrap();
+    scene.remove_at_end(made);
+    // libvirt finds the firmware of this one itself, and a place for its variables.
+    let adopted = scene.define(&scene.tiny_xml(&TinyGuest::new("found")).uefi());
+    scene.client.adopt(adopted).await;
+    scene.client.start(adopted).await.done();
+    for id in [made, adopted] {
+        let started = drift(&mut scene, id).await;
+        assert!(!started.drifted, "{}", started.diff);
+        let file = variables(&scene.libvirt.live_xml(id).unwrap());
+        let file = scene.host.outside(&file);
+        let mut bytes = fs::read(&file).unwrap();
+        bytes.reverse();
+        fs::write(&file, bytes).unwrap();
+        scene.libvirt.destroy(id).unwrap();
+        scene.wait_power(id, PowerState::Shutdown).await;
+        scene.libvirt.start(id).unwrap();
+        scene.wait_power(id, PowerState::Running).await;
+        let now = drift(&mut scene, id).await;
+        assert!(!now.drifted, "{}", now.diff);
+        scene.client.stop(id, Some(Duration::ZERO)).await.done();
+    }
+
+    let own = scene.libvirt.inactive_xml(made).unwrap();
+    let file = variables(&own);
+    let before = fs::read(&file).unwrap();
+    let elsewhere = scene.folder.join("other_VARS.fd");
+    let moved = own.replace(
+        &format!("{}</nvram>", file.display()),
+        &format!("{}</nvram>", elsewhere.display()),
+    );
+    assert_ne!(moved, own);
+    scene.libvirt.define(&moved).unwrap();
+    until_drifted(&mut scene, made).await;
+    let shown = drift(&mut scene, made).await.diff;
+    assert!(shown.contains("other_VARS.fd"), "{shown}");
+    restore(&mut scene, made).await;
+    assert_eq!(scene.libvirt.inactive_xml(made).unwrap(), own);
+    assert!(fs::read(&file).unwrap() == before, "they were touched");
+    // Variables that are gone are none of a definition's business: libvirt starts with new ones.
+    fs::remove_file(&file).unwrap();
+    assert!(!drift(&mut scene, made).await.drifted);
+    scene.client.start(made).await.done();
+    assert_eq!(fs::read(&file).unwrap().len(), before.len());
+    scene.client.delete(made).await.done();
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A definition that somebody changed: taken for the server's own, or put back. Neither touches what runs.
 
-use salvor_domain_templates::{Domain, Role, renamed, same_but_for_the_name};
+use salvor_domain_templates::{Domain, Role, renamed, same_definition};
 
 use super::{Builder, need_domain, read_domain};
 use crate::core::{
@@ -142,7 +142,7 @@ pub(super) fn restore(server: &ServerRecord, facts: &Facts) -> Result<Plan, Refu
         None => known.clone(),
     };
     builder.step(Phase::Prepare, Step::KnowDefinition { xml: xml.clone() });
-    let same = |before: &String| same_but_for_the_name(before, &xml);
+    let same = |before: &String| same_definition(before, &xml);
     if !before.as_ref().is_some_and(same) {
         builder.step(
             Phase::Switch,

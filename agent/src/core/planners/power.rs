@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Power: start, stop, reboot, and the guest's memory stopped, saved and brought back.
 
-use salvor_domain_templates::same_but_for_the_name;
+use salvor_domain_templates::same_definition;
 
 use super::{
     Builder,
@@ -147,7 +147,7 @@ pub(super) fn hard_reboot(server: &ServerRecord, facts: &Facts) -> Result<Plan, 
         && let Some(known) = &facts.known_xml
     {
         let xml = named_like(known, &domain.xml);
-        if !same_but_for_the_name(&domain.xml, &xml) {
+        if !same_definition(&domain.xml, &xml) {
             builder.devices = own_devices(&xml);
             builder.step(
                 Phase::Switch,
