@@ -351,7 +351,12 @@ impl Observer {
         let Some(server) = self.store.server(id) else {
             return;
         };
-        let asked_at = now_ms();
+        let mut asked_at = now_ms();
+        // The record shows the end of the last operation already, so this is after it, if only within the
+        // same millisecond.
+        if server.operation.is_none() && asked_at == server.settled_at_ms {
+            asked_at += 1;
+        }
         match self.hypervisor.power(id).await {
             Ok(reading) => {
                 let seen = self
