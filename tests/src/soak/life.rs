@@ -379,10 +379,8 @@ impl Life {
         };
         loop {
             let mut operations = self.client.operations.clone();
-            let Err(status) = operations.cancel_operation(request.clone()).await else {
-                return;
-            };
-            if self.answered("cancel", &status, begun).await {
+            let answer = operations.cancel_operation(request.clone()).await;
+            if self.answer_to("operation cancel", answer, begun).await {
                 return;
             }
         }
@@ -396,17 +394,35 @@ impl Life {
         };
         loop {
             let mut servers = self.client.servers.clone();
-            let Err(status) = servers.abandon_operation(request.clone()).await else {
-                return;
-            };
-            if self.answered("abandon", &status, begun).await {
+            let answer = servers.abandon_operation(request.clone()).await;
+            if self.answer_to("operation abandon", answer, begun).await {
                 return;
             }
         }
     }
 
+    /// Counts an answer of the agent's; `false` if nobody has heard the call.
+    pub(super) async fn answer_to<T>(
+        &self,
+        what: &'static str,
+        answer: Result<T, Status>,
+        begun: Instant,
+    ) -> bool {
+        let ending = match answer {
+            Ok(_) => Ending::Done,
+            Err(status) => {
+                if !self.answered(what, &status, begun).await {
+                    return false;
+                }
+                Ending::Refused(reason_of(&status).unwrap_or_default())
+            }
+        };
+        self.tally.ended(what, &ending, begun.elapsed(), what);
+        true
+    }
+
     /// Was that an answer of the agent's, or has nobody heard the call?
-    pub(super) async fn answered(&self, what: &str, status: &Status, begun: Instant) -> bool {
+    async fn answered(&self, what: &str, status: &Status, begun: Instant) -> bool {
         if let Some(reason) = reason_of(status) {
             self.judge_for(what, self.id, &reason, status.message(), begun);
             return true;
@@ -442,18 +458,10 @@ impl Life {
         loop {
             let request = asked.caller.says(request.clone());
             let mut servers = self.client.servers.clone();
-            let ending = match Box::pin(servers.plan_action(request)).await {
-                Ok(_) => Ending::Done,
-                Err(status) => {
-                    if !self.answered("dry run", &status, begun).await {
-                        continue;
-                    }
-                    Ending::Refused(reason_of(&status).unwrap_or_default())
-                }
-            };
-            let what = format!("dry run of {}", asked.verb);
-            self.tally.ended("dry run", &ending, begun.elapsed(), &what);
-            return;
+            let answer = Box::pin(servers.plan_action(request)).await;
+            if self.answer_to("dry run", answer, begun).await {
+                return;
+            }
         }
     }
 
