@@ -695,13 +695,14 @@ impl Hypervisor for FakeHypervisor {
     async fn unpause(&self, id: Uuid) -> HypervisorResult<()> {
         self.call("unpause", &id.to_string(), |fake, state| {
             let domain = state.running("unpause", id)?;
-            if domain.power != PowerState::Running {
-                (domain.power, domain.reason) = (PowerState::Running, "unpaused");
-                fake.emit(HypervisorEvent::Domain {
-                    id,
-                    what: "resumed",
-                });
+            if domain.power == PowerState::Running {
+                return refused("unpause", "domain is already running");
             }
+            (domain.power, domain.reason) = (PowerState::Running, "unpaused");
+            fake.emit(HypervisorEvent::Domain {
+                id,
+                what: "resumed",
+            });
             Ok(())
         })
         .await

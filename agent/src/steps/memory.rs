@@ -78,9 +78,19 @@ impl Steps {
         }
     }
 
+    /// libvirt refuses to do it to a guest that runs: then somebody was faster.
     pub(super) async fn unpause(&self, id: Uuid) -> Applied {
         match self.hypervisor.unpause(id).await {
             Ok(()) => Ok(None),
+            Err(HypervisorError::Refused { .. })
+                if self.has_power(id, PowerState::Running).await? =>
+            {
+                Ok(Some(StepReport {
+                    message: "ran already".to_owned(),
+                    untouched: true,
+                    ..StepReport::default()
+                }))
+            }
             Err(error) => Err(self.off_or(id, error).await),
         }
     }
@@ -88,7 +98,7 @@ impl Steps {
     /// Takes a pause back. A guest that is off meanwhile, or runs, is as it would be without the pause.
     pub(super) async fn unpause_again(&self, id: Uuid) -> Result<(), StepError> {
         if self.has_power(id, PowerState::Paused).await? {
-            self.hypervisor.unpause(id).await?;
+            self.unpause(id).await?;
         }
         Ok(())
     }
@@ -180,7 +190,7 @@ impl Steps {
             Some(status) if status.power.is_on() => {
                 // Somebody was faster. One that was saved while it was paused comes back paused.
                 if status.power == PowerState::Paused {
-                    self.hypervisor.unpause(id).await?;
+                    self.unpause(id).await?;
                 }
                 return Ok(Some(StepReport {
                     message: "was on already".to_owned(),
@@ -203,7 +213,7 @@ impl Steps {
             return Ok(None);
         };
         if reading.power == PowerState::Paused {
-            self.hypervisor.unpause(id).await?;
+            self.unpause(id).await?;
         }
         // libvirt boots anew where the file was cut off while it was written.
         if reading.reason == "booted" {

@@ -490,3 +490,38 @@ async fn a_preparation_that_cannot_be_removed_is_left_behind_and_the_server_is_a
     assert_eq!(agent.swept.len(), 1);
     assert_eq!(host.look(&agent).await.files, before.files);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn an_unpause_of_a_guest_that_somebody_let_run_is_done_and_taking_it_back_pauses_nothing() {
+    let host = Host::new();
+    let gate = Gate::new(Verb::Unpause, Point::AfterStep(0));
+    let agent = with_server(&host, Arc::clone(&gate) as _).await;
+    agent.succeed(ON, Action::Pause).await;
+    host.fake.set_power(SERVER, PowerState::Running, "unpaused");
+    let unpause = agent
+        .submit(ON, Action::Unpause)
+        .await
+        .unwrap()
+        .operation
+        .id;
+    gate.reached().await;
+    agent.engine.cancel(unpause).await.unwrap();
+    gate.open();
+    let cancelled = agent.ended(unpause).await;
+    assert_eq!(cancelled.state, OperationState::Cancelled);
+    agent.succeed(ON, Action::Unpause).await;
+    assert_eq!(agent.record().vm_state, VmState::Active);
+    let status = host.fake.domain(SERVER).await.unwrap().unwrap();
+    assert_eq!(
+        (status.power, status.reason.as_str()),
+        (PowerState::Running, "unpaused")
+    );
+    let calls = host.fake.calls();
+    assert_eq!(
+        calls
+            .iter()
+            .filter(|call| call.starts_with("pause "))
+            .count(),
+        1
+    );
+}

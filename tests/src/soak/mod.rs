@@ -12,17 +12,21 @@
 //!
 //! | module | owns |
 //! |---|---|
-//! | [`life`] | one server after the other in one place, and what is asked of it |
+//! | [`life`] | one server after the other in one place, and when what is asked of it |
+//! | [`asking`] | calls: made until they are heard, followed to their end, judged |
 //! | [`verbs`], [`reads`] | what can be asked |
 //! | [`chaos`] | kills, and hands laid on guests past the agent |
 //! | [`watcher`] | the events |
 //! | [`checks`] | records and files against what is really so |
+//! | [`resources`] | what the agent holds |
 //! | [`tally`] | the account, and what is wrong |
 
+mod asking;
 mod chaos;
 mod checks;
 mod life;
 mod reads;
+mod resources;
 mod tally;
 mod verbs;
 mod watcher;
@@ -45,14 +49,15 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use uuid::Uuid;
 
+use self::asking::brief;
 use self::chaos::{Chaos, Now};
 use self::checks::{Real, short};
-use self::life::{Kind, Life, brief};
+use self::life::{Kind, Life};
+use self::resources::{Resources, held_by};
 use self::tally::Tally;
 use self::verbs::{Caller, RESCUE, submit};
 use self::watcher::Told;
 use crate::agent::{AgentSettings, TestAgent};
-use crate::bench::process;
 use crate::client::Client;
 use crate::console::{Console, Mark};
 use crate::guests::{Format, TinyGuest};
@@ -73,13 +78,6 @@ const KINDS: [Kind; 8] = [
     Kind::Adopted,
 ];
 
-/// Each thread that makes calls to libvirt has a connection: a socket, and what wakes the thread. There are as
-/// many of them as calls were made at a time (at most 27), and they stay for a while, or for good.
-const DESCRIPTORS_OF_A_CALLER: usize = 2;
-
-/// The connection of the watcher, who comes after the agent has been looked at first.
-const WATCHER: usize = 1;
-
 /// What is soaked.
 #[derive(Debug, Clone)]
 pub struct Settings {
@@ -98,57 +96,6 @@ pub struct Outcome {
     pub report: String,
     /// What should not have happened; empty if all is well.
     pub defects: Vec<String>,
-}
-
-/// Descriptors, threads and memory of the agent.
-#[derive(Debug, Clone, Copy)]
-struct Resources {
-    descriptors: usize,
-    threads: usize,
-    /// Those among them that make calls to libvirt.
-    callers: usize,
-    rss_kib: u64,
-}
-
-impl Resources {
-    fn of(pid: u32) -> Option<Self> {
-        let names = threads(pid);
-        let calls = ["lv-read", "lv-change", "lv-destroy", "lv-probe"];
-        Some(Self {
-            descriptors: std::fs::read_dir(format!("/proc/{pid}/fd")).ok()?.count(),
-            callers: names
-                .iter()
-                .filter(|name| calls.contains(&name.as_str()))
-                .count(),
-            threads: names.len(),
-            rss_kib: process::rss_kib(pid),
-        })
-    }
-
-    /// Has an agent that is like `self` leaked nothing since it was like `before`?
-    fn is_fine_after(self, before: Self) -> bool {
-        let own = |of: Self| {
-            (
-                of.descriptors - of.callers * DESCRIPTORS_OF_A_CALLER,
-                of.threads - of.callers,
-            )
-        };
-        let (now, then) = (own(self), own(before));
-        now.0 <= then.0 + WATCHER && now.1 <= then.1
-    }
-}
-
-impl std::fmt::Display for Resources {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(
-            f,
-            "{} descriptors, {} threads ({} of them for calls to libvirt), {:.1} MiB",
-            self.descriptors,
-            self.threads,
-            self.callers,
-            f64::from(u32::try_from(self.rss_kib).unwrap_or(u32::MAX)) / 1024.0
-        )
-    }
 }
 
 /// Soaks in `folder`, which is kept if anything is wrong.
@@ -589,29 +536,4 @@ fn disposition(server: &Server) -> OverlayDisposition {
         }
         _ => OverlayDisposition::Unspecified,
     }
-}
-
-/// What a process has open, and what its threads are called, for whoever looks for a leak.
-fn held_by(pid: u32) -> String {
-    let open = std::fs::read_dir(format!("/proc/{pid}/fd"));
-    let open = open.into_iter().flatten().flatten();
-    let mut held: Vec<String> = open
-        .filter_map(|entry| Some(std::fs::read_link(entry.path()).ok()?.display().to_string()))
-        .collect();
-    let names = threads(pid);
-    held.extend(names.iter().map(|name| format!("thread {name}")));
-    held.sort();
-    held.join(", ")
-}
-
-/// The names of a process's threads.
-fn threads(pid: u32) -> Vec<String> {
-    let tasks = std::fs::read_dir(format!("/proc/{pid}/task"));
-    let tasks = tasks.into_iter().flatten().flatten();
-    tasks
-        .filter_map(|entry| {
-            let name = std::fs::read_to_string(entry.path().join("comm")).ok()?;
-            Some(name.trim().to_owned())
-        })
-        .collect()
 }

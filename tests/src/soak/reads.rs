@@ -13,8 +13,8 @@ use salvor_proto::v1::{
 };
 use tonic::Status;
 
-use super::life::{Life, reason_of};
-use super::tally::{Disturbance, Ending};
+use super::life::Life;
+use super::tally::Disturbance;
 
 /// So long somebody listens to a console or a watch.
 const LISTENS: Duration = Duration::from_millis(300);
@@ -28,18 +28,9 @@ pub(super) async fn read(life: &mut Life) {
     let letter = letter.copied().unwrap_or("t");
     loop {
         let (name, answer) = once(life, number, letter).await;
-        let ending = match answer {
-            Ok(()) => Ending::Done,
-            Err(status) => {
-                if !life.answered(name, &status, begun).await {
-                    continue;
-                }
-                Ending::Refused(reason_of(&status).unwrap_or_default())
-            }
-        };
-        let what = format!("{name} of {}", life.id);
-        life.tally.ended(name, &ending, begun.elapsed(), &what);
-        return;
+        if life.answer_to(name, answer, begun).await {
+            return;
+        }
     }
 }
 
