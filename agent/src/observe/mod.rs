@@ -343,11 +343,6 @@ impl Observer {
         let Some(server) = self.store.server(id) else {
             return;
         };
-        // What is seen in the millisecond in which an operation ended may be that operation's own work, so nothing
-        // follows from it, and nobody would look again.
-        while now_ms() == server.settled_at_ms {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
         let asked_at = now_ms();
         match self.hypervisor.power(id).await {
             Ok(reading) => {

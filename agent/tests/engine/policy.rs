@@ -48,10 +48,7 @@ async fn a_guest_that_crashed_is_left_off_and_shown_unless_told_otherwise() {
 async fn a_guest_that_crashed_is_started_again_if_so_configured_and_the_next_time_after_a_pause() {
     let watched = Watched::under(START).await;
     watched.host.fake.crash_guest(SERVER);
-    // It may be started again before anybody sees it stopped.
-    while watched.operations(Verb::Start).await == 0 {
-        tokio::task::yield_now().await;
-    }
+    watched.becomes(VmState::Stopped).await;
     watched.becomes(VmState::Active).await;
     let started = || watched.agent.record().operation.is_none();
     until("the start has ended", started).await;
