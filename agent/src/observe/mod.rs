@@ -25,12 +25,13 @@ use tokio::{
 };
 use uuid::Uuid;
 
+use crate::core::reconcile::{News, Policy, respond};
 use crate::{
     core::{
         action::Verb,
         devices::{may_follow, own_devices},
         incident::{IncidentReport, Incidents},
-        reconcile::{IO_ERROR, NO_DOMAIN, News, Policy, Seen, needs_saved_memory, respond},
+        reconcile::{IO_ERROR, NO_DOMAIN, Seen, needs_saved_memory},
         record::ServerRecord,
         state::{ObservationSource, PowerObservation, PowerState, VmState},
         text,
@@ -43,6 +44,7 @@ use crate::{
     },
     store::{Store, StoreResult},
 };
+
 pub use autostart::Autostart;
 use due::Tried;
 
