@@ -121,6 +121,33 @@ fn statuses() -> String {
     table
 }
 
+/// The table that the test of admission holds the code against: what it marks (`*`) Nova does not do so.
+const MARKED: &str = include_str!("core/admission.txt");
+
+/// What is marked of a verb, as words in the order of its columns.
+fn marked(verb: Verb) -> [Vec<&'static str>; 3] {
+    let mut words = Vec::new();
+    let mut ours = false;
+    for word in MARKED.split_whitespace() {
+        match word.strip_suffix(':') {
+            Some(name) => ours = name == verb.name(),
+            None if ours => words.push(word),
+            None => {}
+        }
+    }
+    let mut columns = words.split(|word| *word == "|").map(|column| {
+        let marked = column.iter().filter_map(|word| word.strip_suffix('*'));
+        // The condition before a state has a column of its own in the docs.
+        let marked = marked.map(|word| word.rsplit(':').next().unwrap());
+        marked.collect()
+    });
+    std::array::from_fn(|_| columns.next().unwrap())
+}
+
+fn starred(text: String, marked: bool) -> String {
+    if marked { text + r"\*" } else { text }
+}
+
 fn admission() -> String {
     let mut table = head(&[
         "verb",
@@ -132,11 +159,14 @@ fn admission() -> String {
         "who may ask",
     ]);
     for verb in Verb::ALL {
+        let [marked_states, _, access] = marked(*verb);
         let states = |answer: Allowed| {
             let states = VmState::ALL
                 .iter()
                 .filter(|state| allowed(*verb, **state) == answer);
-            states.map(code).collect::<Vec<_>>().join(", ")
+            let states =
+                states.map(|state| starred(code(state), marked_states.contains(&state.name())));
+            states.collect::<Vec<_>>().join(", ")
         };
         row(
             &mut table,
@@ -147,16 +177,19 @@ fn admission() -> String {
                 states(Allowed::UnlessRescued),
                 states(Allowed::IfPaused),
                 if verb.respects_lock() {
-                    "members".to_owned()
+                    starred("members".to_owned(), !access.is_empty())
                 } else {
                     String::new()
                 },
-                match verb {
-                    Verb::DeliverPassword => "the agent",
-                    verb if verb.is_for_admin() => "administrator",
-                    _ => "members",
-                }
-                .to_owned(),
+                starred(
+                    match verb {
+                        Verb::DeliverPassword | Verb::StartRescue => "the agent",
+                        verb if verb.is_for_admin() => "administrator",
+                        _ => "members",
+                    }
+                    .to_owned(),
+                    !access.is_empty() && !verb.respects_lock(),
+                ),
             ],
         );
     }
@@ -166,10 +199,12 @@ fn admission() -> String {
 fn tasks() -> String {
     let mut table = head(&["verb", "task state while it runs", "overtakes"]);
     for verb in Verb::ALL {
+        let [_, marked, _] = marked(*verb);
+        let all = marked.contains(&"all-but");
         let overtaken: Vec<_> = Verb::ALL
             .iter()
             .filter(|other| verb.overtakes(**other))
-            .map(code)
+            .map(|other| starred(code(other), all || marked.contains(&other.name())))
             .collect();
         row(
             &mut table,

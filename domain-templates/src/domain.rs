@@ -360,6 +360,19 @@ impl Domain {
             })
     }
 
+    /// Is a guest agent connected to its channel? Only a running domain says so.
+    pub fn guest_agent_connected(&self) -> Option<bool> {
+        devices_of(&self.root)
+            .filter(|device| device.name == "channel")
+            .filter_map(|channel| channel.child("target"))
+            .find(|target| target.attribute("name") == Some("org.qemu.guest_agent.0"))
+            .and_then(|target| match target.attribute("state") {
+                Some("connected") => Some(true),
+                Some("disconnected") => Some(false),
+                _ => None,
+            })
+    }
+
     /// Salvor's mark, if the domain carries one. Found by its namespace, whatever the prefix.
     pub fn salvor_mark(&self) -> Option<Mark> {
         let metadata = self.root.child("metadata")?;

@@ -220,3 +220,23 @@ fn facts_of_a_domain_are_read() {
         domain("pc", "", "").replace("<memory>131072</memory>", "<memory unit='MB'>1</memory>");
     assert_eq!(Domain::parse(&small).unwrap().memory_kib(), Some(977));
 }
+
+#[test]
+fn a_running_domain_says_whether_its_guest_agent_is_connected() {
+    let with = |target: &str| {
+        let device =
+            format!("<channel type='unix'>{target}</channel><tpm model='tpm-crb'/></devices>");
+        let xml = domain("pc", "", "").replace("</devices>", &device);
+        Domain::parse(&xml).unwrap()
+    };
+    let target = |name: &str, state: &str| {
+        with(&format!("<target type='virtio' name='{name}'{state}/>")).guest_agent_connected()
+    };
+    let agent = "org.qemu.guest_agent.0";
+    assert_eq!(target(agent, " state='connected'"), Some(true));
+    assert_eq!(target(agent, " state='disconnected'"), Some(false));
+    assert_eq!(target(agent, ""), None);
+    assert_eq!(target("com.redhat.spice.0", " state='connected'"), None);
+    assert!(with("").has_tpm());
+    assert!(!Domain::parse(&domain("pc", "", "")).unwrap().has_tpm());
+}

@@ -26,6 +26,12 @@ named_states! {
         Panicked = "panicked",
         /// Its memory was lost: it had been paused when its host went down.
         MemoryLost = "memory-lost",
+        /// A job on a disk failed (a copy, a commit, a pull of somebody's).
+        BlockJobFailed = "block-job-failed",
+        /// A device is gone from the running guest.
+        DeviceRemoved = "device-removed",
+        /// It has more or less memory than before (its balloon).
+        MemoryChanged = "memory-changed",
     }
 }
 

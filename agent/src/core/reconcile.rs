@@ -3,12 +3,14 @@
 //!
 //! Observations are recorded, never fought: nothing is stopped because somebody else started it. Where
 //! a guest is not as it should be the record says so ([`Mismatch`]); whether something is done about it
-//! is the configuration's business.
+//! is the configuration's business ([`Policy`]). What is told besides a guest's power has a table of its own
+//! ([`respond`]).
 
 use serde::{Deserialize, Serialize};
 
 use super::{
-    record::ServerRecord,
+    incident::{Incident, IncidentKind},
+    record::{AgentSeen, ServerRecord},
     state::{PowerObservation, PowerState, VmState, named_states},
 };
 
@@ -90,6 +92,8 @@ pub struct Reconciled {
     pub vm_state: VmState,
     /// How the guest is not as it should be.
     pub mismatch: Option<Mismatched>,
+    /// Whether its guest agent is connected.
+    pub agent: Option<AgentSeen>,
 }
 
 /// What becomes of the mismatch that a record shows.
@@ -322,13 +326,152 @@ pub fn reconcile(server: &ServerRecord, seen: impl Into<Seen>) -> Option<Reconci
         None
     };
     let same = server.power.state == seen.state && server.power.reason == seen.reason;
-    if same && server.vm_state == vm_state && server.mismatch == mismatch {
+    // A guest that is off has no agent.
+    let agent = server
+        .agent
+        .filter(|_| seen.state.is_on() || seen.state == PowerState::Unknown);
+    if same && server.vm_state == vm_state && server.mismatch == mismatch && server.agent == agent {
         return None;
     }
     Some(Reconciled {
+        agent,
         power: seen,
         last_known_power,
         vm_state,
         mismatch,
     })
+}
+
+/// What is done about a guest that should run and is off.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Policy {
+    /// One that crashed is started again.
+    pub start_crashed: bool,
+    /// One that shut itself down is started again.
+    pub start_stopped_by_itself: bool,
+}
+
+/// Whether to act: is the guest off, and is it the configuration's wish that it is then started again?
+#[must_use]
+pub fn is_to_be_started(server: &ServerRecord, policy: Policy) -> bool {
+    let wanted = match server.mismatch.map(|mismatch| mismatch.what) {
+        Some(Mismatch::Crashed) => policy.start_crashed,
+        Some(Mismatch::StoppedByItself) => policy.start_stopped_by_itself,
+        Some(
+            Mismatch::IoError
+            | Mismatch::Halted
+            | Mismatch::Vanished
+            | Mismatch::RunsAlthoughDeleted,
+        )
+        | None => false,
+    };
+    wanted
+        && server.vm_state == VmState::Stopped
+        && server.operation.is_none()
+        && matches!(
+            server.power.state,
+            PowerState::Shutdown | PowerState::Crashed
+        )
+}
+
+/// What the hypervisor tells of a guest besides its power.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum News {
+    /// Its guest agent connected to its channel, or left it.
+    Agent {
+        /// Is it there now?
+        connected: bool,
+    },
+    /// It was defined, or undefined.
+    Definition,
+    /// A job on a disk ended, or waits to be told to end.
+    BlockJob {
+        /// Target of the disk.
+        disk: String,
+        /// libvirt's word (`completed`, `failed`, `canceled`, `ready`).
+        state: &'static str,
+    },
+    /// A device is gone from it.
+    DeviceRemoved {
+        /// libvirt's alias of the device.
+        device: String,
+    },
+    /// It has more or less memory than before.
+    Balloon {
+        /// How much, in KiB.
+        memory_kib: u64,
+    },
+    /// Something happened in it.
+    Happened(Incident),
+}
+
+/// What follows from news: what is recorded, told and asked.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Response {
+    /// Recorded: whether the guest agent is connected.
+    pub agent: Option<bool>,
+    /// Told to watchers, as often as that may be.
+    pub incident: Option<Incident>,
+    /// Asked: the definition may be another now.
+    pub read_definition: bool,
+    /// Asked: the guest agent, if a rescue's password waits for it.
+    pub ask_agent: bool,
+}
+
+/// The table of news. None of it changes what is meant or starts anything; what is not about a server of ours is
+/// nothing.
+#[must_use]
+pub fn respond(server: Option<&ServerRecord>, news: News) -> Response {
+    let nothing = Response::default();
+    let Some(server) = server else {
+        return nothing;
+    };
+    match news {
+        News::Agent { connected } => Response {
+            agent: Some(connected),
+            ask_agent: connected && server.rescue.is_some(),
+            ..nothing
+        },
+        News::Definition => Response {
+            read_definition: true,
+            ..nothing
+        },
+        // A disk may have another file now. One that ended as it should is nobody's trouble.
+        News::BlockJob { disk, state } => Response {
+            read_definition: true,
+            incident: (state == "failed").then(|| {
+                let kind = IncidentKind::BlockJobFailed;
+                Incident::told(kind, &disk, "", state, "")
+            }),
+            ..nothing
+        },
+        News::DeviceRemoved { device } => Response {
+            read_definition: true,
+            incident: Some(Incident::told(
+                IncidentKind::DeviceRemoved,
+                &device,
+                "",
+                "",
+                "",
+            )),
+            ..nothing
+        },
+        News::Balloon { memory_kib } => {
+            let size = format!("{memory_kib} KiB");
+            Response {
+                incident: Some(Incident::told(
+                    IncidentKind::MemoryChanged,
+                    "",
+                    "",
+                    &size,
+                    "",
+                )),
+                ..nothing
+            }
+        }
+        News::Happened(incident) => Response {
+            incident: Some(incident),
+            ..nothing
+        },
+    }
 }

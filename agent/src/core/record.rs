@@ -304,6 +304,15 @@ const fn yes() -> bool {
     true
 }
 
+/// Whether a guest's agent is connected to its channel, as it was told or seen last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AgentSeen {
+    /// Is it?
+    pub connected: bool,
+    /// When that was, in milliseconds since the Unix epoch.
+    pub at_ms: i64,
+}
+
 /// The disks and interfaces of a server's own definition.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Devices {
@@ -410,6 +419,9 @@ pub struct ServerRecord {
     /// Unix epoch.
     #[serde(default)]
     pub drift_since_ms: Option<i64>,
+    /// Whether its guest agent is connected; `None` if that is not known, or it is off.
+    #[serde(default)]
+    pub agent: Option<AgentSeen>,
 }
 
 impl ServerRecord {

@@ -18,9 +18,9 @@ use crate::{
         action::{Action, UnrescueArgs, Verb},
         caller::Who,
         reason::Reason,
-        reconcile::Mismatch,
+        reconcile::is_to_be_started,
         record::ServerRecord,
-        state::{PowerState, VmState},
+        state::VmState,
     },
     dispatch::Target,
     engine::now_ms,
@@ -103,28 +103,6 @@ impl Observer {
             .min()
     }
 
-    /// Is the guest off, and is it the configuration's wish that it is then started again?
-    fn is_to_be_started(&self, server: &ServerRecord) -> bool {
-        let wanted = match server.mismatch.map(|mismatch| mismatch.what) {
-            Some(Mismatch::Crashed) => self.policy.start_crashed,
-            Some(Mismatch::StoppedByItself) => self.policy.start_stopped_by_itself,
-            Some(
-                Mismatch::IoError
-                | Mismatch::Halted
-                | Mismatch::Vanished
-                | Mismatch::RunsAlthoughDeleted,
-            )
-            | None => false,
-        };
-        wanted
-            && server.vm_state == VmState::Stopped
-            && server.operation.is_none()
-            && matches!(
-                server.power.state,
-                PowerState::Shutdown | PowerState::Crashed
-            )
-    }
-
     /// Does what is due; says when to look again.
     pub(super) fn act_on_due(self: &Arc<Self>, tried: &mut Tried) -> Option<Instant> {
         let now = now_ms();
@@ -192,7 +170,7 @@ impl Observer {
                 action: Action::ForceDelete,
             });
         }
-        if self.is_to_be_started(server) {
+        if is_to_be_started(server, self.policy) {
             dues.push(Due {
                 subject: server.id,
                 at_ms: server.power.observed_at_ms,

@@ -17,6 +17,7 @@ use std::{
     time::Duration,
 };
 
+use salvor_domain_templates::Domain;
 use tokio::{
     sync::{Semaphore, broadcast::error::RecvError, watch},
     task::JoinSet,
@@ -24,6 +25,7 @@ use tokio::{
 };
 use uuid::Uuid;
 
+use crate::core::reconcile::{News, Policy, respond};
 use crate::{
     core::{
         action::Verb,
@@ -42,6 +44,7 @@ use crate::{
     },
     store::{Store, StoreResult},
 };
+
 pub use autostart::Autostart;
 use due::Tried;
 
@@ -87,15 +90,6 @@ fn recorded<T>(server: Uuid, outcome: StoreResult<T>) {
     if let Err(error) = outcome {
         tracing::error!(%server, error = &error as &dyn std::error::Error, "an observation cannot be recorded");
     }
-}
-
-/// What is done about a guest that should run and is off.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Policy {
-    /// One that crashed is started again.
-    pub start_crashed: bool,
-    /// One that shut itself down is started again.
-    pub start_stopped_by_itself: bool,
 }
 
 /// The observer.
@@ -180,45 +174,44 @@ impl Observer {
             tokio::select! {
                 () = stopped(&mut stop) => return,
                 event = events.recv() => match event {
-                    Ok(HypervisorEvent::Domain { id, what }) => {
-                        self.ask(&mut questions, Question::Power(id));
-                        if what == DEFINED || what == UNDEFINED {
-                            defined.insert(id);
-                            self.look_at_defined(&mut questions, &mut defined);
+                    Ok(
+                        event @ (HypervisorEvent::Domain { .. }
+                        | HypervisorEvent::GuestAgent { .. }
+                        | HypervisorEvent::Guest { .. }
+                        | HypervisorEvent::BlockJob { .. }
+                        | HypervisorEvent::DeviceRemoved { .. }
+                        | HypervisorEvent::Balloon { .. }),
+                    ) => {
+                        let Some((id, news)) = self.hear(&mut questions, event) else {
+                            continue;
+                        };
+                        let server = self.store.server(id);
+                        if let News::Agent { connected } = news {
+                            if connected {
+                                agents.insert(id);
+                            } else {
+                                agents.remove(&id);
+                            }
                         }
-                    }
-                    Ok(HypervisorEvent::GuestAgent { id, connected: true }) => {
-                        agents.insert(id);
-                        self.dispatcher.agent_connected(id);
-                        if let Some(rescue) = self.store.server(id).and_then(|server| Some(server.rescue.as_ref()?.plan)) {
-                            tried.forget(rescue, Verb::DeliverPassword);
+                        let response = respond(server.as_deref(), news);
+                        if let Some(connected) = response.agent {
+                            self.note_agent(id, connected);
                         }
-                        self.offer_password(&mut questions, id, &tried);
-                    }
-                    Ok(HypervisorEvent::GuestAgent { id, connected: false }) => {
-                        agents.remove(&id);
-                    }
-                    Ok(HypervisorEvent::Guest { id, incident }) => {
-                        // Of domains that are not ours nothing is told.
-                        if self.store.server(id).is_some()
+                        if let Some(incident) = response.incident
                             && let Some(report) = incidents.happened(id, incident, Instant::now().into_std(), now_ms())
                         {
                             self.tell(id, report);
                         }
-                    }
-                    Ok(HypervisorEvent::BlockJob { id, disk, state }) => {
-                        tracing::debug!(server = %id, disk, state, "a job on a disk");
-                        // A disk may have another file now.
-                        defined.insert(id);
-                        self.look_at_defined(&mut questions, &mut defined);
-                    }
-                    Ok(HypervisorEvent::DeviceRemoved { id, device }) => {
-                        tracing::debug!(server = %id, device, "a device is gone");
-                        defined.insert(id);
-                        self.look_at_defined(&mut questions, &mut defined);
-                    }
-                    Ok(HypervisorEvent::Balloon { id, memory_kib }) => {
-                        tracing::debug!(server = %id, memory_kib, "the guest has another size of memory");
+                        if response.read_definition {
+                            defined.insert(id);
+                            self.look_at_defined(&mut questions, &mut defined);
+                        }
+                        if response.ask_agent {
+                            if let Some(rescue) = server.and_then(|server| Some(server.rescue.as_ref()?.plan)) {
+                                tried.forget(rescue, Verb::DeliverPassword);
+                            }
+                            self.offer_password(&mut questions, id, &tried);
+                        }
                     }
                     Ok(HypervisorEvent::Link(LinkState::Down { reason })) => self.lost(&reason).await,
                     Ok(HypervisorEvent::Link(LinkState::Up) | HypervisorEvent::Resync) | Err(RecvError::Lagged(_)) => {
@@ -409,6 +402,41 @@ impl Observer {
         power.into()
     }
 
+    /// What an event says besides that a domain's power is to be looked at, which is begun.
+    fn hear(
+        self: &Arc<Self>,
+        questions: &mut Questions,
+        event: HypervisorEvent,
+    ) -> Option<(Uuid, News)> {
+        match event {
+            HypervisorEvent::Domain { id, what } => {
+                self.ask(questions, Question::Power(id));
+                (what == DEFINED || what == UNDEFINED).then_some((id, News::Definition))
+            }
+            HypervisorEvent::GuestAgent { id, connected } => Some((id, News::Agent { connected })),
+            HypervisorEvent::Guest { id, incident } => Some((id, News::Happened(incident))),
+            HypervisorEvent::BlockJob { id, disk, state } => {
+                Some((id, News::BlockJob { disk, state }))
+            }
+            HypervisorEvent::DeviceRemoved { id, device } => {
+                Some((id, News::DeviceRemoved { device }))
+            }
+            HypervisorEvent::Balloon { id, memory_kib } => Some((id, News::Balloon { memory_kib })),
+            HypervisorEvent::Link(_) | HypervisorEvent::Resync => None,
+        }
+    }
+
+    /// Records that a guest agent is there, or gone. In a task of its own: the store may be slow.
+    fn note_agent(self: &Arc<Self>, id: Uuid, connected: bool) {
+        if connected {
+            self.dispatcher.agent_connected(id);
+        }
+        let (observer, at) = (Arc::clone(self), now_ms());
+        tokio::spawn(async move {
+            recorded(id, observer.store.observe_agent(id, connected, at).await);
+        });
+    }
+
     /// Tells the watchers of an incident. In a task of its own: the store may be slow.
     fn tell(self: &Arc<Self>, id: Uuid, report: IncidentReport) {
         let observer = Arc::clone(self);
@@ -463,6 +491,7 @@ impl Observer {
         }
         // It is never closed.
         let _turn = self.reads.acquire().await;
+        self.look_at_channel(id).await;
         let asked_at = now_ms();
         let seen = match self.hypervisor.domain_xml(id, Definition::Inactive).await {
             Ok(xml) => own_devices(&xml).map(|devices| Some((xml, devices))),
@@ -476,6 +505,24 @@ impl Observer {
         };
         let Some(seen) = seen else { return };
         recorded(id, self.store.observe_definition(id, seen, asked_at).await);
+    }
+
+    /// Is the guest agent connected? Events tell when that changes; this is for those that were missed.
+    async fn look_at_channel(&self, id: Uuid) {
+        let server = self.store.server(id);
+        if !server.is_some_and(|server| server.guest_agent && server.power.state.is_on()) {
+            return;
+        }
+        let asked_at = now_ms();
+        let Ok(live) = self.hypervisor.domain_xml(id, Definition::Live).await else {
+            return;
+        };
+        let connected = Domain::parse(&live)
+            .ok()
+            .and_then(|domain| domain.guest_agent_connected());
+        if let Some(connected) = connected {
+            recorded(id, self.store.observe_agent(id, connected, asked_at).await);
+        }
     }
 
     /// The link is lost: nothing is known of any server until it is back.

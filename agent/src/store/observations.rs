@@ -16,7 +16,7 @@ use super::{
 use crate::core::{
     incident::IncidentReport,
     reconcile::{Seen, is_stale, reconcile},
-    record::ServerRecord,
+    record::{AgentSeen, ServerRecord},
     state::ObservationSource,
 };
 
@@ -112,10 +112,37 @@ impl Store {
             record.last_known_power = reconciled.last_known_power;
             record.vm_state = reconciled.vm_state;
             record.mismatch = reconciled.mismatch;
+            record.agent = reconciled.agent;
             db.change(Durability::Process, |tx, publish| {
                 put_server(tx, publish, order, record, now_ms).map(|_| ())
             })?;
             Ok(true)
+        })
+        .await
+    }
+
+    /// Records whether a server's guest agent is connected; says whether that is new.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn observe_agent(
+        &self,
+        server: Uuid,
+        connected: bool,
+        at_ms: i64,
+    ) -> StoreResult<bool> {
+        self.run(move |db| {
+            let Some((order, mut record)) = db.server(server) else {
+                return Ok(false);
+            };
+            let before = record.agent;
+            if before.is_some_and(|seen| seen.connected == connected || seen.at_ms > at_ms) {
+                return Ok(false);
+            }
+            record.agent = Some(AgentSeen { connected, at_ms });
+            db.change(Durability::Process, |tx, publish| {
+                put_server(tx, publish, order, record, at_ms).map(|_| true)
+            })
         })
         .await
     }

@@ -23,45 +23,8 @@ use crate::bench::{created_xml, record, rescue_args, rescued};
 /// so does its reset. Its lock does not cover a server's name and description, it does its metadata.
 /// It unpauses no guest that it did not pause itself, dumps no memory to the host, refuses a hard reboot while a
 /// start or stop runs, and hard reboots a half-rescued server out of its rescue. It knows no drift, and
-/// starts no rescue guest after a reboot of its host.
-const TABLE: &str = "
-    delete: building active paused suspended stopped rescued resized soft-delete error shelved shelved_offloaded
-        | all-but* delete forceDelete | LM
-    release: active* paused* suspended* stopped* unless:error* | deliverPassword* | LM*
-    start: stopped | deliverPassword* | LM
-    stop: active unless:error* | deliverPassword* | LM
-    rescue: unless:active* unless:stopped* unless:error* | deliverPassword* | LM
-    unrescue: rescued if:error* | deliverPassword* | LM
-    deliverPassword: rescued* | | -A*
-    reboot: active | deliverPassword* | LM
-    hardReboot: active stopped paused suspended unless:error*
-        | deliverPassword* start* stop* reboot hardReboot* pause unpause suspend resume | LM
-    pause: active | deliverPassword* | LM
-    unpause: paused if-paused:active* if-paused:rescued* if-paused:resized* if-paused:error* | deliverPassword* | LM
-    suspend: active | deliverPassword* | LM
-    resume: suspended | deliverPassword* | LM
-    trigger_crash_dump: active paused rescued resized error | deliverPassword* | LM
-    dumpMemory: active* paused* rescued* resized* error* | deliverPassword* | LM*
-    changePassword: active | deliverPassword* | LM
-    acceptDrift: active* paused* suspended* stopped* | deliverPassword* | LM*
-    restoreDefinition: active* paused* suspended* stopped* unless:error* | deliverPassword* | LM*
-    startRescue: rescued* | | -A*
-    create: | deliverPassword* | -M
-    adopt: | deliverPassword* | -A*
-    lock: building active paused suspended stopped rescued resized soft-delete error shelved shelved_offloaded
-        | beside | -M
-    unlock: building active paused suspended stopped rescued resized soft-delete error shelved shelved_offloaded
-        | beside | -M
-    update: building active paused suspended stopped rescued resized soft-delete error shelved shelved_offloaded
-        | beside | LM*
-    resetState: building active paused suspended stopped rescued resized soft-delete error shelved
-        shelved_offloaded | all-but* resetState | -A
-    softDelete: active paused suspended stopped rescued resized error shelved shelved_offloaded
-        | all-but* delete forceDelete softDelete | LM
-    restore: soft-delete | deliverPassword* | LM
-    forceDelete: building active paused suspended stopped rescued resized soft-delete error shelved
-        shelved_offloaded | all-but* delete forceDelete | LM
-";
+/// starts no rescue guest after a reboot of its host. `docs/STATES.md` shows the marks.
+const TABLE: &str = include_str!("admission.txt");
 
 /// What the table says of a verb.
 struct Row {

@@ -92,6 +92,7 @@ pub(crate) fn record(origin: Origin, vm_state: VmState) -> ServerRecord {
         autostart_order: None,
         deletion: None,
         drift_since_ms: None,
+        agent: None,
     }
 }
 

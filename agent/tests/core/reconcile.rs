@@ -2,8 +2,12 @@
 //! What an observation means for a record, against the same table written down a second time.
 
 use salvor_agent::core::{
-    reconcile::{IO_ERROR, Mismatch, Mismatched, NO_DOMAIN, Seen, Told, follow, reconcile},
-    record::{Origin, ServerRecord},
+    incident::{Incident, IncidentKind},
+    reconcile::{
+        IO_ERROR, Mismatch, Mismatched, NO_DOMAIN, News, Policy, Response, Seen, Told, follow,
+        is_to_be_started, reconcile, respond,
+    },
+    record::{AgentSeen, Origin, ServerRecord},
     state::{ObservationSource, PowerObservation, PowerState, VmState},
 };
 
@@ -251,4 +255,133 @@ fn while_an_operation_runs_neither_the_intent_nor_the_mismatch_changes() {
     let off = after(&server, seen(PowerState::Shutdown, "crashed", 2_000));
     assert_eq!((off.vm_state, off.mismatch), (VmState::Active, None));
     assert_eq!(off.power.state, PowerState::Shutdown);
+}
+
+/// News, with what follows from it: recorded `agent+` `agent-`, told `!kind`, asked `definition` `password` (of
+/// a rescued server only).
+const NEWS: &[(&str, &str)] = &[
+    ("agent connects", "agent+ password"),
+    ("agent leaves", "agent-"),
+    ("defined", "definition"),
+    ("block job completed", "definition"),
+    ("block job canceled", "definition"),
+    ("block job ready", "definition"),
+    ("block job failed", "definition !block-job-failed"),
+    ("device removed", "definition !device-removed"),
+    ("balloon", "!memory-changed"),
+    ("rebooted", "!rebooted"),
+    ("panicked", "!panicked"),
+    ("io-error", "!io-error"),
+    ("watchdog", "!watchdog"),
+];
+
+fn news(word: &str) -> News {
+    let job = |state| News::BlockJob {
+        disk: "vda".to_owned(),
+        state,
+    };
+    match word {
+        "agent connects" => News::Agent { connected: true },
+        "agent leaves" => News::Agent { connected: false },
+        "defined" => News::Definition,
+        "block job completed" => job("completed"),
+        "block job canceled" => job("canceled"),
+        "block job ready" => job("ready"),
+        "block job failed" => job("failed"),
+        "device removed" => News::DeviceRemoved {
+            device: "net1".to_owned(),
+        },
+        "balloon" => News::Balloon { memory_kib: 4096 },
+        kind => News::Happened(Incident::new(IncidentKind::from_name(kind).unwrap())),
+    }
+}
+
+#[test]
+fn what_follows_from_news_is_what_the_table_says_and_nothing_of_foreign_domains() {
+    let server = record(Origin::Adopted, VmState::Active);
+    let xml = crate::bench::created_xml(false);
+    let (rescued, _) = crate::bench::rescued(&server, &xml, crate::bench::rescue_args());
+    for (word, follows) in NEWS {
+        for server in [&server, &rescued] {
+            let Response {
+                agent,
+                incident,
+                read_definition,
+                ask_agent,
+            } = respond(Some(server), news(word));
+            let mut found = Vec::new();
+            if read_definition {
+                found.push("definition".to_owned());
+            }
+            if let Some(connected) = agent {
+                found.push(if connected { "agent+" } else { "agent-" }.to_owned());
+            }
+            if ask_agent {
+                found.push("password".to_owned());
+            }
+            found.extend(incident.map(|incident| format!("!{}", incident.kind)));
+            let mut expected: Vec<&str> = follows.split_whitespace().collect();
+            expected.retain(|word| *word != "password" || server.rescue.is_some());
+            assert_eq!(found, expected, "{word}");
+        }
+        assert_eq!(respond(None, news(word)), Response::default(), "{word}");
+    }
+    let failed = respond(Some(&server), news("block job failed"))
+        .incident
+        .unwrap();
+    assert_eq!(
+        (failed.device.as_str(), failed.reason.as_str()),
+        ("vda", "failed")
+    );
+    let balloon = respond(Some(&server), news("balloon")).incident.unwrap();
+    assert_eq!(balloon.reason, "4096 KiB");
+}
+
+#[test]
+fn a_guest_is_started_again_only_if_it_is_off_for_a_reason_that_the_policy_names() {
+    let policies = [(false, false), (true, false), (false, true), (true, true)];
+    for (start_crashed, start_stopped_by_itself) in policies {
+        let policy = Policy {
+            start_crashed,
+            start_stopped_by_itself,
+        };
+        for mismatch in Mismatch::ALL.iter().copied().map(Some).chain([None]) {
+            for vm_state in VmState::ALL {
+                for power in PowerState::ALL {
+                    let mut server = record(Origin::Adopted, *vm_state);
+                    server.power.state = *power;
+                    server.mismatch = mismatch.map(|what| Mismatched { what, since_ms: 1 });
+                    let off = [PowerState::Shutdown, PowerState::Crashed].contains(power);
+                    let named = (mismatch == Some(Mismatch::Crashed) && start_crashed)
+                        || (mismatch == Some(Mismatch::StoppedByItself) && start_stopped_by_itself);
+                    let expected = named && off && *vm_state == VmState::Stopped;
+                    assert_eq!(is_to_be_started(&server, policy), expected, "{server:?}");
+                    server.operation = Some(uuid::Uuid::from_u128(1));
+                    assert!(!is_to_be_started(&server, policy));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_guest_that_is_off_has_no_agent() {
+    let mut server = record(Origin::Adopted, VmState::Active);
+    server.agent = Some(AgentSeen {
+        connected: true,
+        at_ms: 1_500,
+    });
+    let agent = |seen| reconcile(&server, seen).map(|reconciled| reconciled.agent);
+    let paused = agent(seen(PowerState::Paused, "user", 2_000));
+    assert_eq!(paused, Some(server.agent));
+    let away = agent(seen(PowerState::Unknown, "gone", 2_000));
+    assert_eq!(away, Some(server.agent));
+    let off = agent(seen(PowerState::Shutdown, "shutdown", 2_000));
+    assert_eq!(off, Some(None));
+    // Also where a step of ours has said before that it is off.
+    server.power.state = PowerState::Shutdown;
+    server.power.reason = "shutdown".to_owned();
+    server.vm_state = VmState::Stopped;
+    let again = reconcile(&server, seen(PowerState::Shutdown, "shutdown", 2_000));
+    assert_eq!(again.map(|reconciled| reconciled.agent), Some(None));
 }

@@ -7,6 +7,7 @@ use salvor_agent::{
     core::{
         action::{Action, RescueArgs, Verb},
         reason::Reason,
+        reconcile::Policy,
         record::{OverlayDisposition, PASSWORD_OFFERS, PasswordDelivery, Protection},
         state::{ObservationSource, PowerState, VmState},
     },
@@ -15,7 +16,7 @@ use salvor_agent::{
     hypervisor::{
         Boot, Definition, Hypervisor as _, HypervisorError, LinkState, fake::FakeHypervisor,
     },
-    observe::{Observer, Policy},
+    observe::Observer,
 };
 use tokio::{sync::watch, task::JoinHandle};
 use uuid::Uuid;

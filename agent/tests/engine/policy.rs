@@ -5,11 +5,10 @@ use salvor_agent::{
     core::{
         action::{Action, ResetTo, Verb},
         incident::{Incident, IncidentKind},
-        reconcile::Mismatch,
+        reconcile::{Mismatch, Policy},
         state::{PowerState, VmState},
     },
     hypervisor::{Boot, Hypervisor as _, HypervisorEvent, LinkState},
-    observe::Policy,
     store::Change,
 };
 
@@ -237,5 +236,42 @@ async fn a_guest_that_reboots_a_thousand_times_fills_no_log() {
     watched.host.fake.guest_powers_off(SERVER);
     watched.becomes(VmState::Stopped).await;
     assert_eq!(told(&watched).await, [1]);
+    watched.end().await;
+}
+
+#[tokio::test]
+async fn whether_the_guest_agent_is_connected_is_recorded_and_what_happens_to_devices_is_told() {
+    let watched = Watched::new().await;
+    let fake = &watched.host.fake;
+    let agent = || watched.agent.record().agent.map(|seen| seen.connected);
+    assert_eq!(agent(), None);
+    for connected in [true, false, true] {
+        fake.tell(HypervisorEvent::GuestAgent {
+            id: SERVER,
+            connected,
+        });
+        until("it is recorded", || agent() == Some(connected)).await;
+    }
+    for event in [
+        HypervisorEvent::BlockJob {
+            id: SERVER,
+            disk: "vda".to_owned(),
+            state: "failed",
+        },
+        HypervisorEvent::DeviceRemoved {
+            id: SERVER,
+            device: "net1".to_owned(),
+        },
+        HypervisorEvent::Balloon {
+            id: SERVER,
+            memory_kib: 4096,
+        },
+    ] {
+        fake.tell(event);
+    }
+    until_told(&watched, 3).await;
+    fake.guest_powers_off(SERVER);
+    watched.becomes(VmState::Stopped).await;
+    until("its agent is gone with it", || agent().is_none()).await;
     watched.end().await;
 }

@@ -72,6 +72,7 @@ fn server(id: Uuid) -> ServerRecord {
         autostart_order: None,
         deletion: None,
         drift_since_ms: None,
+        agent: None,
     }
 }
 

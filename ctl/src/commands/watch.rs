@@ -148,6 +148,9 @@ fn guest_text(guest: &v1::GuestEvent) -> String {
         "memory-lost" => {
             "the guest was paused when its host went down: its memory is lost".to_owned()
         }
+        "block-job-failed" => "a job on a disk".to_owned(),
+        "device-removed" => "a device is gone".to_owned(),
+        "memory-changed" => "the guest has another size of memory".to_owned(),
         other => other.to_owned(),
     };
     let add = |text: &mut String, before: &str, what: &str| {

@@ -188,6 +188,14 @@ pub(crate) fn server(server: &v1::Server) -> String {
             ),
         );
     }
+    if let Some(agent) = &server.guest_agent {
+        let word = if agent.connected {
+            "connected"
+        } else {
+            "not connected"
+        };
+        fields.add("guest agent", word);
+    }
     if let Some(since) = &server.drift_time {
         fields.add(
             "drift",

@@ -132,6 +132,8 @@ async fn what_libvirt_does_to_a_definition_is_no_drift_and_a_rescue_hides_none()
         .stop(id, Some(std::time::Duration::ZERO))
         .await
         .done();
+    // What somebody removes while it is off is made again when it is started.
+    scene.libvirt.undefine(id).unwrap();
     scene.client.start(id).await.done();
     assert!(!drift(&mut scene, id).await.drifted);
     // The agent's own look agrees.

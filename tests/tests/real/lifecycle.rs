@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use salvor_proto::v1::{
     ChangeServerPasswordRequest, GuestStop, OperationState, PowerState, RebootOnTimeout,
-    RebootServerRequest, RebootType, VmState,
+    RebootServerRequest, RebootType, Server, VmState,
 };
 use salvor_tests::agent::AgentSettings;
 use salvor_tests::client::{Client, Plain, assert_refused, reason};
@@ -419,6 +419,11 @@ async fn a_password_is_set_by_the_guest_agent_and_a_refusal_says_why() {
         admin_pass: password.map(str::to_owned),
         ..ChangeServerPasswordRequest::default()
     };
+    let connected = |server: &Server| server.guest_agent.is_some_and(|seen| seen.connected);
+    scene
+        .client
+        .wait_server(id, "its agent is there", connected)
+        .await;
     let request = ask("", None);
     let answer = scene.client.servers.change_server_password(request).await;
     let answer = answer.unwrap().into_inner();

@@ -59,6 +59,10 @@ pub(in crate::api) fn server(record: &ServerRecord) -> v1::Server {
             advice: mismatch.what.advice().to_owned(),
             since: Some(timestamp(mismatch.since_ms)),
         }),
+        guest_agent: record.agent.map(|seen| v1::GuestAgentObservation {
+            connected: seen.connected,
+            observe_time: Some(timestamp(seen.at_ms)),
+        }),
         project_id: record.owner.project_id.clone(),
         user_id: record.owner.user_id.clone(),
         lock: record.lock.as_ref().map(lock),
@@ -267,6 +271,7 @@ pub(in crate::api) mod tests {
             autostart_order: None,
             deletion: None,
             drift_since_ms: None,
+            agent: None,
         }
     }
 

@@ -116,6 +116,7 @@ pub(super) fn plan(args: &AdoptArgs, facts: &Facts) -> Result<Plan, Refusal> {
         autostart_order: None,
         deletion: None,
         drift_since_ms: None,
+        agent: None,
     };
     let mut builder = Builder::new(Verb::Adopt, domain.id, facts);
     builder.step(

@@ -453,5 +453,6 @@ fn record(args: &CreateArgs, facts: &Facts, rendered: &Domain) -> ServerRecord {
         autostart_order: None,
         deletion: None,
         drift_since_ms: None,
+        agent: None,
     }
 }

@@ -16,9 +16,9 @@ use salvor_agent::{
         reason::{Reason, Refusal, Warning, WarningName},
         reconcile::{Mismatch, Mismatched},
         record::{
-            Devices, DiskSummary, Fault, Flavor, Lock, LockOwner, NicSummary, Origin, Overlay,
-            OverlayDisposition, Owner, PasswordDelivery, Protection, RescueBus, RescueDevice,
-            RescueDisk, RescueMode, RescueRecord, ServerRecord, SoftDeletion,
+            AgentSeen, Devices, DiskSummary, Fault, Flavor, Lock, LockOwner, NicSummary, Origin,
+            Overlay, OverlayDisposition, Owner, PasswordDelivery, Protection, RescueBus,
+            RescueDevice, RescueDisk, RescueMode, RescueRecord, ServerRecord, SoftDeletion,
         },
         state::{ObservationSource, PowerObservation, PowerState, TaskState, VmState},
     },
@@ -144,6 +144,10 @@ pub(super) fn server() -> ServerRecord {
             since_ms: 1_700_000_000_400,
         }),
         drift_since_ms: Some(1_700_000_000_500),
+        agent: Some(AgentSeen {
+            connected: true,
+            at_ms: 1_700_000_000_600,
+        }),
         owner: Owner {
             project_id: text("p-1"),
             user_id: text("u-1"),
