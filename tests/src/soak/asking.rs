@@ -116,6 +116,8 @@ impl Life {
             "LIBVIRT_UNAVAILABLE" => excuse.libvirtd || excuse.agent,
             "DRAINING" => excuse.agent,
             "LIBVIRT_REFUSED" => excuse.libvirtd || excuse.guest,
+            // Somebody ended the guest just when taking back started it again; libvirtd is waited for.
+            "ROLLBACK_FAILED" => excuse.guest,
             _ => false,
         };
         if !fine {
