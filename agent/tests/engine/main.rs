@@ -23,6 +23,7 @@ mod owners;
 mod panics;
 mod policy;
 mod power_off;
+mod previews;
 mod record;
 mod soft_delete;
 mod store;
