@@ -24,6 +24,7 @@ mod owners;
 mod panics;
 mod policy;
 mod power_off;
+mod previews;
 mod record;
 mod secrets;
 mod soft_delete;
