@@ -1,30 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The API's messages as text for people. Cells are cleaned by [`super::table`].
 
-use std::collections::HashMap;
-
 use salvor_proto::{
     google::longrunning::{Operation, operation::Result as Outcome},
     v1,
 };
 
+mod host;
+mod words;
+
+pub(crate) use self::host::{host, image, images, unmanaged};
+pub(crate) use self::words::{deliveries, operation_word, power_word, step_word};
+use self::words::{pairs, power_cell, power_line, word, words};
 use super::table::{Fields, Table};
 use crate::units::{between, from_api, show_age, show_bytes, show_duration, show_time};
-
-/// The API's word for a value of an enum, without the enum's name; empty if it was not given.
-macro_rules! word {
-    ($enum:ident, $prefix:literal, $value:expr) => {
-        match v1::$enum::try_from($value) {
-            Ok(v1::$enum::Unspecified) => String::new(),
-            Ok(value) => {
-                let name = value.as_str_name();
-                name.strip_prefix($prefix).unwrap_or(name).to_owned()
-            }
-            // A newer agent's.
-            Err(_) => $value.to_string(),
-        }
-    };
-}
 
 /// The boots in a console log.
 pub(crate) fn boots(log: &v1::GetConsoleLogResponse) -> String {
@@ -39,108 +28,6 @@ pub(crate) fn boots(log: &v1::GetConsoleLogResponse) -> String {
         ]);
     }
     table.render()
-}
-
-/// A power state's word.
-pub(crate) fn power_word(state: i32) -> String {
-    word!(PowerState, "POWER_STATE_", state)
-}
-
-/// An operation state's word.
-pub(crate) fn operation_word(state: i32) -> String {
-    word!(OperationState, "OPERATION_STATE_", state)
-}
-
-/// A step state's word.
-pub(crate) fn step_word(state: i32) -> String {
-    word!(StepState, "STEP_STATE_", state)
-        .to_lowercase()
-        .replace('_', " ")
-}
-
-/// The ways by which a password is delivered.
-pub(crate) fn deliveries(ways: &[i32]) -> String {
-    let ways: Vec<_> = ways
-        .iter()
-        .map(|&way| {
-            word!(AdminPassDelivery, "ADMIN_PASS_DELIVERY_", way)
-                .to_lowercase()
-                .replace('_', " ")
-        })
-        .collect();
-    ways.join(", ")
-}
-
-/// The power state in a table: `RUNNING`, `UNKNOWN (was RUNNING)`.
-fn power_cell(power: Option<&v1::PowerObservation>) -> String {
-    let Some(power) = power else {
-        return String::new();
-    };
-    let word = power_word(power.state);
-    if power.state == i32::from(v1::PowerState::Unknown) {
-        match power_word(power.last_known_state) {
-            last if last.is_empty() => word,
-            last => format!("{word} (was {last})"),
-        }
-    } else {
-        word
-    }
-}
-
-/// Everything about a power observation.
-fn power_line(power: &v1::PowerObservation) -> String {
-    let word = power_word(power.state);
-    if power.state == i32::from(v1::PowerState::Unknown) {
-        let last = power_word(power.last_known_state);
-        let why = if power.reason.is_empty() {
-            "libvirt cannot be asked"
-        } else {
-            &power.reason
-        };
-        return if last.is_empty() {
-            format!("{word} ({why}); never seen")
-        } else {
-            let age = show_age(power.last_known_time.as_ref());
-            let time = show_time(power.last_known_time.as_ref());
-            format!("{word} ({why}); last known {last}, {age} ({time})")
-        };
-    }
-    let reason = match power.reason.strip_prefix("ioerror") {
-        _ if power.reason.is_empty() => String::new(),
-        // libvirt's word, and what the agent has asked besides.
-        Some(disks) => format!(" (I/O error{disks})"),
-        None => format!(" ({})", power.reason),
-    };
-    let how = match v1::ObservationSource::try_from(power.source) {
-        Ok(v1::ObservationSource::Event) => ", reported by libvirt",
-        Ok(v1::ObservationSource::Poll) => ", asked of libvirt",
-        Ok(v1::ObservationSource::Inferred) => ", inferred",
-        _ => "",
-    };
-    format!(
-        "{word}{reason}, seen {}{how}",
-        show_age(power.observe_time.as_ref())
-    )
-}
-
-/// Pairs in order of their keys.
-fn pairs(map: &HashMap<String, String>) -> Vec<String> {
-    let mut pairs: Vec<_> = map
-        .iter()
-        .map(|(key, value)| format!("{key}={value}"))
-        .collect();
-    pairs.sort();
-    pairs
-}
-
-/// Words with blanks between them; empty ones are left out.
-fn words(words: &[&str]) -> String {
-    words
-        .iter()
-        .filter(|word| !word.is_empty())
-        .copied()
-        .collect::<Vec<_>>()
-        .join(" ")
 }
 
 /// `salvor server list`.
@@ -426,158 +313,6 @@ fn rescue_fields(fields: &mut Fields, rescue: &v1::RescueInfo) {
             words(&[&disk.target, &disk.bus, &disk.role, &origin, &disk.source]),
         );
     }
-}
-
-/// `salvor image list`.
-pub(crate) fn images(list: &v1::ListImagesResponse) -> String {
-    let mut table = Table::new(&["ID", "NAME", "FORMAT", "SIZE", "DISK SIZE", "USED BY"]);
-    for image in &list.images {
-        table.row([
-            image.id.clone(),
-            image.name.clone(),
-            word!(ImageFormat, "IMAGE_FORMAT_", image.format).to_lowercase(),
-            show_bytes(image.size_bytes),
-            show_bytes(image.virtual_size_bytes),
-            image.references.to_string(),
-        ]);
-    }
-    table.render()
-}
-
-/// `salvor image show`.
-pub(crate) fn image(image: &v1::Image) -> String {
-    let mut fields = Fields::new();
-    fields
-        .add("id", &image.id)
-        .add("name", &image.name)
-        .add(
-            "format",
-            word!(ImageFormat, "IMAGE_FORMAT_", image.format).to_lowercase(),
-        )
-        .add("size", show_bytes(image.size_bytes))
-        .add("disk size", show_bytes(image.virtual_size_bytes))
-        .add("sha256", &image.sha256);
-    for pair in pairs(&image.properties) {
-        fields.add("property", pair);
-    }
-    fields
-        .add("used by", format!("{} disks", image.references))
-        .add("imported", show_time(image.create_time.as_ref()));
-    fields.render()
-}
-
-/// `salvor host show`.
-pub(crate) fn host(host: &v1::Host) -> String {
-    let mut fields = Fields::new();
-    fields
-        .add("host", &host.hostname)
-        .add("id", &host.id)
-        .add(
-            "agent",
-            format!(
-                "salvord {}, up since {}",
-                host.agent_version,
-                show_time(host.start_time.as_ref())
-            ),
-        )
-        .add("boot id", &host.boot_id);
-    if let Some(link) = &host.libvirt {
-        let since = format!(
-            "since {} ({})",
-            show_time(link.since.as_ref()),
-            show_age(link.since.as_ref())
-        );
-        let state = if link.up {
-            format!("up {since}")
-        } else {
-            format!(
-                "DOWN {since}: {}",
-                if link.reason.is_empty() {
-                    "no reason known"
-                } else {
-                    &link.reason
-                }
-            )
-        };
-        fields.add("libvirt", state).add("libvirt uri", &link.uri);
-    }
-    fields
-        .add("libvirt version", &host.libvirt_version)
-        .add(
-            "hypervisor",
-            words(&["QEMU", &host.hypervisor_version, &host.virt_type]),
-        )
-        .add(
-            "capacity",
-            format!(
-                "{} CPUs ({}), memory {} MiB",
-                host.cpus, host.arch, host.memory_mib
-            ),
-        )
-        .add(
-            "disk",
-            format!(
-                "{} free of {}",
-                show_bytes(host.disk_free_bytes),
-                show_bytes(host.disk_total_bytes)
-            ),
-        )
-        .add("servers", host.servers.to_string())
-        .add(
-            "operations",
-            format!("{} under way", host.running_operations),
-        );
-    for call in &host.stuck_calls {
-        let age = call
-            .age
-            .as_ref()
-            .and_then(from_api)
-            .map(show_duration)
-            .unwrap_or_default();
-        let about = if call.domain_id.is_empty() {
-            String::new()
-        } else {
-            format!("for {}", call.domain_id)
-        };
-        fields.add(
-            "stuck call",
-            words(&[&call.call, &about, &format!("({age})")]),
-        );
-    }
-    if let Some(autostart) = &host.autostart {
-        fields.add(
-            "after reboot",
-            format!(
-                "{} started, {} waiting, {} left alone, {} failed",
-                autostart.started, autostart.waiting, autostart.left_alone, autostart.failed
-            ),
-        );
-        for note in &autostart.notes {
-            let note = format!("{} {}: {}", note.server_id, note.state, note.message);
-            fields.add("", note);
-        }
-    }
-    fields.add("revision", host.revision.to_string());
-    fields.render()
-}
-
-/// `salvor host unmanaged`.
-pub(crate) fn unmanaged(list: &v1::ListUnmanagedDomainsResponse) -> String {
-    let mut table = Table::new(&["ID", "NAME", "POWER", "CAN BE ADOPTED"]);
-    for domain in &list.domains {
-        table.row([
-            domain.id.clone(),
-            domain.name.clone(),
-            power_word(domain.power_state),
-            if domain.persistent {
-                "yes"
-            } else {
-                "no: transient"
-            }
-            .to_owned(),
-        ]);
-    }
-    table.render()
 }
 
 /// The metadata of an operation on a server; default if it has none.
