@@ -46,6 +46,8 @@ pub(crate) enum Prior {
     UndefinedRunning,
     /// A full disk halts the guest, and that is seen.
     DiskFull,
+    /// Somebody has the guest's memory saved.
+    MemorySaved,
     /// Somebody changes the definition.
     Changed,
     /// The host goes down, and comes up with everything off.
@@ -437,6 +439,18 @@ fn power() -> Vec<Variant> {
             ON,
             Action::HardReboot,
         ),
+        variant(
+            "start, with saved memory",
+            &after(&[Prior::MemorySaved, Prior::Done(ON, Action::Stop(AT_ONCE))]),
+            ON,
+            Action::Start,
+        ),
+        variant(
+            "stop, in error",
+            &after(&[Prior::Done(ON, Action::ResetState(ResetTo::Error))]),
+            ON,
+            Action::Stop(PROMPT),
+        ),
         variant("pause", &running, ON, Action::Pause),
         variant(
             "unpause, with an agent",
@@ -510,6 +524,7 @@ pub(crate) async fn prepare(host: &Host, prior: &[Prior]) {
                 host.define(&changed).await;
                 host.fake.sync_definitions().await.unwrap();
             }
+            Prior::MemorySaved => host.fake.managed_save(SERVER),
             Prior::UndefinedRunning => {
                 host.fake.undefine(SERVER).await.unwrap();
                 host.fake.sync_definitions().await.unwrap();
